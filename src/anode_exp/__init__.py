@@ -1,0 +1,1 @@
+"""Memory-efficient training of neural-ODE image classifiers."""

@@ -1,0 +1,76 @@
+"""The one place where configuration becomes objects."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from anode_exp import data
+from anode_exp.config import DatasetConfig, GradientConfig, ModelConfig, RecipeConfig, RuntimeConfig, SolverConfig
+from anode_exp.errors import UserError
+from anode_exp.gradient import GRADIENT_MODES
+from anode_exp.models import MODELS, OdeBlock
+from anode_exp.ode import TABLEAUX, ExplicitRungeKutta, TimeGrid
+
+
+def build_device(runtime: RuntimeConfig) -> torch.device:
+    """Raises UserError if CUDA was asked for and there is none."""
+    available = torch.cuda.is_available()
+    if runtime.device == "cuda" and not available:
+        raise UserError("runtime.device=cuda: no CUDA device is visible; use runtime.device=cpu, or auto")
+    return torch.device("cuda" if available and runtime.device != "cpu" else "cpu")
+
+
+def build_data(dataset: DatasetConfig, device: torch.device) -> data.ImageData:
+    images = data.load(
+        dataset.name,
+        Path(dataset.root),
+        dataset.download,
+        train_size=dataset.train_size,
+        test_size=dataset.test_size,
+        validation_size=dataset.validation_size,
+    )
+    return images.to(device)
+
+
+def build_model(model: ModelConfig, solver: SolverConfig, gradient: GradientConfig, num_classes: int) -> nn.Module:
+    """The network, with parameters drawn from torch's global generator."""
+
+    def make_ode_block(f: nn.Module) -> OdeBlock:
+        return OdeBlock(
+            f, ExplicitRungeKutta(TABLEAUX[solver.name]), TimeGrid(solver.n_steps), GRADIENT_MODES[gradient.name]()
+        )
+
+    width = {} if model.width is None else {"width": model.width}
+    return MODELS[model.name](
+        num_classes,
+        make_ode_block,
+        blocks_per_stage=model.blocks_per_stage,
+        norm=model.norm,
+        field_norm=model.field_norm,
+        activation=model.activation,
+        **width,
+    )
+
+
+def build_optimizer(network: nn.Module, recipe: RecipeConfig) -> torch.optim.Optimizer:
+    return torch.optim.SGD(
+        network.parameters(), lr=recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay
+    )
+
+
+def build_schedule(optimizer: torch.optim.Optimizer, recipe: RecipeConfig) -> torch.optim.lr_scheduler.LRScheduler:
+    """The learning rate of each epoch: lr·gamma for every milestone passed."""
+    return torch.optim.lr_scheduler.MultiStepLR(optimizer, recipe.milestones, recipe.gamma)
+
+
+def build_normalisation(
+    dataset: DatasetConfig, device: torch.device, memory_format: torch.memory_format
+) -> data.Normalisation:
+    return data.Normalisation(dataset.mean, dataset.std, device, memory_format)
+
+
+def build_augmentation(dataset: DatasetConfig) -> data.Augmentation:
+    return data.Augmentation(dataset.crop_padding, dataset.flip)

@@ -1,0 +1,165 @@
+"""The configuration as types: every setting, what it may be, and which combinations make sense.
+
+Light on purpose (no torch): a wrong setting is refused before anything slow is imported.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from anode_exp.errors import UserError
+
+
+def _at_least(minimum: float) -> Any:
+    return field(metadata={"at_least": minimum})
+
+
+def _above(bound: float) -> Any:
+    return field(metadata={"above": bound})
+
+
+def _one_of(*allowed: str) -> Any:
+    return field(metadata={"one_of": allowed})
+
+
+NORM_NAMES = ("batch", "group", "layer", "none")
+ACTIVATION_NAMES = ("relu", "leaky_relu", "softplus", "gelu")
+
+
+@dataclass
+class ModelConfig:
+    name: str
+    block: str = _one_of("ode", "residual")
+    blocks_per_stage: int = _at_least(0)
+    norm: str = _one_of(*NORM_NAMES)
+    field_norm: str = _one_of(*NORM_NAMES)
+    activation: str = _one_of(*ACTIVATION_NAMES)
+    width: float | None = field(default=None, metadata={"above": 0})
+
+
+@dataclass
+class SolverConfig:
+    name: str
+    n_steps: int = _at_least(1)
+
+
+@dataclass
+class GradientConfig:
+    name: str
+
+
+@dataclass
+class DatasetConfig:
+    name: str
+    root: str
+    download: bool
+    train_size: int | None = _at_least(1)
+    test_size: int | None = _at_least(1)
+    validation_size: int = _at_least(0)
+    crop_padding: int = _at_least(0)
+    flip: bool
+    mean: list[float]
+    std: list[float]
+
+
+@dataclass
+class RecipeConfig:
+    name: str
+    epochs: int = _at_least(1)
+    max_steps: int | None = _at_least(1)
+    batch_size: int = _at_least(1)
+    test_batch_size: int = _at_least(1)
+    lr: float = _at_least(0)
+    momentum: float = _at_least(0)
+    weight_decay: float = _at_least(0)
+    milestones: list[int]
+    gamma: float = _above(0)
+
+
+@dataclass
+class RuntimeConfig:
+    device: str = _one_of("auto", "cuda", "cpu")
+    precision: str = _one_of("fp32", "tf32", "bf16")
+    channels_last: bool
+    check_every: int = _at_least(1)
+
+
+@dataclass
+class TrainConfig:
+    model: ModelConfig
+    solver: SolverConfig
+    gradient: GradientConfig
+    dataset: DatasetConfig
+    recipe: RecipeConfig
+    runtime: RuntimeConfig
+    seed: int = _at_least(0)
+
+
+def _expected(annotation: str) -> str:
+    words = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "a word"}
+    base, _, optional = annotation.partition(" | ")
+    return words.get(base, base) + (" or null" if optional else "")
+
+
+def _check(config: Any, path: str = "") -> None:
+    """Ranges and choices that the types alone cannot say."""
+    for f in fields(config):
+        key, value = f"{path}{f.name}", getattr(config, f.name)
+        if is_dataclass(value):
+            _check(value, f"{key}.")
+            continue
+        for number in value if isinstance(value, list) else [value]:
+            if isinstance(number, float) and not math.isfinite(number):
+                raise UserError(f"{key}={number}: give a finite number")
+        if value is None:
+            continue
+        if "one_of" in f.metadata and value not in f.metadata["one_of"]:
+            raise UserError(f"{key}={value}: choose one of {', '.join(f.metadata['one_of'])}")
+        if "at_least" in f.metadata and value < f.metadata["at_least"]:
+            raise UserError(f"{key}={value}: give {_expected(str(f.type))}, at least {f.metadata['at_least']}")
+        if "above" in f.metadata and value <= f.metadata["above"]:
+            raise UserError(f"{key}={value}: give {_expected(str(f.type))} above {f.metadata['above']}")
+
+
+def typed(config: DictConfig) -> TrainConfig:
+    """The composed configuration, checked.
+
+    ``model.block=residual`` stands for one Euler step differentiated by full backpropagation (ANODE Eq. 1), and the
+    solver and gradient of the result say so.
+
+    Raises:
+        UserError: for a value of the wrong type, out of range, or against another setting.
+    """
+    schema = OmegaConf.structured(TrainConfig)
+    try:
+        checked: TrainConfig = OmegaConf.to_object(OmegaConf.merge(schema, config))  # type: ignore[assignment]
+    except OmegaConfBaseException as error:
+        key = error.full_key or "configuration"
+        value = OmegaConf.select(config, key) if error.full_key else None
+        node = TrainConfig
+        *parents, leaf = key.split("[")[0].split(".")
+        annotation = ""
+        try:
+            for parent in parents:
+                node = {f.name: globals()[str(f.type)] for f in fields(node)}[parent]
+            annotation = {f.name: str(f.type) for f in fields(node)}[leaf]
+        except KeyError:
+            pass
+        reason = f"give {_expected(annotation)}" if annotation else str(error.msg).splitlines()[0]
+        raise UserError(f"{key}={value}: {reason}") from error
+    _check(checked)
+    if len(checked.dataset.mean) != 3 or len(checked.dataset.std) != 3 or min(checked.dataset.std) <= 0:
+        raise UserError("dataset.mean and dataset.std: give three numbers each, one a channel, std above 0")
+    if checked.seed >= 2**31:
+        raise UserError(f"seed={checked.seed}: give a whole number below 2147483648")
+    if checked.model.width is not None and not (checked.model.width * 8).is_integer():
+        raise UserError(f"model.width={checked.model.width}: give a multiple of 1/8, such as 0.5, 1 or 2")
+    if checked.model.block == "residual":
+        checked.solver = SolverConfig("euler", 1)
+        checked.gradient = GradientConfig("full_backprop")
+    return checked

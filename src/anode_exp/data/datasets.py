@@ -1,0 +1,119 @@
+"""Data sets by name: CIFAR-10 and CIFAR-100 through torchvision, scikit-learn's digits, and random images."""
+
+from __future__ import annotations
+
+import urllib.error
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torchvision.datasets import CIFAR10, CIFAR100
+
+from anode_exp.data.image_data import ImageData, Split, balanced_subset
+from anode_exp.errors import UserError
+
+Loader = Callable[[Path, bool], tuple[Split, Split]]
+"""(root, may download) → (train, test)."""
+
+
+def _cifar(dataset: type[CIFAR10], name: str) -> Loader:
+    def load(root: Path, download: bool) -> tuple[Split, Split]:
+        folder = root / dataset.base_folder
+        absent = not folder.is_dir()
+        where = f"{name} under {root.resolve()}"
+        if absent and not download:
+            raise UserError(
+                f"{where}: not found, and dataset.download=false; put the folder {dataset.base_folder} there, "
+                "point dataset.root or ANODE_DATA at it, or allow the download"
+            )
+        try:
+            # Files that are there are checked first: a corrupt one is the user's to see, not ours to replace in silence.
+            parts = [dataset(str(root), train=train, download=absent) for train in (True, False)]
+        except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
+            raise UserError(
+                f"{where}: not found, and the download failed ({error}); "
+                f"put the folder {dataset.base_folder} there, or point dataset.root or ANODE_DATA at it"
+            ) from error
+        except RuntimeError as error:  # torchvision's MD5 check
+            raise UserError(
+                f"{where}: a file in {folder} is missing or does not match its published MD5; "
+                "delete the folder to have it downloaded again, or copy it anew"
+            ) from error
+        except OSError as error:
+            raise UserError(f"{where}: {error.strerror or error}; choose a readable dataset.root") from error
+        train, test = (Split(torch.from_numpy(p.data), torch.tensor(p.targets)) for p in parts)
+        return train, test
+
+    return load
+
+
+def _digits(root: Path, download: bool) -> tuple[Split, Split]:
+    """1,797 handwritten digits (UCI, bundled with scikit-learn), 8×8 → 32×32×3; 1,437 to train on, 360 to test."""
+    from sklearn.datasets import load_digits
+
+    bunch = load_digits()
+    images = torch.from_numpy(bunch.images.astype(np.float32))[:, None] * (255 / 16)
+    images = torch.nn.functional.interpolate(images, (32, 32), mode="bilinear", align_corners=False)
+    data = Split(
+        images.round().to(torch.uint8).permute(0, 2, 3, 1).expand(-1, -1, -1, 3).contiguous(),
+        torch.from_numpy(bunch.target).long(),
+    )
+    test, train = balanced_subset(data.labels, 360)
+    return data.subset(train), data.subset(test)
+
+
+def _fake(root: Path, download: bool) -> tuple[Split, Split]:
+    """Random images and labels of CIFAR-10's sizes, for benchmarks: nothing can be learned from them."""
+    generator = torch.Generator().manual_seed(0)
+
+    def random(n: int) -> Split:
+        images = torch.randint(0, 256, (n, 32, 32, 3), dtype=torch.uint8, generator=generator)
+        return Split(images, torch.arange(n) % 10)
+
+    return random(50_000), random(10_000)
+
+
+DATASETS: dict[str, tuple[Loader, int]] = {
+    "cifar10": (_cifar(CIFAR10, "CIFAR-10"), 10),
+    "cifar100": (_cifar(CIFAR100, "CIFAR-100"), 100),
+    "digits": (_digits, 10),
+    "fake": (_fake, 10),
+}
+"""Name → (loader, number of classes)."""
+
+
+def load(
+    name: str,
+    root: Path,
+    download: bool = True,
+    train_size: int | None = None,
+    test_size: int | None = None,
+    validation_size: int = 0,
+) -> ImageData:
+    """A data set with its fixed, class-balanced subsets, on the CPU.
+
+    The validation images are taken from the training images first, ``train_size`` from what is left, so neither
+    changes when the other does not grow into it.
+
+    Raises:
+        UserError: if files are missing or corrupt, or a subset is larger than what there is.
+    """
+    loader, num_classes = DATASETS[name]
+    train, test = loader(root, download)
+
+    def choose(labels: Tensor, size: int, setting: str) -> tuple[Tensor, Tensor]:
+        if size > len(labels):
+            raise UserError(f"dataset.{setting}={size}: {name} has {len(labels)} images for it; choose at most that")
+        return balanced_subset(labels, size)
+
+    held_out, rest = choose(train.labels, validation_size, "validation_size")
+    validation, train = train.subset(held_out), train.subset(rest)
+    if len(train) == 0:
+        raise UserError(f"dataset.validation_size={validation_size}: leaves no image of {name} to train on")
+    if train_size is not None:
+        train = train.subset(choose(train.labels, train_size, "train_size")[0])
+    if test_size is not None:
+        test = test.subset(choose(test.labels, test_size, "test_size")[0])
+    return ImageData(train, validation, test, num_classes)

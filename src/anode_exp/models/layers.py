@@ -1,0 +1,57 @@
+"""Layers that the architectures share: norms and activations by name, and a module that ignores time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+from torch import Tensor, nn
+
+MakeOdeBlock = Callable[[nn.Module], nn.Module]
+"""Turns a vector field f(t, y) into a layer y ↦ y(t1)."""
+
+
+def _group_norm(channels: int) -> nn.Module:
+    """GroupNorm of at most 32 groups, each of 8 channels or more where there are as many."""
+    return nn.GroupNorm(math.gcd(32, max(1, channels // 8)), channels)
+
+
+NORMS: dict[str, Callable[[int], nn.Module]] = {
+    "batch": nn.BatchNorm2d,
+    "group": _group_norm,
+    "layer": lambda channels: nn.GroupNorm(1, channels),  # over C, H and W of each image
+    "none": lambda channels: nn.Identity(),
+}
+
+# In place where the layer before keeps nothing of its output for the backward pass: norms and convolutions do not.
+ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
+    "relu": lambda: nn.ReLU(inplace=True),
+    "leaky_relu": lambda: nn.LeakyReLU(0.01, inplace=True),
+    "softplus": nn.Softplus,
+    "gelu": nn.GELU,
+}
+
+
+class Autonomous(nn.Sequential):
+    """f(t, y) = layers(y): a vector field that does not depend on time."""
+
+    def forward(self, t: float, y: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(y)
+
+
+def conv_norm(
+    conv: nn.Conv2d, norm: Callable[[int], nn.Module], activation: Callable[[], nn.Module] | None
+) -> list[nn.Module]:
+    return [conv, norm(conv.out_channels), *([activation()] if activation else [])]
+
+
+def initialise(network: nn.Module) -> None:
+    """Initialisation of ANODE's published code.
+
+    Convolutions that have a bias: Xavier uniform with gain √2, bias 0. Norms: weight 1, bias 0. All else as PyTorch
+    leaves it.
+    """
+    for m in network.modules():
+        if isinstance(m, nn.Conv2d) and m.bias is not None:
+            nn.init.xavier_uniform_(m.weight, gain=math.sqrt(2))
+            nn.init.zeros_(m.bias)

@@ -1,0 +1,58 @@
+"""A network layer that is an ODE solve."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import Tensor, nn
+
+from anode_exp.gradient.base import GradientMode
+from anode_exp.ode import Evaluations, ExplicitRungeKutta, TimeGrid, VectorField
+
+
+class OdeBlock(nn.Module):
+    """y ↦ y(t1) with dy/dt = f(t, y), y(t0) = y: f's module, a solver, a time grid and a gradient mode.
+
+    A residual block y + f(y) is this with one Euler step on [0, 1] (ANODE Eq. 1).
+
+    Args:
+        f: module called as ``f(t, y)``, returning dy/dt of y's shape.
+    """
+
+    def __init__(self, f: nn.Module, solver: ExplicitRungeKutta, grid: TimeGrid, gradient: GradientMode) -> None:
+        super().__init__()
+        self.f = f
+        self.solver = solver
+        self.grid = grid
+        self.gradient = gradient
+        self.field = VectorField(f)
+
+    def forward(self, y: Tensor) -> Tensor:
+        """y: [B, C, H, W], or any shape f takes."""
+        return self.gradient.solve(self.field, y, self.field.theta, self.grid, self.solver)
+
+    def extra_repr(self) -> str:
+        solver = self.solver.tableau.name
+        return f"solver={solver}, n_steps={self.grid.n_steps}, gradient={type(self.gradient).__name__}"
+
+
+def ode_blocks(network: nn.Module) -> Iterator[OdeBlock]:
+    return (m for m in network.modules() if isinstance(m, OdeBlock))
+
+
+def take_evaluations(network: nn.Module) -> Evaluations:
+    """Evaluations of f in all ODE blocks of a network since the last call."""
+    total = Evaluations()
+    for block in ode_blocks(network):
+        total.forward += block.field.evaluations.forward
+        total.backward += block.field.evaluations.backward
+        block.field.evaluations = Evaluations()
+    return total
+
+
+def count_parameters(network: nn.Module) -> dict[str, int]:
+    """Number of parameters in all (``total``) and in ODE blocks (``ode_blocks``)."""
+    return {
+        "total": sum(p.numel() for p in network.parameters()),
+        "ode_blocks": sum(p.numel() for block in ode_blocks(network) for p in block.parameters()),
+    }

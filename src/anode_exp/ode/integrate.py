@@ -1,0 +1,50 @@
+"""The fixed time grid and the one time loop over it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from anode_exp.ode.runge_kutta import ExplicitRungeKutta
+from anode_exp.ode.vector_field import Theta, VectorField
+
+
+@dataclass(frozen=True)
+class TimeGrid:
+    """n_steps equal steps from t0 to t1: t_n = t0 + n h with h = (t1 − t0) / n_steps; t1 < t0 runs backwards.
+
+    Raises:
+        ValueError: if n_steps < 1.
+    """
+
+    n_steps: int
+    t0: float = 0.0
+    t1: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.n_steps < 1:
+            raise ValueError(f"n_steps is {self.n_steps}; a time grid needs at least 1 step")
+
+    @property
+    def h(self) -> float:
+        return (self.t1 - self.t0) / self.n_steps
+
+    def time(self, n: int) -> float:
+        return self.t0 + n * self.h
+
+
+def integrate(field: VectorField, y0: Tensor, theta: Theta, grid: TimeGrid, solver: ExplicitRungeKutta) -> Tensor:
+    """Solve dy/dt = f(t, y, θ), y(t0) = y0, over the grid.
+
+    Args:
+        y0: initial state, any shape.
+        theta: one entry a parameter of f, constant in time or with a leading axis of n_steps.
+
+    Returns:
+        y(t1), of y0's shape and dtype. Nothing is read on the host, so a CUDA graph can capture the solve.
+    """
+    y = y0
+    for n, theta_n in enumerate(field.theta_per_step(theta, grid.n_steps)):
+        y = solver.step(field, theta_n, grid.time(n), grid.h, y)
+    return y

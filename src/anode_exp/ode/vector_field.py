@@ -1,0 +1,143 @@
+"""The right-hand side of an ODE: f(t, y, θ), with its parameters explicit and its evaluations counted."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.dropout import _DropoutNd
+
+Theta = tuple[Tensor, ...]
+"""θ, one entry a parameter of f: of the parameter's own shape (constant in time), or with a leading axis of n_steps."""
+
+
+@dataclass
+class Evaluations:
+    """Number of evaluations of f (NFE): ``forward`` in the solve, ``backward`` while it is differentiated."""
+
+    forward: int = 0
+    backward: int = 0
+
+
+class VectorField:
+    """dy/dt = f(t, y, θ) for a module ``f(t, y)``; θ replaces the module's parameters in their order.
+
+    The module must be a deterministic function of (t, y, θ): gradient modes evaluate it again at the same point.
+    Running statistics of batch and instance norm are the exception, and advance in forward evaluations alone.
+
+    ``evaluations`` counts every call since the field was made, or since its owner last replaced the counter.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self.evaluations = Evaluations()
+        self._re_evaluating = False
+
+    @property
+    def theta(self) -> Theta:
+        """The module's own parameters."""
+        return tuple(self.module.parameters())
+
+    def __call__(self, t: float, y: Tensor, theta: Theta) -> Tensor:
+        """Evaluate f once.
+
+        Args:
+            t: time.
+            y: state, any shape.
+            theta: parameters at time t, each of the module's own shape.
+
+        Returns:
+            dy/dt, of y's shape and dtype.
+
+        Raises:
+            ValueError: if the module returns another shape than y's.
+        """
+        if self._re_evaluating:
+            self.evaluations.backward += 1
+        else:
+            self.evaluations.forward += 1
+        own = dict(self.module.named_parameters())
+        if len(own) != len(theta):
+            raise ValueError(f"theta has {len(theta)} entries, the vector field {len(own)} parameters; pass one for each")
+        if all(given is p for given, p in zip(theta, own.values(), strict=True)):
+            dy = self.module(t, y)
+        else:
+            dy = functional_call(self.module, dict(zip(own, theta, strict=True)), (t, y))
+        if dy.shape != y.shape:
+            raise ValueError(
+                f"the vector field maps a state of shape {tuple(y.shape)} to {tuple(dy.shape)}; "
+                "dy/dt must have the state's shape"
+            )
+        # Under autocast a norm may return float32 for a bfloat16 state; the state's dtype decides.
+        return dy.to(y.dtype)
+
+    def theta_per_step(self, theta: Theta, n_steps: int) -> list[Theta]:
+        """θ of each time step: constants repeated, entries with a leading axis of n_steps taken apart.
+
+        Raises:
+            ValueError: if an entry has neither its parameter's shape nor (n_steps, *shape).
+        """
+        columns: list[tuple[Tensor, ...]] = []
+        for entry, (name, parameter) in zip(theta, self.module.named_parameters(), strict=True):
+            if entry.shape == parameter.shape:
+                columns.append((entry,) * n_steps)
+            elif entry.shape == (n_steps, *parameter.shape):
+                columns.append(entry.unbind(0))
+            else:
+                raise ValueError(
+                    f"theta for {name} has shape {tuple(entry.shape)}; allowed are {tuple(parameter.shape)} "
+                    f"(constant in time) and {(n_steps, *parameter.shape)} (one for each of {n_steps} steps)"
+                )
+        return list(zip(*columns, strict=True)) if columns else [()] * n_steps
+
+    @contextmanager
+    def re_evaluation(self) -> Iterator[None]:
+        """While open, evaluations count as backward and leave no trace in running statistics.
+
+        In training mode batch norm then gets no running statistics at all; it normalises by the batch's own, so the
+        output is bit for bit the same. In evaluation mode it only reads them.
+
+        Raises:
+            ValueError: if the module drops out at random, which no second evaluation can repeat.
+        """
+        if any(isinstance(m, _DropoutNd) and m.training and m.p > 0 for m in self.module.modules()):
+            raise ValueError(
+                "dropout inside a vector field cannot be evaluated again for the gradient; "
+                "use gradient mode full_backprop, or move the dropout out of the ODE block"
+            )
+        tracking = [
+            m for m in self.module.modules() if isinstance(m, _NormBase) and m.training and m.track_running_stats
+        ]
+        self._re_evaluating, outer = True, self._re_evaluating
+        for norm in tracking:
+            norm.track_running_stats = False
+        try:
+            yield
+        finally:
+            for norm in tracking:
+                norm.track_running_stats = True
+            self._re_evaluating = outer
+
+    def vjp(self, t: float, y: Tensor, theta: Theta, a: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+        """f(t, y, θ) with its vector–Jacobian products aᵀ∂f/∂y and aᵀ∂f/∂θ, from one evaluation.
+
+        Args:
+            a: adjoint, of y's shape.
+
+        Returns:
+            f, aᵀ∂f/∂y, and aᵀ∂f/∂θ for each entry of θ that requires a gradient, in order; zeros where f does not
+            depend on it.
+        """
+        with torch.enable_grad():
+            y = y.detach().requires_grad_()
+            # Detached, or the hooks of a θ that is no leaf would fire once more than they should.
+            theta = tuple(p.detach().requires_grad_(p.requires_grad) for p in theta)
+            dy = self(t, y, theta)
+            wanted = (y, *(p for p in theta if p.requires_grad))
+            grad_y, *grad_theta = torch.autograd.grad(dy, wanted, a, materialize_grads=True)
+        return dy.detach(), grad_y, tuple(grad_theta)

@@ -1,0 +1,1 @@
+"""One train step, one loop, and the records of a run."""

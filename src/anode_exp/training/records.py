@@ -1,0 +1,172 @@
+"""What a run leaves behind: configuration, a JSON line an epoch, results, TensorBoard events, checkpoints.
+
+A run directory holds
+    config.yaml          the resolved configuration
+    metrics.jsonl        one line an epoch
+    results.json         written when the run ends
+    checkpoints/         last.pt and best.pt
+    events.out.tfevents… TensorBoard
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import subprocess
+from collections.abc import Mapping
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
+
+from anode_exp.config import TrainConfig
+from anode_exp.errors import UserError
+
+
+def _finite(value: Any) -> Any:
+    """Non-finite numbers as null: JSON has no NaN."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Mapping):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(v) for v in value]
+    return value
+
+
+def write_atomically(path: Path, write: Any) -> None:
+    """Calls ``write(partial_path)``, then moves the file into place: readers see the old one or the new one."""
+    partial = path.with_name(path.name + ".partial")
+    write(partial)
+    with partial.open("rb") as file:
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def versions() -> dict[str, str | None]:
+    def of(package: str) -> str | None:
+        try:
+            return version(package)
+        except PackageNotFoundError:
+            return None
+
+    packages = ("anode_exp", "torch", "torchvision", "hydra-core", "omegaconf")
+    cuda = {"cuda": torch.version.cuda, "cudnn": str(torch.backends.cudnn.version())} if torch.cuda.is_available() else {}
+    return {"python": platform.python_version(), **{p: of(p) for p in packages}, **cuda}
+
+
+def commit() -> str | None:
+    """The commit of the source tree this package runs from, with ``-dirty`` if files changed; None outside of one."""
+    here = Path(__file__)
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(here.parent), *arguments]
+        return subprocess.run(command, check=True, capture_output=True, text=True, timeout=10).stdout.strip()
+
+    try:
+        git("ls-files", "--error-unmatch", here.name)  # an installed copy inside another repository is not of its commit
+        return git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    model = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
+        model = names[0] if names else model
+    return f"CPU {model}, {torch.get_num_threads()} threads"
+
+
+class RunRecord:
+    """The open records of one run.
+
+    Raises:
+        UserError: if the directory already holds a run, or cannot be written.
+    """
+
+    def __init__(self, directory: Path, config: TrainConfig) -> None:
+        self.directory = directory
+        self.config = config
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            # Exclusive creation claims the directory, also between two processes started at once.
+            with (directory / "config.yaml").open("x") as file:
+                file.write(OmegaConf.to_yaml(OmegaConf.structured(config)))
+            (directory / "checkpoints").mkdir()
+        except FileExistsError as error:
+            raise UserError(f"{directory}: already holds a run; choose another hydra.run.dir") from error
+        except OSError as error:
+            raise UserError(f"{directory}: {error.strerror}; choose a writable hydra.run.dir") from error
+        self._metrics = (directory / "metrics.jsonl").open("a")
+        self._events = SummaryWriter(str(directory))
+
+    def epoch(self, line: dict[str, Any]) -> None:
+        """Append one epoch to ``metrics.jsonl`` and to TensorBoard.
+
+        ``line`` has at least epoch, steps and step_losses; its other numbers become scalars over the epoch.
+        """
+        self._metrics.write(json.dumps(_finite(line)) + "\n")
+        self._metrics.flush()
+        os.fsync(self._metrics.fileno())
+        losses = line["step_losses"]
+        first = line["steps"] - len(losses) + 1
+        for i, loss in enumerate(losses):
+            self._events.add_scalar("train_step/loss", loss, first + i)
+        for tag, key in (
+            ("loss/train", "train_loss"),
+            ("loss/validation", "validation_loss"),
+            ("loss/test", "test_loss"),
+            ("accuracy/train", "train_accuracy"),
+            ("accuracy/validation", "validation_accuracy"),
+            ("accuracy/test", "test_accuracy"),
+            ("learning_rate", "lr"),
+            ("peak_memory_bytes", "peak_memory_bytes"),
+            ("epoch_time_s/train", "train_time_s"),
+            ("epoch_time_s/evaluation", "evaluation_time_s"),
+            ("images_per_s", "images_per_s"),
+            ("nfe_per_step/forward", "nfe_forward"),
+            ("nfe_per_step/backward", "nfe_backward"),
+        ):
+            if line.get(key) is not None:
+                self._events.add_scalar(tag, line[key], line["epoch"])
+        self._events.flush()
+
+    def finish(self, results: dict[str, Any]) -> None:
+        """Write ``results.json`` and the hyperparameters, and close."""
+        text = json.dumps(_finite(results), indent=2) + "\n"
+        write_atomically(self.directory / "results.json", lambda path: path.write_text(text))
+        flat = {
+            f"{group}.{key}": value if isinstance(value, int | float | str | bool) else str(value)
+            for group, settings in asdict(self.config).items()
+            if isinstance(settings, dict)
+            for key, value in settings.items()
+        }
+        numbers = {
+            f"hparam/{k}": float(results[k])
+            for k in ("test_accuracy", "best_test_accuracy", "train_loss", "peak_memory_bytes")
+            if results[k] is not None
+        }
+        # SummaryWriter.add_hparams would open a directory of its own; the same three summaries belong in this one.
+        for summary in hparams({**flat, "seed": self.config.seed}, numbers):
+            self._events.file_writer.add_summary(summary)
+        for tag, value in numbers.items():
+            self._events.add_scalar(tag, value, results["epochs"])
+        self.close()
+
+    def close(self) -> None:
+        self._metrics.close()
+        self._events.close()
+
+    def checkpoint(self, name: str, state: dict[str, Any]) -> None:
+        write_atomically(self.directory / "checkpoints" / f"{name}.pt", lambda path: torch.save(state, path))
