@@ -1,0 +1,49 @@
+"""Shared pieces: a small vector field, and where the real CIFAR data are."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from anode_exp.gradient import GRADIENT_MODES, GradientMode
+from anode_exp.models import OdeBlock
+from anode_exp.ode import TABLEAUX, ExplicitRungeKutta, TimeGrid
+
+
+class Field(nn.Module):
+    """f(t, y) = tanh(W y + t v) + t y/2 on R^n: smooth, nonlinear, depends on time."""
+
+    def __init__(self, n: int = 3, dtype: torch.dtype = torch.float64) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(1)
+        self.w = nn.Parameter(torch.randn(n, n, dtype=dtype, generator=generator))
+        self.v = nn.Parameter(torch.randn(n, dtype=dtype, generator=generator))
+
+    def forward(self, t: float, y: torch.Tensor) -> torch.Tensor:
+        return torch.tanh(y @ self.w.T + t * self.v) + 0.5 * t * y
+
+
+@pytest.fixture
+def field_module() -> Field:
+    return Field()
+
+
+def solver(name: str) -> ExplicitRungeKutta:
+    return ExplicitRungeKutta(TABLEAUX[name])
+
+
+def make_ode_block(
+    mode: str | GradientMode = "full_backprop", tableau: str = "rk2", n_steps: int = 2
+) -> "type[OdeBlock] | object":
+    gradient = GRADIENT_MODES[mode]() if isinstance(mode, str) else mode
+    return lambda f: OdeBlock(f, solver(tableau), TimeGrid(n_steps), gradient)
+
+
+@pytest.fixture
+def cifar_root() -> Path:
+    root = os.environ.get("ANODE_DATA")
+    if not root or not (Path(root) / "cifar-10-batches-py").is_dir() or not (Path(root) / "cifar-100-python").is_dir():
+        pytest.skip("the real CIFAR-10 and CIFAR-100 are not under $ANODE_DATA")
+    return Path(root)
