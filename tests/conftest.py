@@ -11,6 +11,9 @@ from anode_exp.gradient import GRADIENT_MODES, GradientMode
 from anode_exp.models import OdeBlock
 from anode_exp.ode import TABLEAUX, ExplicitRungeKutta, TimeGrid
 
+# Tests run several processes side by side: each with threads of its own for every core slows all of them many times.
+torch.set_num_threads(1)
+
 
 class Field(nn.Module):
     """f(t, y) = tanh(W y + t v) + t y/2 on R^n: smooth, nonlinear, depends on time."""

@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 from omegaconf import DictConfig
 
@@ -26,14 +27,28 @@ usage: python -m anode_exp VERB [settings]
 """
 
 
+def fail(message: str) -> NoReturn:
+    """A user's mistake: one line, exit code 2."""
+    sys.stdout.flush()
+    print(f"anode_exp: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
 def run_job(config: DictConfig) -> None:
     """Hydra's task: one job, in Hydra's output directory."""
     from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
 
     from anode_exp.config import typed
     from anode_exp.train import train  # imports torch
 
-    results = train(typed(config), Path(HydraConfig.get().runtime.output_dir))
+    job = HydraConfig.get()
+    try:
+        results = train(typed(config), Path(job.runtime.output_dir))
+    except UserError as error:
+        if job.mode == RunMode.MULTIRUN:
+            raise  # the other jobs go on
+        fail(str(error))  # Hydra would put a line of its own above it
     if results["signal"] is not None:
         sys.exit(128 + results["signal"])
 
@@ -42,7 +57,7 @@ def run_train(arguments: list[str]) -> None:
     import hydra
     from hydra._internal.utils import get_args_parser
 
-    from anode_exp.composition import CONF, jobs
+    from anode_exp.composition import CONF, fixed_keys, jobs
 
     parser = get_args_parser()
     parser.prog = "python -m anode_exp train"
@@ -51,6 +66,11 @@ def run_train(arguments: list[str]) -> None:
         # All of it once before Hydra runs any of it: a mistake in the last job of a sweep stops the first.
         jobs(parsed.overrides, parsed.multirun)
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises what a job raised, for `main` to report
+    if parsed.multirun:  # the folders of a sweep's jobs are named by what varies
+        arguments = [
+            *arguments,
+            f"hydra.job.config.override_dirname.exclude_keys=[{','.join(fixed_keys(parsed.overrides))}]",
+        ]
     sys.argv = [parser.prog, *arguments]
     hydra.main(version_base="1.3", config_path=str(CONF), config_name="train")(run_job)()
 
@@ -75,9 +95,11 @@ def main() -> None:
             raise UserError(f"{verb}: no such verb; verbs are {', '.join(VERBS)}{hint}")
         VERBS[verb](arguments)
     except UserError as error:
-        sys.stdout.flush()
-        print(f"anode_exp: {error}", file=sys.stderr)
-        sys.exit(2)
+        fail(str(error))
+    except OSError as error:
+        if error.filename is None:
+            raise
+        fail(f"{error.filename}: {error.strerror}; choose another folder or make room")
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import difflib
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from hydra import compose, initialize_config_dir
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
@@ -75,6 +75,13 @@ def jobs(overrides: list[str], multirun: bool) -> list[TrainConfig]:
     return [_typed(config) for config in composed]
 
 
+def fixed_keys(overrides: list[str]) -> list[str]:
+    """The settings of a sweep that are the same in every job."""
+    return [
+        override.get_key_element().lstrip("+~") for override in _parse(overrides) if not override.is_sweep_override()
+    ]
+
+
 def _parse(overrides: list[str]) -> list[Override]:
     parser = OverridesParser.create()
     parsed = []
@@ -93,14 +100,15 @@ def _parse(overrides: list[str]) -> list[Override]:
 def _values(override: Override) -> list[str]:
     if override.is_choice_sweep():
         return [str(v) for v in override.sweep_string_iterator()]
-    value = override.value()
-    return [] if value is None or override.is_sweep_override() else [str(value)]
+    return [] if override.is_sweep_override() or override.is_delete() else [str(override.value())]
 
 
 def _check_group(override: Override) -> None:
     group = override.key_or_group
-    if group not in groups() or override.is_delete():
+    if group not in groups() or (group == "experiment" and override.value() is None):
         return
+    if override.is_delete():
+        raise UserError(f"{override.input_line}: a run needs a {group}; choose one of {', '.join(options(group))}")
     for value in _values(override):
         if value not in options(group):
             raise UserError(
@@ -109,37 +117,43 @@ def _check_group(override: Override) -> None:
             )
 
 
-def _keys(config: DictConfig, prefix: str = "") -> list[str]:
+def _keys(settings: dict[str, Any], prefix: str = "") -> list[str]:
     found = []
-    for key in config:
+    for key, value in settings.items():
         found.append(f"{prefix}{key}")
-        if not OmegaConf.is_missing(config, key) and OmegaConf.is_dict(config._get_node(key)):
-            found += _keys(config._get_node(key), f"{prefix}{key}.")  # type: ignore[arg-type]
+        if isinstance(value, dict):
+            found += _keys(value, f"{prefix}{key}.")
     return found
 
 
+def _check_key(override: Override, overrides: list[Override]) -> None:
+    """Refuse a setting that the chosen groups do not have."""
+    key = override.get_key_element().lstrip("+~")
+    if key.split(".")[0] == "hydra" or "/" in key or key in groups():
+        return
+    chosen = [f"{o.key_or_group}={_values(o)[0]}" for o in overrides if o.key_or_group in groups() and _values(o)]
+    known = _keys(cast(dict[str, Any], OmegaConf.to_container(compose("train", chosen))))
+    if key not in known:
+        parent = key.rpartition(".")[0]
+        siblings = [k for k in known if parent and k.startswith(parent + ".")] or [k for k in known if "." not in k]
+        raise UserError(f"{key}: there is no such setting; there are {', '.join(siblings)}" + near(key, known))
+    if override.is_delete() or override.is_add():
+        raise UserError(f"{override.input_line}: settings can be changed, not added or removed; write {key}=VALUE")
+
+
 def _compose(overrides: list[str]) -> DictConfig:
+    parsed = _parse(overrides)
+    for override in parsed:
+        _check_key(override, parsed)
     try:
         return compose("train", overrides, return_hydra_config=True)
     except (HydraException, OmegaConfBaseException) as error:
-        cause: Any = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
-        unknown = re.search(r"Could not override '([^']+)'", str(error))
-        if unknown:
-            key = unknown.group(1)
-            known = [k for k in _keys(compose("train", [])) if k != key]
-            siblings = [k for k in known if k.startswith(key.rpartition(".")[0] + ".")] or [
-                k for k in known if "." not in k
-            ]
-            if key not in known and f"'{key.rpartition('.')[2]}' is not in struct" in f"{error} {cause}":
-                raise UserError(
-                    f"{key}: there is no such setting; there are {', '.join(siblings)}" + near(key, known)
-                ) from error
-        raise UserError(" ".join(str(cause).split())) from error
+        cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
+        raise UserError(" ".join(str(cause).partition("Config search path")[0].split())) from error
 
 
 def _typed(config: DictConfig) -> TrainConfig:
-    settings = OmegaConf.masked_copy(config, [k for k in config if k != "hydra"])
-    checked = typed(settings)
+    checked = typed(OmegaConf.masked_copy(config, [str(k) for k in config if k != "hydra"]))
     for group in ("model", "solver", "gradient", "dataset"):
         name = getattr(checked, group).name
         if name not in options(group):

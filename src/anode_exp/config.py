@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, fields, is_dataclass
-from typing import Any
+from typing import Any, get_type_hints
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -31,7 +31,7 @@ NORM_NAMES = ("batch", "group", "layer", "none")
 ACTIVATION_NAMES = ("relu", "leaky_relu", "softplus", "gelu")
 
 
-@dataclass
+@dataclass(kw_only=True)
 class ModelConfig:
     name: str
     block: str = _one_of("ode", "residual")
@@ -42,18 +42,18 @@ class ModelConfig:
     width: float | None = field(default=None, metadata={"above": 0})
 
 
-@dataclass
+@dataclass(kw_only=True)
 class SolverConfig:
     name: str
     n_steps: int = _at_least(1)
 
 
-@dataclass
+@dataclass(kw_only=True)
 class GradientConfig:
     name: str
 
 
-@dataclass
+@dataclass(kw_only=True)
 class DatasetConfig:
     name: str
     root: str
@@ -67,7 +67,7 @@ class DatasetConfig:
     std: list[float]
 
 
-@dataclass
+@dataclass(kw_only=True)
 class RecipeConfig:
     name: str
     epochs: int = _at_least(1)
@@ -81,7 +81,7 @@ class RecipeConfig:
     gamma: float = _above(0)
 
 
-@dataclass
+@dataclass(kw_only=True)
 class RuntimeConfig:
     device: str = _one_of("auto", "cuda", "cpu")
     precision: str = _one_of("fp32", "tf32", "bf16")
@@ -89,7 +89,7 @@ class RuntimeConfig:
     check_every: int = _at_least(1)
 
 
-@dataclass
+@dataclass(kw_only=True)
 class TrainConfig:
     model: ModelConfig
     solver: SolverConfig
@@ -101,9 +101,19 @@ class TrainConfig:
 
 
 def _expected(annotation: str) -> str:
+    """A type in the words of an error message."""
     words = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "a word"}
+    words |= {"list[int]": "a list of whole numbers", "list[float]": "a list of numbers"}
     base, _, optional = annotation.partition(" | ")
-    return words.get(base, base) + (" or null" if optional else "")
+    return words[base] + (" or null" if optional else "")
+
+
+def _expected_at(key: str) -> str | None:
+    """What the setting at a dotted key may be; None if there is none."""
+    group, _, leaf = key.split("[")[0].rpartition(".")
+    schema = get_type_hints(TrainConfig).get(group) if group else TrainConfig
+    types = {f.name: str(f.type) for f in fields(schema)} if schema else {}
+    return _expected(types[leaf]) if leaf in types else None
 
 
 def _check(config: Any, path: str = "") -> None:
@@ -135,23 +145,18 @@ def typed(config: DictConfig) -> TrainConfig:
     Raises:
         UserError: for a value of the wrong type, out of range, or against another setting.
     """
-    schema = OmegaConf.structured(TrainConfig)
     try:
-        checked: TrainConfig = OmegaConf.to_object(OmegaConf.merge(schema, config))  # type: ignore[assignment]
+        plain = OmegaConf.create(OmegaConf.to_container(config, resolve=True))
+    except OmegaConfBaseException as error:  # an interpolation that leads nowhere
+        raise UserError(f"{error.full_key}: {str(error.msg or error).splitlines()[0]}") from error
+    try:
+        checked: TrainConfig = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(TrainConfig), plain))  # type: ignore[assignment]
     except OmegaConfBaseException as error:
         key = error.full_key or "configuration"
-        value = OmegaConf.select(config, key) if error.full_key else None
-        node = TrainConfig
-        *parents, leaf = key.split("[")[0].split(".")
-        annotation = ""
-        try:
-            for parent in parents:
-                node = {f.name: globals()[str(f.type)] for f in fields(node)}[parent]
-            annotation = {f.name: str(f.type) for f in fields(node)}[leaf]
-        except KeyError:
-            pass
-        reason = f"give {_expected(annotation)}" if annotation else str(error.msg).splitlines()[0]
-        raise UserError(f"{key}={value}: {reason}") from error
+        value = OmegaConf.select(plain, key) if error.full_key else None
+        expected = _expected_at(key)
+        reason = f"give {expected}" if expected else str(error.msg).splitlines()[0]
+        raise UserError(f"{key}={'null' if value is None else value}: {reason}") from error
     _check(checked)
     if len(checked.dataset.mean) != 3 or len(checked.dataset.std) != 3 or min(checked.dataset.std) <= 0:
         raise UserError("dataset.mean and dataset.std: give three numbers each, one a channel, std above 0")
@@ -160,6 +165,6 @@ def typed(config: DictConfig) -> TrainConfig:
     if checked.model.width is not None and not (checked.model.width * 8).is_integer():
         raise UserError(f"model.width={checked.model.width}: give a multiple of 1/8, such as 0.5, 1 or 2")
     if checked.model.block == "residual":
-        checked.solver = SolverConfig("euler", 1)
-        checked.gradient = GradientConfig("full_backprop")
+        checked.solver = SolverConfig(name="euler", n_steps=1)
+        checked.gradient = GradientConfig(name="full_backprop")
     return checked

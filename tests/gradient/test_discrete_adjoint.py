@@ -48,7 +48,7 @@ def test_gradcheck(mode, tableau):
     assert torch.autograd.gradcheck(solve, (y0, w, v))
 
 
-@pytest.mark.parametrize(("tableau", "n_steps", "norm"), itertools.product(TABLEAUX, (1, 3), NORMS))
+@pytest.mark.parametrize(("tableau", "n_steps", "norm"), [*itertools.product(TABLEAUX, (1, 3), NORMS)])
 def test_squeezenext_to_the_last_bit(tableau, n_steps, norm):
     def network_of(mode):
         torch.manual_seed(0)
@@ -71,7 +71,9 @@ def test_resnet18_to_the_last_bit(tableau, n_steps, norm):
     assert_same_bits(network_of, torch.randn(2, 3, 32, 32, dtype=torch.float64))
 
 
-@pytest.mark.parametrize(("mode", "tableau"), [(m, t) for m in EXACT for t in ("rk2", "dopri5") if m != "full_backprop"])
+@pytest.mark.parametrize(
+    ("mode", "tableau"), [(m, t) for m in EXACT for t in ("rk2", "dopri5") if m != "full_backprop"]
+)
 def test_fifty_training_steps_to_the_last_bit(mode, tableau):
     """Weights, momentum and buffers after 50 steps of the real training step on augmented images."""
     generator = torch.Generator().manual_seed(0)
@@ -203,7 +205,9 @@ def test_a_gradient_survives_a_graph_that_is_not_freed(mode):
     """Two backward passes through the same graph give the same gradient twice."""
     module = Field()
     field = VectorField(module)
-    y1 = GRADIENT_MODES[mode]().solve(field, torch.ones(3, dtype=torch.float64), field.theta, TimeGrid(2), solver("rk2"))
+    y1 = GRADIENT_MODES[mode]().solve(
+        field, torch.ones(3, dtype=torch.float64), field.theta, TimeGrid(2), solver("rk2")
+    )
     y1.sum().backward(retain_graph=True)
     once = module.w.grad.clone()
     y1.sum().backward()

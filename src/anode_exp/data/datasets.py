@@ -29,7 +29,7 @@ def _cifar(dataset: type[CIFAR10], name: str) -> Loader:
                 "point dataset.root or ANODE_DATA at it, or allow the download"
             )
         try:
-            # Files that are there are checked first: a corrupt one is the user's to see, not ours to replace in silence.
+            # Files already there are checked, never replaced: a corrupt one is the user's to see.
             parts = [dataset(str(root), train=train, download=absent) for train in (True, False)]
         except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
             raise UserError(

@@ -122,9 +122,7 @@ DOPRI5 = ButcherTableau(
     c=(0.0, 1 / 5, 3 / 10, 4 / 5, 8 / 9, 1.0, 1.0),
     order=5,
     reference="Dormand and Prince, J. Comput. Appl. Math. 6(1), 1980; the RK45 of ANODE's adaptive runs",
-    b_error=_difference(
-        _DOPRI5_B, (5179 / 57600, 0.0, 7571 / 16695, 393 / 640, -92097 / 339200, 187 / 2100, 1 / 40)
-    ),
+    b_error=_difference(_DOPRI5_B, (5179 / 57600, 0.0, 7571 / 16695, 393 / 640, -92097 / 339200, 187 / 2100, 1 / 40)),
 )
 
 TABLEAUX: dict[str, ButcherTableau] = {t.name: t for t in (EULER, RK2, HEUN, BOSH3, RK4, DOPRI5)}

@@ -63,7 +63,9 @@ class VectorField:
             self.evaluations.forward += 1
         own = dict(self.module.named_parameters())
         if len(own) != len(theta):
-            raise ValueError(f"theta has {len(theta)} entries, the vector field {len(own)} parameters; pass one for each")
+            raise ValueError(
+                f"theta has {len(theta)} entries, the vector field {len(own)} parameters; pass one for each"
+            )
         if all(given is p for given, p in zip(theta, own.values(), strict=True)):
             dy = self.module(t, y)
         else:

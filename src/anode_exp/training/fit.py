@@ -100,9 +100,7 @@ def fit(
             outcome.epochs += 1
             lr = float(optimizer.param_groups[0]["lr"])
             started = time.perf_counter()
-            batches = EpochBatches(
-                images.train, recipe.batch_size, augmentation, normalise, seed, epoch=outcome.epochs
-            )
+            batches = EpochBatches(images.train, recipe.batch_size, augmentation, normalise, seed, epoch=outcome.epochs)
             n_steps = min(len(batches), total_steps - outcome.steps)
             losses = torch.full((n_steps,), math.nan, device=device)
             correct = torch.zeros((), dtype=torch.long, device=device)

@@ -58,7 +58,9 @@ def versions() -> dict[str, str | None]:
             return None
 
     packages = ("anode_exp", "torch", "torchvision", "hydra-core", "omegaconf")
-    cuda = {"cuda": torch.version.cuda, "cudnn": str(torch.backends.cudnn.version())} if torch.cuda.is_available() else {}
+    cuda = (
+        {"cuda": torch.version.cuda, "cudnn": str(torch.backends.cudnn.version())} if torch.cuda.is_available() else {}
+    )
     return {"python": platform.python_version(), **{p: of(p) for p in packages}, **cuda}
 
 
@@ -71,7 +73,9 @@ def commit() -> str | None:
         return subprocess.run(command, check=True, capture_output=True, text=True, timeout=10).stdout.strip()
 
     try:
-        git("ls-files", "--error-unmatch", here.name)  # an installed copy inside another repository is not of its commit
+        git(
+            "ls-files", "--error-unmatch", here.name
+        )  # an installed copy inside another repository is not of its commit
         return git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain", "--untracked-files=no") else "")
     except (OSError, subprocess.SubprocessError):
         return None
@@ -159,7 +163,7 @@ class RunRecord:
         }
         # SummaryWriter.add_hparams would open a directory of its own; the same three summaries belong in this one.
         for summary in hparams({**flat, "seed": self.config.seed}, numbers):
-            self._events.file_writer.add_summary(summary)
+            self._events._get_file_writer().add_summary(summary)
         for tag, value in numbers.items():
             self._events.add_scalar(tag, value, results["epochs"])
         self.close()

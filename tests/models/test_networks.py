@@ -1,0 +1,115 @@
+import math
+
+import pytest
+import torch
+from conftest import make_ode_block
+from torch import nn
+
+from anode_exp.models import ACTIVATIONS, MODELS, NORMS, OdeBlock, count_parameters, ode_blocks
+
+
+@pytest.mark.parametrize(
+    ("name", "total", "in_blocks"), [("squeezenext", 461_466, 199_800), ("resnet18", 11_173_962, 6_270_720)]
+)
+def test_parameter_counts_of_the_published_code(name, total, in_blocks):
+    network = MODELS[name](10, make_ode_block())
+    assert count_parameters(network) == {"total": total, "ode_blocks": in_blocks}
+    assert len(list(ode_blocks(network))) == 4
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("classes", [10, 100])
+def test_output_shape(name, classes):
+    network = MODELS[name](classes, make_ode_block())
+    assert network(torch.randn(2, 3, 32, 32)).shape == (2, classes)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("blocks", [0, 1, 3])
+def test_blocks_per_stage(name, blocks):
+    network = MODELS[name](10, make_ode_block(), blocks_per_stage=blocks)
+    assert len(list(ode_blocks(network))) == 4 * blocks
+    one = count_parameters(MODELS[name](10, make_ode_block()))["ode_blocks"]
+    assert count_parameters(network)["ode_blocks"] == blocks * one
+    assert network(torch.randn(2, 3, 32, 32)).shape == (2, 10)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_norms_and_activations_train(name, norm, activation):
+    network = MODELS[name](10, make_ode_block(), norm=norm, field_norm=norm, activation=activation)
+    network(torch.randn(2, 3, 32, 32)).square().sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in network.parameters())
+    kinds = {"batch": nn.BatchNorm2d, "group": nn.GroupNorm, "layer": nn.GroupNorm, "none": nn.Identity}
+    assert any(isinstance(m, kinds[norm]) for m in network.modules())
+
+
+def test_the_norm_of_f_may_differ_from_the_networks():
+    network = MODELS["resnet18"](10, make_ode_block(), norm="batch", field_norm="none")
+    inside = [m for b in ode_blocks(network) for m in b.modules()]
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in inside)
+    assert any(isinstance(m, nn.BatchNorm2d) for m in network.modules())
+
+
+@pytest.mark.parametrize("channels", [2, 8, 16, 24, 64, 512])
+def test_layer_norm_is_over_the_whole_image_and_groups_divide(channels):
+    y = torch.randn(2, channels, 4, 4)
+    torch.testing.assert_close(NORMS["layer"](channels)(y), nn.functional.layer_norm(y, y.shape[1:]))
+    group = NORMS["group"](channels)
+    assert channels % group.num_groups == 0 and channels // group.num_groups >= min(8, channels)
+    assert NORMS["group"](512).num_groups == 32
+
+
+@pytest.mark.parametrize(("width", "factor"), [(0.5, 0.25), (2.0, 4.0)])
+def test_width_scales_the_channels(width, factor):
+    network = MODELS["squeezenext"](10, make_ode_block(), width=width)
+    assert count_parameters(network)["ode_blocks"] / 199_800 == pytest.approx(factor, rel=0.05)
+    assert network(torch.randn(2, 3, 32, 32)).shape == (2, 10)
+
+
+@pytest.mark.parametrize("width", [0.0, -1.0, 0.3])
+def test_a_width_without_whole_channels_is_refused(width):
+    with pytest.raises(ValueError, match="width is"):
+        MODELS["squeezenext"](10, make_ode_block(), width=width)
+
+
+def test_one_euler_step_is_the_residual_block():
+    torch.manual_seed(0)
+    f = nn.Conv2d(4, 4, 3, padding=1)
+
+    class Autonomous(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = f
+
+        def forward(self, t, y):
+            return self.conv(y)
+
+    y = torch.randn(2, 4, 8, 8)
+    assert torch.equal(make_ode_block("full_backprop", "euler", 1)(Autonomous())(y), y + f(y))
+
+
+def test_initialisation_of_the_published_code():
+    """Xavier uniform of gain √2 for convolutions with a bias: a bound of √2·√(6/(fan_in + fan_out))."""
+    torch.manual_seed(0)
+    network = MODELS["squeezenext"](10, make_ode_block())
+    for conv in (m for m in network.modules() if isinstance(m, nn.Conv2d)):
+        fan_in, fan_out = nn.init._calculate_fan_in_and_fan_out(conv.weight)
+        bound = math.sqrt(2) * math.sqrt(6 / (fan_in + fan_out))
+        assert not conv.bias.any()
+        assert conv.weight.abs().max() <= bound
+        assert conv.weight.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.2)
+    for norm in (m for m in network.modules() if isinstance(m, nn.BatchNorm2d)):
+        assert (norm.weight == 1).all() and not norm.bias.any()
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_f_has_the_layers_of_the_reference(name):
+    network = MODELS[name](10, make_ode_block())
+    block = next(ode_blocks(network))
+    assert isinstance(block, OdeBlock)
+    kernels = [tuple(m.kernel_size) for m in block.modules() if isinstance(m, nn.Conv2d)]
+    expected = {"squeezenext": [(1, 1), (1, 1), (1, 3), (3, 1), (1, 1)], "resnet18": [(3, 3), (3, 3)]}
+    assert kernels == expected[name]
+    assert isinstance(list(block.f)[-1], nn.ReLU), "f ends in its ReLU"

@@ -1,0 +1,166 @@
+"""Every configuration composes and builds; every mistake gets one clear line."""
+
+import pytest
+import torch
+
+from anode_exp.build import build_model, build_optimizer, build_schedule
+from anode_exp.composition import CONF, groups, jobs, options, path_safe
+from anode_exp.errors import UserError
+from anode_exp.gradient import GRADIENT_MODES
+from anode_exp.models import MODELS, ode_blocks
+from anode_exp.ode import TABLEAUX
+
+
+def one(*overrides):
+    (config,) = jobs(list(overrides), multirun=False)
+    return config
+
+
+def test_defaults():
+    config = one()
+    assert config.model.name == "resnet18" and config.model.block == "ode" and config.model.blocks_per_stage == 1
+    assert (config.solver.name, config.solver.n_steps) == ("euler", 2)
+    assert config.gradient.name == "dto_checkpoint"
+    assert config.dataset.name == "cifar10" and config.dataset.validation_size == 0 and config.dataset.download
+    recipe = config.recipe
+    assert (recipe.name, recipe.epochs, recipe.batch_size, recipe.test_batch_size) == ("paper", 350, 256, 128)
+    assert (recipe.lr, recipe.momentum, recipe.weight_decay) == (0.1, 0.9, 5e-4)
+    assert (recipe.milestones, recipe.gamma) == ([150, 250], 0.1)
+    assert config.seed == 0
+
+
+@pytest.mark.parametrize(
+    ("group", "name"), [(g, n) for g in groups() for n in options(g)], ids=lambda value: str(value).replace("/", "-")
+)
+def test_every_option_composes_and_builds(group, name):
+    config = one(f"{group}={name}")
+    network = build_model(config.model, config.solver, config.gradient, num_classes=10)
+    assert len(list(ode_blocks(network))) == 4
+    build_schedule(build_optimizer(network, config.recipe), config.recipe)
+
+
+def test_every_name_in_code_has_its_configuration_and_the_other_way_round():
+    assert set(options("solver")) == set(TABLEAUX)
+    assert set(options("gradient")) == set(GRADIENT_MODES)
+    assert set(options("model")) == set(MODELS)
+    from anode_exp.data import DATASETS
+
+    assert set(options("dataset")) == set(DATASETS)
+
+
+def test_every_configuration_file_says_what_it_is():
+    for file in CONF.rglob("[!_]*.yaml"):
+        if "hydra/help" not in file.as_posix():
+            assert file.read_text().startswith("# "), file
+
+
+def test_the_model_gets_what_the_configuration_says():
+    config = one("model=squeezenext", "solver=rk4", "solver.n_steps=3", "gradient=reverse_adjoint", "model.width=2")
+    block = next(ode_blocks(build_model(config.model, config.solver, config.gradient, 10)))
+    assert block.solver.tableau.name == "rk4" and block.grid.n_steps == 3
+    assert isinstance(block.gradient, GRADIENT_MODES["reverse_adjoint"])
+    with torch.no_grad():
+        assert block.f[0].in_channels == 64
+
+
+def test_a_residual_block_says_that_it_is_one_euler_step():
+    config = one("model.block=residual", "solver=rk4", "gradient=reverse_adjoint")
+    assert (config.solver.name, config.solver.n_steps, config.gradient.name) == ("euler", 1, "full_backprop")
+
+
+def test_data_root_from_the_environment(monkeypatch):
+    monkeypatch.setenv("ANODE_DATA", "/somewhere/else")
+    assert one().dataset.root == "/somewhere/else"
+    assert one("dataset.root=here").dataset.root == "here"
+    monkeypatch.delenv("ANODE_DATA")
+    assert one().dataset.root == "data"
+
+
+def test_a_sweep_is_the_product_of_its_values():
+    configs = jobs(["model=resnet18,squeezenext", "solver.n_steps=1,2,4", "seed=1"], multirun=True)
+    assert [(c.model.name, c.solver.n_steps) for c in configs] == [
+        (m, n) for m in ("resnet18", "squeezenext") for n in (1, 2, 4)
+    ]
+    assert all(c.seed == 1 for c in configs)
+
+
+WRONG = {
+    "model=resnet19": "there is no such model; choose one of resnet18, squeezenext; did you mean resnet18?",
+    "solver=rk5": "choose one of bosh3, dopri5, euler, heun, rk2, rk4",
+    "gradient=adjoint": "full_backprop, reverse_adjoint; did you mean reverse_adjoint?",
+    "dataset=cifar": "choose one of cifar10, cifar100, digits, fake; did you mean cifar10",
+    "recipe=": "recipe=: there is no such recipe; choose one of paper",
+    "experiment=digit": "there is no such experiment; choose one of digits; did you mean digits?",
+    "solver.n_steps=abc": "solver.n_steps=abc: give a whole number",
+    "solver.n_steps=2.5": "solver.n_steps=2.5: give a whole number",
+    "solver.n_steps=0": "solver.n_steps=0: give a whole number, at least 1",
+    "solver.n_steps=-1": "solver.n_steps=-1: give a whole number, at least 1",
+    "solver.n_steps=null": "solver.n_steps=null: give a whole number",
+    "solver.n_steps=1,2": "solver.n_steps=1,2: names several values; add -m for a sweep over them",
+    "solver.nsteps=4": "no such setting; there are solver.name, solver.n_steps; did you mean solver.n_steps?",
+    "+solver.nsteps=4": "solver.nsteps: there is no such setting",
+    "+solver.n_steps=4": "settings can be changed, not added or removed; write solver.n_steps=VALUE",
+    "~solver.n_steps": "settings can be changed, not added or removed",
+    "+model.width=2": "model.width: there is no such setting",
+    "~model": "~model: a run needs a model; choose one of resnet18",
+    "model=null": "model=None: there is no such model",
+    "model.norm=${nowhere}": "model.norm: Interpolation key 'nowhere' not found",
+    "hydra/launcher=none": "Could not find 'hydra/launcher/none'",
+    "lr=0.1": "lr: there is no such setting",
+    "recipe.lr=fast": "recipe.lr=fast: give a number",
+    "recipe.lr=-1": "recipe.lr=-1.0: give a number, at least 0",
+    "recipe.lr=nan": "recipe.lr=nan: give a finite number",
+    "recipe.milestones=[a]": "recipe.milestones[0]=a: give a list of whole numbers",
+    "recipe.epochs=0": "recipe.epochs=0: give a whole number, at least 1",
+    "recipe.max_steps=0": "recipe.max_steps=0: give a whole number or null, at least 1",
+    "model.block=odd": "model.block=odd: choose one of ode, residual",
+    "model.norm=instance": "model.norm=instance: choose one of batch, group, layer, none",
+    "model.activation=tanh": "choose one of relu, leaky_relu, softplus, gelu",
+    "model.width=2": "model.width: there is no such setting",
+    "model.name=vgg": "model.name=vgg: choose one of resnet18, squeezenext, as model=NAME",
+    "runtime.device=tpu": "runtime.device=tpu: choose one of auto, cuda, cpu",
+    "runtime.precision=fp16": "choose one of fp32, tf32, bf16",
+    "dataset.train_size=-5": "dataset.train_size=-5: give a whole number or null, at least 1",
+    "dataset.download=maybe": "dataset.download=maybe: give true or false",
+    "dataset.std=[0,1,1]": "dataset.mean and dataset.std: give three numbers each",
+    "seed=-1": "seed=-1: give a whole number, at least 0",
+    "seed=99999999999": "seed=99999999999: give a whole number below",
+    "banana": "banana: not a setting; settings are key=value",
+    "model=[": "cannot be read as key=value",
+    "dataset=": "dataset=: there is no such dataset",
+}
+
+
+@pytest.mark.parametrize("override", WRONG)
+def test_a_mistake_gets_one_clear_line(override):
+    with pytest.raises(UserError) as raised:
+        jobs([override], multirun=False)
+    message = str(raised.value)
+    assert WRONG[override] in message
+    assert "\n" not in message
+
+
+def test_a_mistake_in_any_job_of_a_sweep_is_found_before_the_first_runs():
+    with pytest.raises(UserError, match="solver=rk5"):
+        jobs(["solver=rk2,rk5"], multirun=True)
+    with pytest.raises(UserError, match=r"solver\.n_steps=0"):
+        jobs(["solver.n_steps=1,0"], multirun=True)
+
+
+def test_a_width_between_eighths():
+    with pytest.raises(UserError, match=r"model.width=0.3: give a multiple of 1/8"):
+        jobs(["model=squeezenext", "model.width=0.3"], multirun=False)
+
+
+@pytest.mark.parametrize("multirun", [False, True])
+def test_a_folder_in_use_is_refused(tmp_path, multirun):
+    (tmp_path / "results.json").write_text("{}")
+    key = "hydra.sweep.dir" if multirun else "hydra.run.dir"
+    with pytest.raises(UserError, match="nothing is overwritten"):
+        jobs([f"{key}={tmp_path}"], multirun)
+
+
+def test_names_of_jobs_need_no_quoting():
+    assert path_safe("model=resnet18,solver.n_steps=4") == "model=resnet18,solver.n_steps=4"
+    assert path_safe("a=[1, 'b']/$c d") == "a=-1,--b----c-d"
+    assert len(path_safe("x" * 1000)) < 200

@@ -1,0 +1,147 @@
+"""Whole runs on little data: records, schedule, divergence, signals."""
+
+import json
+import math
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from anode_exp.composition import jobs
+from anode_exp.errors import UserError
+from anode_exp.train import train
+from anode_exp.training import fit as fit_module
+
+SMALL = [
+    "dataset=fake", "dataset.train_size=40", "dataset.test_size=20", "model=squeezenext", "model.width=0.25",
+    "recipe.batch_size=16", "recipe.epochs=2", "runtime.device=cpu",
+]  # fmt: skip
+
+
+def run(directory: Path, *overrides: str) -> dict:
+    (config,) = jobs([*SMALL, *overrides], multirun=False)
+    return train(config, directory)
+
+
+def lines(directory: Path) -> list[dict]:
+    return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_run_leaves_its_records(tmp_path):
+    run(tmp_path / "run", "solver=rk2", "recipe.milestones=[1]", "seed=3", "dataset.validation_size=20")
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert results["status"] == "completed"
+    assert (results["epochs"], results["steps"], results["seed"]) == (2, 6, 3)
+    assert set(results["wall_time_s"]) == {"train", "evaluation", "total", "first_step"}
+    assert (
+        results["wall_time_s"]["total"] >= results["wall_time_s"]["train"] >= results["wall_time_s"]["first_step"] > 0
+    )
+    assert results["nfe"] == {"forward": 16, "backward": 16}  # 4 blocks of 2 steps of 2 stages
+    assert results["peak_memory_bytes"] > 10**6 and results["peak_memory_kind"] == "live_tensor_bytes"
+    assert results["parameters"]["ode_blocks"] > 0
+    assert results["images_per_s"] > 0
+    assert results["versions"]["torch"] == torch.__version__.split("+")[0]
+    assert {"device", "commit", "dataset_bytes", "best_epoch"} <= set(results)
+
+    epochs = lines(tmp_path / "run")
+    assert [e["epoch"] for e in epochs] == [1, 2]
+    assert [e["lr"] for e in epochs] == pytest.approx([0.1, 0.01])
+    assert [len(e["step_losses"]) for e in epochs] == [3, 3]
+    weighted = sum(w * x for w, x in zip((16, 16, 8), epochs[1]["step_losses"], strict=True)) / 40
+    assert results["train_loss"] == pytest.approx(weighted) == epochs[1]["train_loss"]
+    assert results["test_accuracy"] == epochs[1]["test_accuracy"]
+    assert results["best_test_accuracy"] == max(e["test_accuracy"] for e in epochs)
+    assert results["validation_accuracy"] == epochs[1]["validation_accuracy"]
+
+    assert "name: squeezenext" in (tmp_path / "run" / "config.yaml").read_text()
+    for name in ("last", "best"):
+        state = torch.load(tmp_path / "run" / "checkpoints" / f"{name}.pt", weights_only=True)
+        assert {"network", "optimizer", "schedule", "epoch", "steps"} <= set(state)
+    assert not list((tmp_path / "run").rglob("*.partial"))
+
+
+def test_tensorboard_shows_curves_and_hyperparameters(tmp_path):
+    run(tmp_path)
+    events = EventAccumulator(str(tmp_path)).Reload()
+    scalars = events.Tags()["scalars"]
+    for tag in (
+        "loss/train", "accuracy/test", "learning_rate", "peak_memory_bytes", "epoch_time_s/train",
+        "nfe_per_step/forward", "hparam/test_accuracy",
+    ):  # fmt: skip
+        assert tag in scalars, tag
+    assert [e.step for e in events.Scalars("accuracy/test")] == [1, 2]
+    assert [e.step for e in events.Scalars("train_step/loss")] == [1, 2, 3, 4, 5, 6]
+    assert "_hparams_/session_start_info" in events.summary_metadata
+    assert len(list(tmp_path.rglob("events.out.tfevents.*"))) == 1
+
+
+def test_the_same_seed_gives_the_same_run_and_another_does_not(tmp_path):
+    first, second, other = (run(tmp_path / n, f"seed={s}") for n, s in (("a", 0), ("b", 0), ("c", 1)))
+    assert first["train_loss"] == second["train_loss"] != other["train_loss"]
+
+
+def test_max_steps_ends_the_run_early(tmp_path):
+    results = run(tmp_path, "recipe.max_steps=4")
+    assert (results["steps"], results["epochs"], results["status"]) == (4, 2, "completed")
+    assert [e["steps"] for e in lines(tmp_path)] == [3, 4]
+
+
+def test_divergence_is_a_result(tmp_path):
+    results = run(tmp_path, "recipe.lr=1e30", "runtime.check_every=2", "recipe.batch_size=4", "recipe.epochs=5")
+    assert results["status"] == "diverged" and results["signal"] is None
+    recorded = lines(tmp_path)
+    assert len(recorded) == 1, "it ended in the first epoch"
+    first_bad = next(i for i, loss in enumerate(recorded[0]["step_losses"]) if loss is None or not math.isfinite(loss))
+    assert len(recorded[0]["step_losses"]) - first_bad <= 2, "at most check_every steps late"
+    written = json.loads((tmp_path / "results.json").read_text(), parse_constant=pytest.fail)
+    assert written["train_loss"] is None and written["status"] == "diverged"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_run_after_its_step(tmp_path, monkeypatch, number):
+    whole_step = fit_module.train_step
+    taken = []
+
+    def step(*args):
+        taken.append(1)
+        if len(taken) == 2:
+            os.kill(os.getpid(), number)
+        return whole_step(*args)
+
+    monkeypatch.setattr(fit_module, "train_step", step)
+    before = signal.getsignal(number)
+    results = run(tmp_path)
+    assert results["status"] == "interrupted" and results["signal"] == number
+    assert len(taken) == results["steps"] == 2
+    assert json.loads((tmp_path / "results.json").read_text())["status"] == "interrupted"
+    assert signal.getsignal(number) is before
+
+
+def test_two_runs_never_share_a_directory(tmp_path):
+    run(tmp_path)
+    before = {f: f.read_bytes() for f in tmp_path.rglob("*") if f.is_file()}
+    with pytest.raises(UserError, match="already holds a run"):
+        run(tmp_path)
+    assert {f: f.read_bytes() for f in tmp_path.rglob("*") if f.is_file()} == before
+
+
+def test_the_residual_baseline_is_one_euler_step(tmp_path):
+    results = run(tmp_path, "model.block=residual", "solver=rk4", "solver.n_steps=7")
+    assert results["nfe"] == {"forward": 4, "backward": 0}
+    assert "n_steps: 1" in (tmp_path / "config.yaml").read_text()
+
+
+@pytest.mark.cifar
+def test_real_cifar_images_are_trained_on(cifar_root, tmp_path):
+    """A few steps on real images: the loss of the first ten classes starts at ln 10 and falls."""
+    (config,) = jobs(
+        [*SMALL[3:], "dataset=cifar10", f"dataset.root={cifar_root}", "dataset.download=false",
+         "dataset.train_size=200", "dataset.test_size=100", "recipe.epochs=6", "recipe.lr=0.05"],
+        multirun=False,
+    )  # fmt: skip
+    results = train(config, tmp_path)
+    assert lines(tmp_path)[0]["step_losses"][0] == pytest.approx(math.log(10), abs=0.5)
+    assert results["train_loss"] < lines(tmp_path)[0]["train_loss"] - 0.1

@@ -1,0 +1,102 @@
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import make_ode_block
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from anode_exp.data import Augmentation, EpochBatches, Normalisation, Split
+from anode_exp.gradient import GRADIENT_MODES
+from anode_exp.models import MODELS
+from anode_exp.ode import TABLEAUX
+from anode_exp.training.train_step import autocast_for, evaluate, train_step
+
+CPU = torch.device("cpu")
+
+
+class NoHostRead(TorchDispatchMode):
+    """Refuses the operator behind item(), bool() and float() of a tensor: on CUDA it waits for the device."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten._local_scalar_dense.default:
+            raise AssertionError("a tensor's value was read on the host")
+        return func(*args, **(kwargs or {}))
+
+
+def batches(n=8, batch_size=4):
+    split = Split(torch.randint(0, 256, (n, 32, 32, 3), dtype=torch.uint8), torch.arange(n) % 10)
+    return EpochBatches(split, batch_size, Augmentation(4, True), Normalisation([0.5] * 3, [0.25] * 3, CPU), 0, 1)
+
+
+def network(mode="dto_checkpoint", tableau="rk2", model="squeezenext"):
+    torch.manual_seed(0)
+    kwargs = {"width": 0.25} if model == "squeezenext" else {}
+    return MODELS[model](10, make_ode_block(mode, tableau), **kwargs)
+
+
+def sgd(net):
+    return torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
+
+
+def test_the_guard_works():
+    with NoHostRead(), pytest.raises(AssertionError, match="read on the host"):
+        bool(torch.ones(1) > 0)
+
+
+@pytest.mark.parametrize("mode", GRADIENT_MODES)
+@pytest.mark.parametrize("tableau", TABLEAUX)
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_nothing_is_read_on_the_host(mode, tableau, precision):
+    """Batch, forward, backward and optimiser, two steps: the optimiser's state is made in the first."""
+    net = network(mode, tableau)
+    optimizer, epoch = sgd(net), batches()
+    with NoHostRead():
+        for images, labels in epoch:
+            train_step(net, optimizer, autocast_for(precision, CPU), images, labels)
+
+
+@pytest.mark.parametrize("mode", GRADIENT_MODES)
+def test_nothing_is_read_on_the_host_of_a_resnet(mode):
+    net = network(mode, "euler", "resnet18")
+    with NoHostRead():
+        train_step(net, sgd(net), autocast_for("fp32", CPU), torch.randn(2, 3, 32, 32), torch.arange(2))
+
+
+def test_one_step_is_sgd_written_out():
+    net = network("full_backprop")
+    twin = copy.deepcopy(net)
+    images, labels = next(iter(batches()))
+    optimizer = sgd(net)
+    loss, correct = train_step(net, optimizer, autocast_for("fp32", CPU), images, labels)
+    out = twin(images)
+    expected = F.cross_entropy(out, labels)
+    expected.backward()
+    assert torch.equal(loss, expected.detach()) and not loss.requires_grad
+    assert int(correct) == int((out.argmax(1) == labels).sum())
+    for p, q in zip(net.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(p, q - 0.1 * (q.grad + 5e-4 * q), rtol=1e-6, atol=1e-7)
+
+
+def test_bf16_trains_float32_weights():
+    net = network()
+    images, labels = next(iter(batches()))
+    loss, _ = train_step(net, sgd(net), autocast_for("bf16", CPU), images, labels)
+    exact, _ = train_step(network(), sgd(net), autocast_for("fp32", CPU), images, labels)
+    assert loss.dtype == torch.float32 and all(p.dtype == torch.float32 for p in net.parameters())
+    assert loss != exact and abs(loss - exact) < 0.1
+
+
+def test_evaluation_uses_running_statistics_and_changes_nothing():
+    net = network()
+    data = list(batches(n=10))
+    net(data[0][0])  # running statistics of one batch
+    before = {k: v.clone() for k, v in net.state_dict().items()}
+    loss, accuracy = evaluate(net, autocast_for("fp32", CPU), data)
+    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
+    assert net.training
+    net.eval()
+    with torch.no_grad():
+        logits, labels = torch.cat([net(x) for x, _ in data]), torch.cat([y for _, y in data])
+    assert loss == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-5)
+    assert accuracy == pytest.approx((logits.argmax(1) == labels).float().mean().item())
