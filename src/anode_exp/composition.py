@@ -70,7 +70,8 @@ def jobs(overrides: list[str], multirun: bool) -> list[TrainConfig]:
         composed = [_compose(line) for line in lines]
     key = "hydra.sweep.dir" if multirun else "hydra.run.dir"
     directory = Path(OmegaConf.select(composed[0], key))
-    if directory.is_dir() and any(directory.iterdir()):
+    # What a start that failed leaves behind, such as one without its data, may be started over.
+    if directory.is_dir() and {entry.name for entry in directory.iterdir()} - {".hydra", "train.log"}:
         raise UserError(f"{key}={directory}: already holds files; nothing is overwritten, choose another folder")
     return [_typed(config) for config in composed]
 

@@ -124,10 +124,11 @@ def fit(
                     if outcome.signal is not None:
                         outcome.status = "interrupted"
                         break
-                    if (i + 1) % runtime.check_every == 0:  # the one read of the device between epochs
-                        if not bool(losses[: i + 1].isfinite().all()):
-                            outcome.status = "diverged"
-                            break
+                    check = (i + 1) % runtime.check_every == 0
+                    if check and not bool(losses[: i + 1].isfinite().all()):
+                        outcome.status = "diverged"
+                        break
+                    if check or device.type == "cpu":  # a read makes the host wait for a GPU, so seldom there
                         seen = sum(weights)
                         progress.set_postfix(
                             loss=f"{float(losses[i]):.3f}",
