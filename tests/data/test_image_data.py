@@ -38,6 +38,21 @@ def test_an_epoch_depends_on_seed_and_number_alone():
         assert not torch.equal(labels, stacked(epoch(seed=seed, number=number))[1])
 
 
+def test_seeds_and_epochs_do_not_run_into_each_other():
+    orders = {tuple(epoch(seed=s, number=e).order.tolist()) for s in range(30) for e in range(1, 11)}
+    assert len(orders) == 300
+
+
+def test_an_epoch_can_be_entered_at_any_batch():
+    whole = list(epoch())
+    for step in range(5):
+        rest = list(epoch().starting_at(step))
+        assert len(rest) == max(4 - step, 0)
+        assert all(
+            torch.equal(a, b) for x, y in zip(rest, whole[step:], strict=True) for a, b in zip(x, y, strict=True)
+        )
+
+
 def test_the_batch_size_changes_nothing_but_the_grouping():
     assert torch.equal(stacked(epoch(batch_size=16))[0], stacked(epoch(batch_size=50))[0])
 

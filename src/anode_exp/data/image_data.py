@@ -120,8 +120,9 @@ class EpochBatches:
         self.split, self.batch_size, self.normalise = split, batch_size, normalise
         self.flip = augmentation.flip
         device, n, pad = split.labels.device, len(split), augmentation.crop_padding
-        # Distinct (seed, epoch) give distinct generator seeds: an epoch is below 2³².
-        generator = torch.Generator(device).manual_seed((seed << 32) + epoch)
+        # The CPU's generator takes the low 32 bits of its seed. Multiples of 2³² divided by the golden ratio stay far
+        # apart there, so epochs of one seed do not run into those of another.
+        generator = torch.Generator(device).manual_seed((seed * 2654435769 + epoch) % 2**32)
         self.order = torch.randperm(n, generator=generator, device=device)
         self.offsets = torch.randint(-pad, pad + 1, (2, n, 1), generator=generator, device=device)
         self.flips = torch.rand((n, 1), generator=generator, device=device) < 0.5
@@ -130,9 +131,13 @@ class EpochBatches:
         return -(-len(self.split) // self.batch_size)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return self.starting_at(0)
+
+    def starting_at(self, step: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """The batches from the given one on."""
         size = self.split.images.shape[1]
         pixels = torch.arange(size, device=self.order.device)
-        for start in range(0, len(self.split), self.batch_size):
+        for start in range(step * self.batch_size, len(self.split), self.batch_size):
             batch = slice(start, start + self.batch_size)
             index = self.order[batch]
             # Source row and column of every output pixel; outside the image means black.
