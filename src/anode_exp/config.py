@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, fields, is_dataclass
-from typing import Any, get_type_hints
+from pathlib import Path
+from typing import Any, cast, get_type_hints
 
+import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -168,3 +170,20 @@ def typed(config: DictConfig) -> TrainConfig:
         checked.solver = SolverConfig(name="euler", n_steps=1)
         checked.gradient = GradientConfig(name="full_backprop")
     return checked
+
+
+def read_config(directory: Path) -> DictConfig:
+    """The resolved configuration of a recorded run.
+
+    Raises:
+        UserError: if the directory holds no run, or its configuration cannot be read.
+    """
+    path = directory / "config.yaml"
+    if not path.is_file():
+        raise UserError(
+            f"{directory}: holds no run (no config.yaml); give the folder of one, such as outputs/DATE/TIME"
+        )
+    try:
+        return cast(DictConfig, OmegaConf.load(path))
+    except (yaml.YAMLError, OSError) as error:
+        raise UserError(f"{path}: cannot be read ({' '.join(str(error).split())[:80]})") from error

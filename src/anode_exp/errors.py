@@ -1,5 +1,15 @@
-"""The one exception that means: the user can mend this. The command line prints it as one line and exits with 2."""
+"""The one exception that means: the user can mend this."""
+
+import sys
+from typing import NoReturn
 
 
 class UserError(Exception):
     """What was got, what is allowed, what to do next."""
+
+
+def fail(message: str) -> NoReturn:
+    """Answer a user's mistake: one line, exit code 2."""
+    sys.stdout.flush()
+    print(f"anode_exp: {message}", file=sys.stderr)
+    sys.exit(2)

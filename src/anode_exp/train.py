@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import time
 from pathlib import Path
@@ -19,42 +20,50 @@ from anode_exp.build import (
     build_schedule,
 )
 from anode_exp.config import TrainConfig
+from anode_exp.data import ImageData
+from anode_exp.errors import UserError
 from anode_exp.models import count_parameters
-from anode_exp.training.fit import Outcome, fit
+from anode_exp.training.checkpoints import Checkpoints
+from anode_exp.training.fit import Progress, Trainer, total_steps
 from anode_exp.training.peak_memory import PeakMemory
-from anode_exp.training.records import RunRecord, commit, device_name, versions
+from anode_exp.training.progress import log_to
+from anode_exp.training.records import RunRecord, commit, device_name, read_results, versions
 from anode_exp.training.train_step import set_float32_precision
 
 log = logging.getLogger(__name__)
 
 
-def train(config: TrainConfig, directory: Path) -> dict[str, Any]:
-    """Run a configuration in a directory of its own.
+def train(config: TrainConfig, directory: Path, resume: bool = False) -> dict[str, Any]:
+    """Run a configuration in a directory of its own, or go on with the run that is there.
 
     Returns:
-        What ``results.json`` holds.
+        What ``results.json`` holds, and ``signal``: the number of the one that interrupted, or None.
 
     Raises:
-        UserError: if the data are missing, the device is, or the directory holds a run already.
+        UserError: if the data are missing, the device is, or the directory holds a run already (to resume: none, or
+            one that has ended).
     """
     started = time.perf_counter()
+    log_to(directory)
     device = build_device(config.runtime)
     set_float32_precision(config.runtime.precision)
     images = build_data(config.dataset, device)
+    gc.collect()  # an earlier job of this process, failed perhaps, is no part of this one's memory
     memory = PeakMemory(device)
     torch.manual_seed(config.seed)
     memory_format = torch.channels_last if config.runtime.channels_last else torch.contiguous_format
     network = build_model(config.model, config.solver, config.gradient, images.num_classes)
     network = network.to(device, memory_format=memory_format)  # type: ignore[call-overload]
     optimizer = build_optimizer(network, config.recipe)
-    record = RunRecord(directory, config)
-    log.info(
-        f"{config.model.name} ({config.model.block} blocks), {config.solver.name}, {config.solver.n_steps} steps, "
-        f"{config.gradient.name}, {config.dataset.name} ({len(images.train)} images), seed {config.seed}, "
-        f"{device_name(device)}\n{directory}"
-    )
+
+    checkpoints = Checkpoints(directory / "checkpoints")
+    state = checkpoints.load() if resume else None
+    done = Progress() if state is None else Progress(**state["progress"])
+    if resume:
+        _check_can_go_on(directory, config, state, images)
+    record = RunRecord(directory, config, (done.epochs, done.steps) if resume else None)
     try:
-        outcome = fit(
+        trainer = Trainer(
             network,
             images,
             build_normalisation(config.dataset, device, memory_format),
@@ -66,10 +75,21 @@ def train(config: TrainConfig, directory: Path) -> dict[str, Any]:
             config.seed,
             memory,
             record,
+            checkpoints,
         )
+        if state is not None:
+            trainer.restore(state)
+        log.info(
+            f"{config.model.name} ({config.model.block} blocks), {config.solver.name}, {config.solver.n_steps} steps, "
+            f"{config.gradient.name}, {config.dataset.name} ({len(images.train)} images), seed {config.seed}, "
+            f"{device_name(device)}\n{directory}"
+        )
+        if resume:
+            log.info(f"going on after epoch {done.epochs}, step {done.steps}")
+        trainer.fit()
         results = {
-            **_summary(outcome),
-            "peak_memory_bytes": memory.peak_bytes,
+            "status": trainer.status,
+            **_summary(trainer.progress, config.recipe.batch_size),
             "peak_memory_kind": memory.kind,
             "reserved_memory_bytes": memory.reserved_bytes,
             "dataset_bytes": images.nbytes,
@@ -79,52 +99,74 @@ def train(config: TrainConfig, directory: Path) -> dict[str, Any]:
             "commit": commit(),
             "seed": config.seed,
         }
-        results["wall_time_s"]["total"] = time.perf_counter() - started
+        earlier = done.train_time_s + done.evaluation_time_s
+        results["wall_time_s"]["total"] = earlier + time.perf_counter() - started
         record.finish(results)
     finally:
         record.close()
-    log.info(_table(config, results))
-    return {**results, "signal": outcome.signal}
+    log.info(_table(results))
+    if trainer.status == "interrupted":
+        log.info(f"go on with: python -m anode_exp train resume={directory}")
+    return {**results, "signal": trainer.signal if trainer.status == "interrupted" else None}
 
 
-def _summary(outcome: Outcome) -> dict[str, Any]:
-    first = outcome.first_step_s or 0.0
+def _check_can_go_on(directory: Path, config: TrainConfig, state: dict[str, Any] | None, images: ImageData) -> None:
+    results, device = read_results(directory), images.train.labels.device
+    if results is not None and results["status"] == "diverged":
+        raise UserError(f"{directory}: diverged after {results['steps']} steps, and would again")
+    if state is None:  # stopped before its first checkpoint: from the beginning, then
+        return
+    steps = state["progress"]["steps"]
+    if state["epoch_part"] is None and steps >= total_steps(config.recipe, len(images.train)):
+        epochs = state["progress"]["epochs"]
+        raise UserError(
+            f"{directory}: has ended after {epochs} epochs; to go on, give recipe.epochs={2 * epochs} or so"
+        )
+    if state["device_type"] != device.type:
+        raise UserError(
+            f"{directory}: this run was on {state['device_type']}, here is {device.type}, where the same seed draws "
+            "other images; resume it on a machine of its kind"
+        )
+
+
+def _summary(progress: Progress, batch_size: int) -> dict[str, Any]:
+    first = progress.first_step_s or 0.0
     # The first step pays for warm-up and, on the CPU, for counting bytes: it has a figure of its own.
-    batch = outcome.images / max(outcome.steps, 1)
-    after_first = outcome.train_time_s - first
-    rate = (outcome.images - batch) / after_first if outcome.steps > 1 else outcome.images / outcome.train_time_s
+    images = progress.images - batch_size
+    rate = images / (progress.train_time_s - first) if images > 0 else None
     return {
-        "status": outcome.status,
-        "test_accuracy": outcome.test_accuracy,
-        "best_test_accuracy": outcome.best_test_accuracy,
-        "validation_accuracy": outcome.validation_accuracy,
-        "best_epoch": outcome.best_epoch,
-        "train_loss": outcome.train_loss,
-        "epochs": outcome.epochs,
-        "steps": outcome.steps,
+        "test_accuracy": progress.test_accuracy,
+        "best_test_accuracy": progress.best_test_accuracy,
+        "validation_accuracy": progress.validation_accuracy,
+        "best_epoch": progress.best_epoch,
+        "train_loss": progress.train_loss,
+        "epochs": progress.epochs,
+        "steps": progress.steps,
         "wall_time_s": {
-            "train": outcome.train_time_s,
-            "evaluation": outcome.evaluation_time_s,
+            "train": progress.train_time_s,
+            "evaluation": progress.evaluation_time_s,
             "first_step": first,
         },
         "images_per_s": rate,
-        "nfe": outcome.nfe,
+        "nfe": progress.nfe,
+        "peak_memory_bytes": progress.peak_memory_bytes,
     }
 
 
-def _table(config: TrainConfig, results: dict[str, Any]) -> str:
-    def percent(x: float | None) -> str:
-        return "–" if x is None else f"{x:.2%}"
+def _table(results: dict[str, Any]) -> str:
+    def shown(x: float | None, form: str) -> str:
+        return "–" if x is None else format(x, form)
 
-    loss = results["train_loss"]
     seconds, nfe = results["wall_time_s"], results["nfe"]
+    accuracy, best = (shown(results[k], ".2%") for k in ("test_accuracy", "best_test_accuracy"))
     rows = [
         ("status", f"{results['status']} after {results['epochs']} epochs, {results['steps']} steps"),
-        ("test accuracy", f"{percent(results['test_accuracy'])} (best {percent(results['best_test_accuracy'])})"),
-        ("training loss", "–" if loss is None else f"{loss:.4f}"),
+        ("test accuracy", f"{accuracy} (best {best})"),
+        ("training loss", shown(results["train_loss"], ".4f")),
         ("peak memory", f"{results['peak_memory_bytes'] / 1e6:,.1f} MB ({results['peak_memory_kind']})"),
         ("time", f"{seconds['train']:.1f} s training, {seconds['evaluation']:.1f} s evaluation"),
-        ("speed", f"{results['images_per_s']:,.0f} images/s"),
-        ("evaluations of f", f"{nfe['forward']:g} forward, {nfe['backward']:g} backward a step"),
+        ("speed", f"{shown(results['images_per_s'], ',.0f')} images/s"),
     ]
+    if nfe:
+        rows.append(("evaluations of f", f"{nfe['forward']:g} forward, {nfe['backward']:g} backward a step"))
     return "\n".join(f"  {name:<18}{value}" for name, value in rows)

@@ -22,7 +22,7 @@ SMALL = [
 
 
 def run(directory: Path, *overrides: str) -> dict:
-    (config,) = jobs([*SMALL, *overrides], multirun=False)
+    (config,) = jobs([*SMALL, *overrides], multirun=False).configs
     return train(config, directory)
 
 
@@ -59,7 +59,7 @@ def test_a_run_leaves_its_records(tmp_path):
     assert "name: squeezenext" in (tmp_path / "run" / "config.yaml").read_text()
     for name in ("last", "best"):
         state = torch.load(tmp_path / "run" / "checkpoints" / f"{name}.pt", weights_only=True)
-        assert {"network", "optimizer", "schedule", "epoch", "steps"} <= set(state)
+        assert {"network", "optimizer", "schedule", "progress", "random_state"} <= set(state)
     assert not list((tmp_path / "run").rglob("*.partial"))
 
 
@@ -72,7 +72,8 @@ def test_tensorboard_shows_curves_and_hyperparameters(tmp_path):
         "nfe_per_step/forward", "hparam/test_accuracy",
     ):  # fmt: skip
         assert tag in scalars, tag
-    assert [e.step for e in events.Scalars("accuracy/test")] == [1, 2]
+    assert [e.step for e in events.Scalars("accuracy/test")] == [3, 6]
+    assert [e.value for e in events.Scalars("epoch")] == [1, 2]
     assert [e.step for e in events.Scalars("train_step/loss")] == [1, 2, 3, 4, 5, 6]
     assert "_hparams_/session_start_info" in events.summary_metadata
     assert len(list(tmp_path.rglob("events.out.tfevents.*"))) == 1
@@ -114,6 +115,7 @@ def test_a_signal_ends_the_run_after_its_step(tmp_path, monkeypatch, number):
     monkeypatch.setattr(fit_module, "train_step", step)
     before = signal.getsignal(number)
     results = run(tmp_path)
+    monkeypatch.undo()
     assert results["status"] == "interrupted" and results["signal"] == number
     assert len(taken) == results["steps"] == 2
     assert json.loads((tmp_path / "results.json").read_text())["status"] == "interrupted"
@@ -139,9 +141,9 @@ def test_real_cifar_images_are_trained_on(cifar_root, tmp_path):
     """A few steps on real images: the loss of the first ten classes starts at ln 10 and falls."""
     (config,) = jobs(
         [*SMALL[3:], "dataset=cifar10", f"dataset.root={cifar_root}", "dataset.download=false",
-         "dataset.train_size=200", "dataset.test_size=100", "recipe.epochs=6", "recipe.lr=0.05"],
+         "dataset.train_size=200", "dataset.test_size=100", "recipe.epochs=8", "recipe.lr=0.02", "model.width=0.5"],
         multirun=False,
-    )  # fmt: skip
+    ).configs  # fmt: skip
     results = train(config, tmp_path)
     assert lines(tmp_path)[0]["step_losses"][0] == pytest.approx(math.log(10), abs=0.5)
     assert results["train_loss"] < lines(tmp_path)[0]["train_loss"] - 0.1

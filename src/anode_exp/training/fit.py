@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from types import FrameType
 from typing import Any
 
@@ -18,6 +20,7 @@ from torch import Tensor, nn
 from anode_exp.config import RecipeConfig, RuntimeConfig
 from anode_exp.data import Augmentation, EpochBatches, ImageData, Normalisation, Split, evaluation_batches
 from anode_exp.models import take_evaluations
+from anode_exp.training.checkpoints import Checkpoints
 from anode_exp.training.peak_memory import PeakMemory
 from anode_exp.training.progress import bar
 from anode_exp.training.records import RunRecord
@@ -27,10 +30,9 @@ log = logging.getLogger(__name__)
 
 
 @dataclass
-class Outcome:
-    """What a run came to; times in seconds, accuracies in [0, 1], None where nothing was measured."""
+class Progress:
+    """How far a run is; times in seconds, accuracies in [0, 1], None where nothing was measured."""
 
-    status: str = "completed"
     epochs: int = 0
     steps: int = 0
     images: int = 0
@@ -39,171 +41,241 @@ class Outcome:
     best_test_accuracy: float | None = None
     validation_accuracy: float | None = None
     best_epoch: int | None = None
+    best_score: float = -1.0
     nfe: dict[str, float] = field(default_factory=dict)
     train_time_s: float = 0.0
     evaluation_time_s: float = 0.0
     first_step_s: float | None = None
-    signal: int | None = None
+    peak_memory_bytes: int = 0
 
 
-@contextmanager
-def _stop_requests(outcome: Outcome) -> Iterator[None]:
-    """SIGINT and SIGTERM set ``outcome.signal``, for the loop to end after its step; a second one ends at once."""
+@dataclass
+class EpochPart:
+    """The steps of the epoch in progress: their losses [k], correct predictions, and seconds."""
 
-    def request(number: int, frame: FrameType | None) -> None:
-        if outcome.signal is not None:
-            raise SystemExit(128 + number)
-        outcome.signal = number
-
-    try:
-        before = {s: signal.signal(s, request) for s in (signal.SIGINT, signal.SIGTERM)}
-    except ValueError:  # not in the main thread, where the interpreter allows no handlers
-        yield
-        return
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    losses: Tensor
+    correct: Tensor
+    train_time_s: float = 0.0
 
 
-def fit(
-    network: nn.Module,
-    images: ImageData,
-    normalise: Normalisation,
-    augmentation: Augmentation,
-    optimizer: torch.optim.Optimizer,
-    schedule: torch.optim.lr_scheduler.LRScheduler,
-    recipe: RecipeConfig,
-    runtime: RuntimeConfig,
-    seed: int,
-    memory: PeakMemory,
-    record: RunRecord,
-) -> Outcome:
-    """Train until the recipe ends, the loss is no longer finite, or a signal asks to stop.
+def total_steps(recipe: RecipeConfig, images: int) -> int:
+    """Training steps of the whole recipe on that many images."""
+    steps = recipe.epochs * -(-images // recipe.batch_size)
+    return steps if recipe.max_steps is None else min(steps, recipe.max_steps)
+
+
+class Trainer:
+    """Trains until the recipe ends, the loss is no longer finite, or a signal asks to stop.
 
     After every epoch: evaluate, append the epoch to the record, save the ``last`` checkpoint, and ``best`` when the
     accuracy on held-out images (on test images where none are held out) is the highest so far.
+
+    Attributes:
+        status: completed, diverged or interrupted.
+        signal: the signal that interrupted, or None.
+        progress: how far the run is.
     """
-    device = images.train.labels.device
-    autocast = autocast_for(runtime.precision, device)
-    outcome = Outcome()
-    best = -1.0
-    total_steps = recipe.epochs * -(-len(images.train) // recipe.batch_size)
-    if recipe.max_steps is not None:
-        total_steps = min(total_steps, recipe.max_steps)
-    network.train()
-    take_evaluations(network)
 
-    with _stop_requests(outcome):
-        while outcome.steps < total_steps and outcome.status == "completed":
-            outcome.epochs += 1
-            lr = float(optimizer.param_groups[0]["lr"])
-            started = time.perf_counter()
-            batches = EpochBatches(images.train, recipe.batch_size, augmentation, normalise, seed, epoch=outcome.epochs)
-            n_steps = min(len(batches), total_steps - outcome.steps)
-            losses = torch.full((n_steps,), math.nan, device=device)
-            correct = torch.zeros((), dtype=torch.long, device=device)
-            weights: list[int] = []  # images in each step
-            source = iter(batches)
-            with bar(n_steps, f"epoch {outcome.epochs}/{recipe.epochs}") as progress:
-                for i in range(n_steps):
-                    step_started = time.perf_counter()
-                    with memory.step(network, optimizer):
-                        batch, labels = next(source)
-                        losses[i], right = train_step(network, optimizer, autocast, batch, labels)
-                        del batch
-                    correct += right
-                    weights.append(len(labels))
-                    outcome.steps += 1
-                    if outcome.first_step_s is None:
-                        if device.type == "cuda":
-                            torch.cuda.synchronize(device)
-                        outcome.first_step_s = time.perf_counter() - step_started
-                    progress.update()
-                    if outcome.signal is not None:
-                        outcome.status = "interrupted"
-                        break
-                    check = (i + 1) % runtime.check_every == 0
-                    if check and not bool(losses[: i + 1].isfinite().all()):
-                        outcome.status = "diverged"
-                        break
-                    if check or device.type == "cpu":  # a read makes the host wait for a GPU, so seldom there
-                        seen = sum(weights)
-                        progress.set_postfix(
-                            loss=f"{float(losses[i]):.3f}",
-                            acc=f"{int(correct) / seen:.1%}",
-                            images_per_s=f"{seen / (time.perf_counter() - started):.0f}",
-                        )
-            step_losses: list[float] = losses[: len(weights)].tolist()
-            train_time = time.perf_counter() - started
-            evaluations = take_evaluations(network)
-            outcome.nfe = {
-                "forward": evaluations.forward / len(weights),
-                "backward": evaluations.backward / len(weights),
-            }
-            outcome.train_time_s += train_time
-            outcome.images += sum(weights)
-            outcome.train_loss = sum(w * x for w, x in zip(weights, step_losses, strict=True)) / sum(weights)
-            if not math.isfinite(outcome.train_loss):
-                outcome.status = "diverged"
+    def __init__(
+        self,
+        network: nn.Module,
+        images: ImageData,
+        normalise: Normalisation,
+        augmentation: Augmentation,
+        optimizer: torch.optim.Optimizer,
+        schedule: torch.optim.lr_scheduler.LRScheduler,
+        recipe: RecipeConfig,
+        runtime: RuntimeConfig,
+        seed: int,
+        memory: PeakMemory,
+        record: RunRecord,
+        checkpoints: Checkpoints,
+    ) -> None:
+        self.network, self.images, self.normalise, self.augmentation = network, images, normalise, augmentation
+        self.optimizer, self.schedule, self.recipe, self.runtime, self.seed = optimizer, schedule, recipe, runtime, seed
+        self.memory, self.record, self.checkpoints = memory, record, checkpoints
+        self.device = images.train.labels.device
+        self.autocast = autocast_for(runtime.precision, self.device)
+        self.status = "completed"
+        self.signal: int | None = None
+        self.progress = Progress()
+        self._part: EpochPart | None = None
+        self.total_steps = total_steps(recipe, len(images.train))
 
-            line: dict[str, Any] = {
-                "epoch": outcome.epochs,
-                "steps": outcome.steps,
-                "lr": lr,
-                "train_loss": outcome.train_loss,
-                "train_accuracy": int(correct) / sum(weights),
-                "train_time_s": train_time,
-                "images_per_s": sum(weights) / train_time,
-                "peak_memory_bytes": memory.peak_bytes,
-                "nfe_forward": outcome.nfe["forward"],
-                "nfe_backward": outcome.nfe["backward"],
-            }
-            if outcome.status == "completed":
-                evaluation_started = time.perf_counter()
-                for name, split in (("validation", images.validation), ("test", images.test)):
-                    if len(split):
-                        loss, accuracy = _evaluate(network, split, name, recipe.test_batch_size, normalise, autocast)
-                        line[f"{name}_loss"], line[f"{name}_accuracy"] = loss, accuracy
-                take_evaluations(network)  # those of the evaluation are no training step's
-                line["evaluation_time_s"] = time.perf_counter() - evaluation_started
-                outcome.evaluation_time_s += line["evaluation_time_s"]
-                outcome.test_accuracy = line["test_accuracy"]
-                outcome.validation_accuracy = line.get("validation_accuracy")
-                outcome.best_test_accuracy = max(outcome.test_accuracy or 0.0, outcome.best_test_accuracy or 0.0)
-                schedule.step()
-            record.epoch({**line, "step_losses": step_losses})
-            log.info(_describe(line, recipe.epochs, outcome.status))
+    def state(self) -> dict[str, Any]:
+        """All that a later process needs to go on as if nothing had happened."""
+        return {
+            "progress": asdict(self.progress),
+            "epoch_part": None if self._part is None else vars(self._part),
+            "network": self.network.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "random_state": torch.get_rng_state(),
+            "cuda_random_state": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
+            "device_type": self.device.type,
+        }
 
-            if outcome.status == "completed":
-                state = {
-                    "epoch": outcome.epochs,
-                    "steps": outcome.steps,
-                    "test_accuracy": outcome.test_accuracy,
-                    "network": network.state_dict(),
-                    "optimizer": optimizer.state_dict(),
-                    "schedule": schedule.state_dict(),
-                }
-                record.checkpoint("last", state)
-                chosen_by = line.get("validation_accuracy", line["test_accuracy"])
-                if chosen_by > best:
-                    best, outcome.best_epoch = chosen_by, outcome.epochs
-                    record.checkpoint("best", state)
-    return outcome
+    def restore(self, state: dict[str, Any]) -> None:
+        self.progress = Progress(**state["progress"])
+        self._part = None if state["epoch_part"] is None else EpochPart(**state["epoch_part"])
+        self.network.load_state_dict(state["network"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])
+        torch.set_rng_state(state["random_state"])
+        if self.device.type == "cuda":
+            torch.cuda.set_rng_state(state["cuda_random_state"], self.device)
 
+    def fit(self) -> None:
+        self.network.train()
+        take_evaluations(self.network)
+        with self._stop_requests():
+            while self.status == "completed" and (self._part is not None or self.progress.steps < self.total_steps):
+                self._epoch()
 
-def _evaluate(
-    network: nn.Module, split: Split, name: str, batch_size: int, normalise: Normalisation, autocast: Any
-) -> tuple[float, float]:
-    with bar(-(-len(split) // batch_size), name) as progress:
+    @contextmanager
+    def _stop_requests(self) -> Iterator[None]:
+        """SIGINT and SIGTERM set ``self.signal``, for the loop to end after its step; a second one ends at once."""
 
-        def batches() -> Iterator[tuple[Tensor, Tensor]]:
-            for batch in evaluation_batches(split, batch_size, normalise):
-                yield batch
-                progress.update()
+        def request(number: int, frame: FrameType | None) -> None:
+            if self.signal is not None:
+                sys.stdout.flush()
+                os._exit(128 + number)
+            self.signal = number
 
-        return evaluate(network, autocast, batches())
+        try:
+            before = {s: signal.signal(s, request) for s in (signal.SIGINT, signal.SIGTERM)}
+        except ValueError:  # not in the main thread, where the interpreter allows no handlers
+            yield
+            return
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _epoch(self) -> None:
+        progress = self.progress
+        lr = float(self.optimizer.param_groups[0]["lr"])
+        part = self._train_epoch(progress.epochs + 1)
+        if self.status == "interrupted":
+            self.checkpoints.save(self.state())
+            return
+        self._part = None
+        step_losses: list[float] = part.losses.tolist()
+        sizes = self._batch_sizes(len(step_losses))
+        progress.epochs += 1
+        progress.train_loss = sum(n * x for n, x in zip(sizes, step_losses, strict=True)) / sum(sizes)
+        if not math.isfinite(progress.train_loss):
+            self.status = "diverged"
+        progress.train_time_s += part.train_time_s
+        progress.images += sum(sizes)
+        progress.peak_memory_bytes = max(progress.peak_memory_bytes, self.memory.peak_bytes)
+        line: dict[str, Any] = {
+            "epoch": progress.epochs,
+            "steps": progress.steps,
+            "lr": lr,
+            "train_loss": progress.train_loss,
+            "train_accuracy": int(part.correct) / sum(sizes),
+            "train_time_s": part.train_time_s,
+            "images_per_s": sum(sizes) / part.train_time_s,
+            "peak_memory_bytes": progress.peak_memory_bytes,
+            "nfe_forward": progress.nfe["forward"],
+            "nfe_backward": progress.nfe["backward"],
+        }
+        if self.status == "completed":
+            line |= self._evaluate()
+            self.schedule.step()
+        self.record.epoch({**line, "step_losses": step_losses})
+        log.info(_describe(line, self.recipe.epochs, self.status))
+        if self.status == "completed":
+            score = line.get("validation_accuracy", line["test_accuracy"])
+            best = score > progress.best_score
+            if best:
+                progress.best_score, progress.best_epoch = score, progress.epochs
+            self.checkpoints.save(self.state(), best)
+            if self.signal is not None and progress.steps < self.total_steps:
+                self.status = "interrupted"
+
+    def _batch_sizes(self, n_steps: int) -> list[int]:
+        size, n = self.recipe.batch_size, len(self.images.train)
+        return [min(size, n - i * size) for i in range(n_steps)]
+
+    def _train_epoch(self, number: int) -> EpochPart:
+        """The steps of one epoch that are still to take. ``self._part`` holds them if a signal interrupts."""
+        progress, device = self.progress, self.device
+        batches = EpochBatches(
+            self.images.train, self.recipe.batch_size, self.augmentation, self.normalise, self.seed, number
+        )
+        part, self._part = self._part, None
+        taken = 0 if part is None else len(part.losses)
+        n_steps = min(len(batches), taken + self.total_steps - progress.steps)
+        losses = torch.full((n_steps,), math.nan, device=device)
+        correct = torch.zeros((), dtype=torch.long, device=device)
+        earlier = 0.0
+        if part is not None:
+            losses[:taken], correct, earlier = part.losses.to(device), part.correct.to(device), part.train_time_s
+        sizes = self._batch_sizes(n_steps)
+        started = time.perf_counter()
+        end = taken
+        source = batches.starting_at(taken)
+        with bar(n_steps, f"epoch {number}/{self.recipe.epochs}", taken) as shown:
+            for i in range(taken, n_steps):
+                if self.signal is not None:
+                    self.status = "interrupted"
+                    break
+                with self.memory.step(self.network, self.optimizer):
+                    images, labels = next(source)
+                    losses[i], right = train_step(self.network, self.optimizer, self.autocast, images, labels)
+                    del images
+                correct += right
+                end = i + 1
+                progress.steps += 1
+                if progress.first_step_s is None:
+                    if device.type == "cuda":
+                        torch.cuda.synchronize(device)
+                    progress.first_step_s = time.perf_counter() - started
+                shown.update()
+                check = end % self.runtime.check_every == 0
+                if check and not bool(losses[:end].isfinite().all()):
+                    self.status = "diverged"
+                    break
+                if check or device.type == "cpu":  # a read makes the host wait for a GPU, so seldom there
+                    seen = sum(sizes[:end])
+                    shown.set_postfix(
+                        loss=f"{float(losses[i]):.3f}",
+                        acc=f"{int(correct) / seen:.1%}",
+                        images_per_s=f"{sum(sizes[taken:end]) / (time.perf_counter() - started):.0f}",
+                    )
+        if end > taken:
+            evaluations = take_evaluations(self.network)
+            steps = end - taken
+            progress.nfe = {"forward": evaluations.forward / steps, "backward": evaluations.backward / steps}
+        losses = losses[:end].cpu()  # waits for the device, so the time below is that of finished steps
+        done = EpochPart(losses, correct.cpu(), earlier + time.perf_counter() - started)
+        if self.status == "interrupted":
+            self._part = done
+        return done
+
+    def _evaluate(self) -> dict[str, float]:
+        """Loss and accuracy on validation images, where there are any, and on test images."""
+        line: dict[str, float] = {}
+        started = time.perf_counter()
+        for name, split in (("validation", self.images.validation), ("test", self.images.test)):
+            if len(split):
+                line[f"{name}_loss"], line[f"{name}_accuracy"] = self.evaluate_split(split, name)
+        take_evaluations(self.network)  # those of an evaluation are no training step's
+        line["evaluation_time_s"] = time.perf_counter() - started
+        progress = self.progress
+        progress.evaluation_time_s += line["evaluation_time_s"]
+        progress.test_accuracy = line["test_accuracy"]
+        progress.validation_accuracy = line.get("validation_accuracy")
+        progress.best_test_accuracy = max(progress.test_accuracy, progress.best_test_accuracy or 0.0)
+        return line
+
+    def evaluate_split(self, split: Split, name: str) -> tuple[float, float]:
+        size = self.recipe.test_batch_size
+        batches = evaluation_batches(split, size, self.normalise)
+        return evaluate(self.network, self.autocast, bar(-(-len(split) // size), name, iterable=batches))
 
 
 def _describe(line: dict[str, Any], epochs: int, status: str) -> str:

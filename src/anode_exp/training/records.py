@@ -4,18 +4,20 @@ A run directory holds
     config.yaml          the resolved configuration
     metrics.jsonl        one line an epoch
     results.json         written when the run ends
-    checkpoints/         last.pt and best.pt
+    checkpoints/         last.pt, previous.pt, best.pt
+    train.log            the lines of the terminal
     events.out.tfevents… TensorBoard
 """
 
 from __future__ import annotations
 
+import fcntl
 import json
 import math
 import os
 import platform
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -41,12 +43,22 @@ def _finite(value: Any) -> Any:
     return value
 
 
-def write_atomically(path: Path, write: Any) -> None:
-    """Calls ``write(partial_path)``, then moves the file into place: readers see the old one or the new one."""
+def write_atomically(path: Path, write: Callable[[Path], object], keep: Path | None = None) -> None:
+    """Calls ``write(partial_path)``, then moves the file into place: readers see the old one or the new one.
+
+    Args:
+        keep: where the old one goes, if there is one; for a moment then ``path`` is absent.
+    """
     partial = path.with_name(path.name + ".partial")
-    write(partial)
-    with partial.open("rb") as file:
-        os.fsync(file.fileno())
+    try:
+        write(partial)
+        with partial.open("rb") as file:
+            os.fsync(file.fileno())
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    if keep is not None and path.exists():
+        path.replace(keep)
     partial.replace(path)
 
 
@@ -95,30 +107,43 @@ def device_name(device: torch.device) -> str:
 class RunRecord:
     """The open records of one run.
 
+    Args:
+        resume_after: (epochs, steps) of the checkpoint from which an earlier process's run goes on; what it recorded
+            beyond them is dropped, for it will be done again. None begins a new run.
+
     Raises:
-        UserError: if the directory already holds a run, or cannot be written.
+        UserError: if the directory already holds a run (or, to resume, none), is in use, or cannot be written.
     """
 
-    def __init__(self, directory: Path, config: TrainConfig) -> None:
+    def __init__(self, directory: Path, config: TrainConfig, resume_after: tuple[int, int] | None = None) -> None:
         self.directory = directory
         self.config = config
+        text = OmegaConf.to_yaml(OmegaConf.structured(config))
         try:
-            directory.mkdir(parents=True, exist_ok=True)
-            # Exclusive creation claims the directory, also between two processes started at once.
-            with (directory / "config.yaml").open("x") as file:
-                file.write(OmegaConf.to_yaml(OmegaConf.structured(config)))
-            (directory / "checkpoints").mkdir()
+            # Making this folder claims the directory, also between two processes started at once.
+            (directory / "checkpoints").mkdir(parents=True, exist_ok=resume_after is not None)
+            self._lock = (directory / ".lock").open("w")
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # gone with the process, however it ends
+            metrics = directory / "metrics.jsonl"
+            write_atomically(directory / "config.yaml", lambda path: path.write_text(text))
+            if resume_after is not None:
+                (directory / "results.json").unlink(missing_ok=True)
+                kept = [json.dumps(line) + "\n" for line in read_metrics(directory) if line["epoch"] <= resume_after[0]]
+                write_atomically(metrics, lambda path: path.write_text("".join(kept)))
+            self._metrics = metrics.open("a")
         except FileExistsError as error:
             raise UserError(f"{directory}: already holds a run; choose another hydra.run.dir") from error
+        except BlockingIOError as error:
+            raise UserError(f"{directory}: another process is writing this run; wait for it, or stop it") from error
         except OSError as error:
             raise UserError(f"{directory}: {error.strerror}; choose a writable hydra.run.dir") from error
-        self._metrics = (directory / "metrics.jsonl").open("a")
-        self._events = SummaryWriter(str(directory))
+        self._events = SummaryWriter(str(directory), purge_step=None if resume_after is None else resume_after[1] + 1)
 
     def epoch(self, line: dict[str, Any]) -> None:
-        """Append one epoch to ``metrics.jsonl`` and to TensorBoard.
+        """Append one epoch to ``metrics.jsonl`` and to TensorBoard, there over training steps.
 
-        ``line`` has at least epoch, steps and step_losses; its other numbers become scalars over the epoch.
+        ``line`` has at least epoch, steps and step_losses. One scale of steps for all curves, because resuming purges
+        by step.
         """
         self._metrics.write(json.dumps(_finite(line)) + "\n")
         self._metrics.flush()
@@ -128,6 +153,7 @@ class RunRecord:
         for i, loss in enumerate(losses):
             self._events.add_scalar("train_step/loss", loss, first + i)
         for tag, key in (
+            ("epoch", "epoch"),
             ("loss/train", "train_loss"),
             ("loss/validation", "validation_loss"),
             ("loss/test", "test_loss"),
@@ -143,7 +169,7 @@ class RunRecord:
             ("nfe_per_step/backward", "nfe_backward"),
         ):
             if line.get(key) is not None:
-                self._events.add_scalar(tag, line[key], line["epoch"])
+                self._events.add_scalar(tag, line[key], line["steps"])
         self._events.flush()
 
     def finish(self, results: dict[str, Any]) -> None:
@@ -165,12 +191,23 @@ class RunRecord:
         for summary in hparams({**flat, "seed": self.config.seed}, numbers):
             self._events._get_file_writer().add_summary(summary)
         for tag, value in numbers.items():
-            self._events.add_scalar(tag, value, results["epochs"])
+            self._events.add_scalar(tag, value, results["steps"])
         self.close()
 
     def close(self) -> None:
         self._metrics.close()
         self._events.close()
+        self._lock.close()
 
-    def checkpoint(self, name: str, state: dict[str, Any]) -> None:
-        write_atomically(self.directory / "checkpoints" / f"{name}.pt", lambda path: torch.save(state, path))
+
+def read_metrics(directory: Path) -> list[dict[str, Any]]:
+    """The lines of ``metrics.jsonl``; a last line that a killed process left unfinished is no line."""
+    path = directory / "metrics.jsonl"
+    text = path.read_text() if path.exists() else ""
+    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+
+
+def read_results(directory: Path) -> dict[str, Any] | None:
+    """``results.json``; None before the run has ended."""
+    path = directory / "results.json"
+    return json.loads(path.read_text()) if path.exists() else None

@@ -53,6 +53,7 @@ def evaluate(
     batches: Iterable[tuple[Tensor, Tensor]],
 ) -> tuple[float, float]:
     """Mean cross entropy and accuracy in [0, 1] over all images, in evaluation mode; one host read at the end."""
+    was_training = network.training
     network.eval()
     loss_sum: Tensor | float = 0.0
     correct: Tensor | int = 0
@@ -63,5 +64,5 @@ def evaluate(
             loss_sum = loss_sum + F.cross_entropy(logits, labels, reduction="sum")
         correct = correct + (logits.argmax(1) == labels).sum()
         n += len(labels)
-    network.train()
+    network.train(was_training)
     return float(loss_sum) / n, int(correct) / n

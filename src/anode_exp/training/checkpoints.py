@@ -1,0 +1,71 @@
+"""Checkpoints of a run: replaced atomically, read without running code."""
+
+from __future__ import annotations
+
+import logging
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from anode_exp.errors import UserError
+from anode_exp.training.records import write_atomically
+
+log = logging.getLogger(__name__)
+
+
+class Checkpoints:
+    """``last.pt``, ``previous.pt`` (the last before it) and ``best.pt`` in one folder.
+
+    A process killed at any moment leaves each of them whole or absent, and either last or previous there once one was
+    saved.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+
+    def path(self, name: str) -> Path:
+        return self.directory / f"{name}.pt"
+
+    def save(self, state: dict[str, Any], best: bool = False) -> None:
+        """Save the state as last, and first as best if it is: a run resumed from last then has its best too.
+
+        Raises:
+            UserError: if it cannot be written; the checkpoints there before are still there.
+        """
+        for name in [*(["best"] if best else []), "last"]:
+            keep = self.path("previous") if name == "last" else None
+            try:
+                write_atomically(self.path(name), lambda partial: torch.save(state, partial), keep)
+            except (OSError, RuntimeError) as error:  # torch's file writer raises RuntimeError on a full disk
+                reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+                raise UserError(
+                    f"{self.path(name)}: cannot be written ({reason}); make room, then go on with train resume="
+                    f"{self.directory.parent}"
+                ) from error
+
+    def load(self, name: str = "last") -> dict[str, Any] | None:
+        """The named checkpoint on the CPU, or for ``last`` the one before it where it is truncated; None without any.
+
+        Raises:
+            UserError: if files are there and none can be read.
+        """
+        names = ["last", "previous"] if name == "last" else [name]
+        unreadable = []
+        for candidate in names:
+            path = self.path(candidate)
+            if not path.exists():
+                continue
+            try:
+                state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+            except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+                log.warning(f"{path}: truncated or not a checkpoint ({type(error).__name__})")
+                unreadable.append(str(path))
+                continue
+            if unreadable:
+                log.warning(f"using {path} instead")
+            return state
+        if unreadable:
+            raise UserError(f"{', '.join(unreadable)}: truncated or not a checkpoint; nothing to go on from")
+        return None

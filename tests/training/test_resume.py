@@ -1,0 +1,250 @@
+"""A run that is stopped, however, and goes on ends as the run that never was."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from anode_exp.composition import jobs, resumed
+from anode_exp.errors import UserError
+from anode_exp.train import train
+from anode_exp.training import fit as fit_module
+from anode_exp.training.checkpoints import Checkpoints
+
+SMALL = [
+    "dataset=digits", "dataset.train_size=40", "dataset.test_size=20", "model=squeezenext", "model.width=0.25",
+    "solver=rk2", "recipe.batch_size=16", "recipe.epochs=3", "recipe.milestones=[1,2]", "runtime.device=cpu",
+]  # fmt: skip
+
+
+def config_of(*overrides: str):
+    (config,) = jobs([*SMALL, *overrides], multirun=False).configs
+    return config
+
+
+def go_on(directory: Path, *overrides: str) -> dict:
+    return train(resumed(directory, list(overrides)), directory, resume=True)
+
+
+def end_state(directory: Path) -> list[torch.Tensor]:
+    state = torch.load(directory / "checkpoints" / "last.pt", weights_only=True)
+    momentum = [s["momentum_buffer"] for _, s in sorted(state["optimizer"]["state"].items())]
+    return [*state["network"].values(), *momentum]
+
+
+def assert_same_end(directory: Path, truth: Path) -> None:
+    ours, theirs = end_state(directory), end_state(truth)
+    assert len(ours) == len(theirs) and all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+    curves = []
+    for d in (directory, truth):
+        lines = [json.loads(line) for line in (d / "metrics.jsonl").read_text().splitlines()]
+        measured = ("images_per_s", "train_time_s", "evaluation_time_s", "peak_memory_bytes")
+        curves.append([{k: v for k, v in line.items() if k not in measured} for line in lines])
+    assert curves[0] == curves[1]
+    events = [EventAccumulator(str(d), size_guidance={"scalars": 0}).Reload() for d in (directory, truth)]
+    for tag in ("accuracy/test", "train_step/loss", "learning_rate"):
+        ours, theirs = ([(e.step, e.value) for e in accumulator.Scalars(tag)] for accumulator in events)
+        assert ours == theirs, tag
+
+
+@pytest.fixture(scope="module")
+def truth(tmp_path_factory) -> Path:
+    directory = tmp_path_factory.mktemp("truth")
+    train(config_of(), directory)
+    return directory
+
+
+def interrupted(directory: Path, monkeypatch, at_step: int) -> None:
+    whole_step, taken = fit_module.train_step, []
+
+    def step(*args):
+        taken.append(1)
+        if len(taken) == at_step:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return whole_step(*args)
+
+    monkeypatch.setattr(fit_module, "train_step", step)
+    results = train(config_of(), directory)
+    monkeypatch.undo()
+    assert (results["status"], results["steps"], results["signal"]) == ("interrupted", at_step, signal.SIGTERM)
+
+
+@pytest.mark.parametrize("at_step", [1, 2, 3, 5, 8])
+def test_a_run_stopped_within_an_epoch_goes_on_from_its_step(tmp_path, monkeypatch, truth, at_step):
+    interrupted(tmp_path, monkeypatch, at_step)
+    results = go_on(tmp_path)
+    assert (results["status"], results["epochs"], results["steps"]) == ("completed", 3, 9)
+    assert_same_end(tmp_path, truth)
+
+
+def test_a_run_stopped_and_resumed_at_every_step(tmp_path, monkeypatch, truth):
+    interrupted(tmp_path, monkeypatch, 1)
+    whole_step = fit_module.train_step
+    for _ in range(20):
+        taken = []
+
+        def step(*args, taken=taken):
+            taken.append(1)
+            os.kill(os.getpid(), signal.SIGINT)
+            return whole_step(*args)
+
+        monkeypatch.setattr(fit_module, "train_step", step)
+        results = go_on(tmp_path)
+        if results["status"] == "completed":
+            break
+        assert len(taken) <= 1
+    assert results["status"] == "completed"
+    assert_same_end(tmp_path, truth)
+
+
+def test_a_killed_process_goes_on(tmp_path, truth):
+    """SIGKILL at random moments, again and again, until the run is done."""
+    run = [sys.executable, "-m", "anode_exp", "train"]
+    command = [*run, *SMALL, f"hydra.run.dir={tmp_path / 'run'}"]
+    chance = random.Random(0)
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    for attempt in range(30):
+        process = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        if attempt < 3:
+            deadline = time.monotonic() + 60
+            checkpoint = tmp_path / "run" / "checkpoints"
+            while not checkpoint.exists() and process.poll() is None and time.monotonic() < deadline:
+                time.sleep(0.01)
+            time.sleep(chance.uniform(0.0, 0.7))
+            process.send_signal(signal.SIGKILL)
+        code, errors = process.wait(timeout=120), process.stderr.read()
+        if code == 0:
+            break
+        assert code == -signal.SIGKILL, errors
+        command = [*run, f"resume={tmp_path / 'run'}"]
+    assert code == 0 or "has ended" in errors
+    assert_same_end(tmp_path / "run", truth)
+
+
+def test_what_was_recorded_beyond_the_checkpoint_is_done_again_once(tmp_path, truth):
+    """Killed between the epoch's record and its checkpoint, and in the middle of writing a line."""
+    train(config_of("recipe.epochs=2"), tmp_path)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"epoch": 3, "steps": 9}) + '\n{"epoch": 4, "st')
+    go_on(tmp_path, "recipe.epochs=3")
+    assert_same_end(tmp_path, truth)
+
+
+def test_more_epochs(tmp_path, truth):
+    train(config_of("recipe.epochs=1"), tmp_path)
+    results = go_on(tmp_path, "recipe.epochs=3", "runtime.check_every=7")
+    assert results["epochs"] == 3
+    assert "epochs: 3" in (tmp_path / "config.yaml").read_text()
+    assert_same_end(tmp_path, truth)
+
+
+def test_a_truncated_checkpoint_is_named_and_the_one_before_used(tmp_path, truth):
+    train(config_of("recipe.epochs=2"), tmp_path)
+    last = tmp_path / "checkpoints" / "last.pt"
+    last.write_bytes(last.read_bytes()[:1000])
+    go_on(tmp_path, "recipe.epochs=3")
+    log = (tmp_path / "train.log").read_text()
+    assert f"{last}: truncated" in log and "previous.pt instead" in log
+    assert_same_end(tmp_path, truth)
+
+
+def test_no_checkpoint_can_be_read(tmp_path):
+    train(config_of("recipe.epochs=1"), tmp_path)
+    (tmp_path / "checkpoints" / "last.pt").write_bytes(b"")
+    with pytest.raises(UserError, match="nothing to go on from"):
+        go_on(tmp_path, "recipe.epochs=2")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ([], r"has ended after 3 epochs; to go on, give recipe.epochs=6"),
+        (["seed=1"], r"seed=1: this run has 0; a resumed run may change recipe.epochs, dataset.root"),
+        (["solver=rk4"], r"solver.name=rk4: this run has rk2"),
+        (["solver.n_steps=4"], r"solver.n_steps=4: this run has 2"),
+        (["recipe.lr=0.2"], r"recipe.lr=0.2: this run has 0.1"),
+        (["model=resnet18"], r"model.name=resnet18: this run has squeezenext"),
+        (["recipe.epoch=9"], r"did you mean recipe.epochs\?"),
+        (["recipe.epochs=4,5"], r"names several values"),
+        (["recipe.epochs=zero"], r"recipe.epochs=zero: give a whole number"),
+    ],
+)
+def test_what_may_not_change(truth, overrides, message):
+    before = {f: f.read_bytes() for f in truth.rglob("*") if f.is_file() and f.name != "train.log"}
+    with pytest.raises(UserError, match=message):
+        go_on(truth, *overrides)
+    assert {f: f.read_bytes() for f in truth.rglob("*") if f.is_file() and f.name != "train.log"} == before
+
+
+def test_a_folder_without_a_run(tmp_path):
+    with pytest.raises(UserError, match="holds no run"):
+        resumed(tmp_path, [])
+
+
+def test_a_diverged_run_would_diverge_again(tmp_path):
+    train(config_of("recipe.lr=1e30", "recipe.epochs=5"), tmp_path)
+    with pytest.raises(UserError, match=r"diverged after .* and would again"):
+        go_on(tmp_path, "recipe.epochs=6")
+
+
+def test_a_run_in_use_is_refused(tmp_path, truth):
+    train(config_of("recipe.epochs=1"), tmp_path)
+    holder = (
+        "import fcntl, sys, time; f = open(sys.argv[1], 'w'); fcntl.flock(f, fcntl.LOCK_EX); "
+        "print('held', flush=True); time.sleep(60)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", holder, str(tmp_path / ".lock")], stdout=subprocess.PIPE)
+    try:
+        assert process.stdout.readline() == b"held\n"
+        with pytest.raises(UserError, match="another process is writing this run"):
+            go_on(tmp_path, "recipe.epochs=3")
+    finally:
+        process.kill()
+        process.wait()
+    go_on(tmp_path, "recipe.epochs=3")
+    assert_same_end(tmp_path, truth)
+
+
+def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays(tmp_path):
+    """A limit on file sizes stands for the disk: the checkpoint of the first epoch fits, a larger one would not."""
+    limited = (
+        "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]),) * 2); "
+        "sys.argv = ['anode_exp', *sys.argv[2:]]; from anode_exp.__main__ import main; main()"
+    )
+    train(config_of("recipe.epochs=1"), tmp_path)
+    checkpoint = tmp_path / "checkpoints" / "last.pt"
+    before, size = checkpoint.read_bytes(), checkpoint.stat().st_size
+    arguments = ["train", f"resume={tmp_path}", "recipe.epochs=2"]
+    done = subprocess.run(
+        [sys.executable, "-c", limited, str(size // 2), *arguments], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 2, done.stderr
+    assert "cannot be written" in done.stderr and "resume=" in done.stderr
+    assert "Traceback" not in done.stderr and done.stderr.count("\n") == 1
+    survivors = [checkpoint.with_name(n) for n in ("last.pt", "previous.pt") if checkpoint.with_name(n).exists()]
+    assert before in [f.read_bytes() for f in survivors]
+    assert Checkpoints(tmp_path / "checkpoints").load()["progress"]["epochs"] == 1
+    assert not list(tmp_path.rglob("*.partial"))
+    go_on(tmp_path, "recipe.epochs=2")
+
+
+def test_a_killed_save_leaves_a_readable_checkpoint(tmp_path):
+    """Whatever of the three moves was made last."""
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save({"n": 1})
+    checkpoints.save({"n": 2}, best=True)
+    assert [checkpoints.load(n)["n"] for n in ("last", "previous", "best")] == [2, 1, 2]
+    (tmp_path / "last.pt.partial").write_bytes(b"half")
+    assert checkpoints.load()["n"] == 2
+    (tmp_path / "last.pt").unlink()  # between the two moves
+    assert checkpoints.load()["n"] == 1
+    assert Checkpoints(tmp_path / "none").load() is None
