@@ -12,7 +12,7 @@ from anode_exp.ode import TABLEAUX
 
 
 def one(*overrides):
-    (config,) = jobs(list(overrides), multirun=False)
+    (config,) = jobs(list(overrides), multirun=False).configs
     return config
 
 
@@ -77,7 +77,9 @@ def test_data_root_from_the_environment(monkeypatch):
 
 
 def test_a_sweep_is_the_product_of_its_values():
-    configs = jobs(["model=resnet18,squeezenext", "solver.n_steps=1,2,4", "seed=1"], multirun=True)
+    asked = jobs(["model=resnet18,squeezenext", "solver.n_steps=1,2,4", "seed=1"], multirun=True)
+    configs = asked.configs
+    assert asked.fixed == ["seed"] and not asked.given
     assert [(c.model.name, c.solver.n_steps) for c in configs] == [
         (m, n) for m in ("resnet18", "squeezenext") for n in (1, 2, 4)
     ]
@@ -163,4 +165,5 @@ def test_a_folder_in_use_is_refused(tmp_path, multirun):
 def test_names_of_jobs_need_no_quoting():
     assert path_safe("model=resnet18,solver.n_steps=4") == "model=resnet18,solver.n_steps=4"
     assert path_safe("a=[1, 'b']/$c d") == "a=-1,--b----c-d"
+    assert (path_safe(0, ""), path_safe(3, "seed=1")) == ("0", "3_seed=1")
     assert len(path_safe("x" * 1000)) < 200

@@ -19,10 +19,14 @@ MAY_IMPORT = {
     "training.progress": set(),
     "config": {"errors"},
     "errors": set(),
+    "report": {"config", "errors"},
     "composition": {"config", "errors"},
     "build": {"config", "errors", "data", "models", "gradient", "ode"},
-    "train": {"build", "config", "models", "training"},
-    "__main__": {"composition", "config", "errors", "train"},
+    "runs": {"build", "config", "data", "errors", "training"},
+    "train": {"build", "config", "data", "errors", "models", "training"},
+    "evaluate": {"build", "config", "data", "errors", "models", "runs", "training"},
+    "job": {"composition", "config", "errors", "train"},
+    "__main__": {"composition", "errors", "evaluate", "job", "report", "train"},
     "__init__": set(),
 }
 CORE = ("ode", "gradient", "models")

@@ -6,11 +6,8 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
 
-from omegaconf import DictConfig
-
-from anode_exp.errors import UserError
+from anode_exp.errors import UserError, fail
 
 HELP = """\
 anode_exp trains neural-ODE image classifiers and measures what each gradient mode costs.
@@ -19,6 +16,9 @@ usage: python -m anode_exp VERB [settings]
 
   train                one run, on CUDA where there is one
   train -m             a sweep over the values that settings list: gradient=dto_checkpoint,reverse_adjoint
+  train resume=DIR     go on with a run that was interrupted, or for more epochs
+  evaluate run=DIR     accuracy of a trained run, also under another solver, steps and data set
+  list                 models, solvers, gradient modes, data sets and presets
 
   python -m anode_exp train experiment=digits                  a small real run, no download
   python -m anode_exp train model=squeezenext solver=rk2       the paper's network on CIFAR-10
@@ -27,55 +27,94 @@ usage: python -m anode_exp VERB [settings]
 """
 
 
-def fail(message: str) -> NoReturn:
-    """A user's mistake: one line, exit code 2."""
-    sys.stdout.flush()
-    print(f"anode_exp: {message}", file=sys.stderr)
-    sys.exit(2)
+def run_train(arguments: list[str]) -> None:
+    if any(a.startswith("resume=") for a in arguments):
+        run_resume(arguments)
+        return
+    import hydra
+    from hydra._internal.utils import get_args_parser
+
+    from anode_exp.composition import CONF, jobs
+    from anode_exp.job import run_job
+
+    parser = get_args_parser()
+    parser.prog = "python -m anode_exp train"
+    parsed = parser.parse_intermixed_args(arguments)
+    flags = [a for a in arguments if a not in parsed.overrides]
+    ours: list[str] = []
+    if not parsed.hydra_help:
+        # All of it once before Hydra runs any of it: a mistake in the last job of a sweep stops the first.
+        asked = jobs(parsed.overrides, parsed.multirun)
+        if not asked.given:
+            ours.append(f"hydra.{'sweep' if parsed.multirun else 'run'}.dir={asked.directory}")
+        if parsed.multirun:  # the folders of a sweep's jobs are named by what varies
+            ours.append(f"hydra.job.config.override_dirname.exclude_keys=[{','.join(asked.fixed)}]")
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises what a job raised, for `main` to report
+    sys.argv = [parser.prog, *ours, *parsed.overrides, *flags]
+    try:
+        hydra.main(version_base="1.3", config_path=str(CONF), config_name="train")(run_job)()
+    finally:
+        if parsed.multirun and asked.directory.is_dir():
+            from anode_exp.report.sweep import sweep_rows, sweep_table
+
+            print(f"\n{sweep_table(asked.directory)}")
+            failed = [row for row in sweep_rows(asked.directory) if row["status"] == "failed"]
+    if parsed.multirun and failed:
+        print(f"{len(failed)} of {len(asked.configs)} jobs failed", file=sys.stderr)
+        sys.exit(2 if all(row["mistake"] for row in failed) else 1)
 
 
-def run_job(config: DictConfig) -> None:
-    """Hydra's task: one job, in Hydra's output directory."""
-    from hydra.core.hydra_config import HydraConfig
-    from hydra.types import RunMode
+def _take(arguments: list[str], *names: str) -> tuple[dict[str, str], list[str]]:
+    """The named key=value arguments, and the rest."""
+    taken = {a.partition("=")[0]: a.partition("=")[2] for a in arguments if a.partition("=")[0] in names}
+    rest = [a for a in arguments if a.partition("=")[0] not in names]
+    for a in rest:
+        if a.startswith("-"):
+            raise UserError(f"{a}: takes no flags beside {names[0]}=DIR")
+    return taken, rest
 
-    from anode_exp.config import typed
+
+def run_resume(arguments: list[str]) -> None:
+    from anode_exp.composition import resumed
+
+    taken, overrides = _take(arguments, "resume")
+    directory = Path(taken["resume"])
+    config = resumed(directory, overrides)
+
     from anode_exp.train import train  # imports torch
 
-    job = HydraConfig.get()
-    try:
-        results = train(typed(config), Path(job.runtime.output_dir))
-    except UserError as error:
-        if job.mode == RunMode.MULTIRUN:
-            raise  # the other jobs go on
-        fail(str(error))  # Hydra would put a line of its own above it
+    results = train(config, directory, resume=True)
     if results["signal"] is not None:
         sys.exit(128 + results["signal"])
 
 
-def run_train(arguments: list[str]) -> None:
-    import hydra
-    from hydra._internal.utils import get_args_parser
+def run_evaluate(arguments: list[str]) -> None:
+    from anode_exp.composition import evaluations
 
-    from anode_exp.composition import CONF, fixed_keys, jobs
+    taken, overrides = _take(arguments, "run", "checkpoint")
+    if not taken.get("run"):
+        raise UserError("evaluate: needs run=DIR, the folder of a trained run, such as outputs/DATE/TIME")
+    directory = Path(taken["run"])
+    configs = evaluations(directory, overrides)
 
-    parser = get_args_parser()
-    parser.prog = "python -m anode_exp train"
-    parsed = parser.parse_args(arguments)
-    if not parsed.hydra_help:
-        # All of it once before Hydra runs any of it: a mistake in the last job of a sweep stops the first.
-        jobs(parsed.overrides, parsed.multirun)
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises what a job raised, for `main` to report
-    if parsed.multirun:  # the folders of a sweep's jobs are named by what varies
-        arguments = [
-            *arguments,
-            f"hydra.job.config.override_dirname.exclude_keys=[{','.join(fixed_keys(parsed.overrides))}]",
-        ]
-    sys.argv = [parser.prog, *arguments]
-    hydra.main(version_base="1.3", config_path=str(CONF), config_name="train")(run_job)()
+    from anode_exp.evaluate import evaluate_run, table  # imports torch
+
+    print(table(evaluate_run(directory, taken.get("checkpoint", "best"), configs)))
 
 
-VERBS: dict[str, Callable[[list[str]], None]] = {"train": run_train}
+def run_list(arguments: list[str]) -> None:
+    from anode_exp.composition import catalogue
+
+    if arguments:
+        raise UserError(f"{arguments[0]}: list takes no settings")
+    print(catalogue())
+
+
+VERBS: dict[str, Callable[[list[str]], None]] = {
+    "train": run_train,
+    "evaluate": run_evaluate,
+    "list": run_list,
+}
 
 
 def main() -> None:
@@ -91,8 +130,10 @@ def main() -> None:
         if not verb:
             raise UserError(f"no verb given; verbs are {', '.join(VERBS)}; see python -m anode_exp --help")
         if verb not in VERBS:
+            from anode_exp.composition import near
+
             hint = f"; did you mean: python -m anode_exp train {verb} …" if "=" in verb or verb.startswith("-") else ""
-            raise UserError(f"{verb}: no such verb; verbs are {', '.join(VERBS)}{hint}")
+            raise UserError(f"{verb}: no such verb; verbs are {', '.join(VERBS)}{hint or near(verb, VERBS)}")
         VERBS[verb](arguments)
     except UserError as error:
         fail(str(error))
@@ -100,6 +141,8 @@ def main() -> None:
         if error.filename is None:
             raise
         fail(f"{error.filename}: {error.strerror}; choose another folder or make room")
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,7 +17,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from anode_exp.config import TrainConfig, typed
+from anode_exp.config import TrainConfig, read_config, typed
 from anode_exp.errors import UserError
 
 _PACKAGED = Path(__file__).parent / "conf"
@@ -27,8 +28,9 @@ LONGEST_NAME = 180
 """Characters of a job's folder name: file systems allow 255 bytes, and the job's number comes before."""
 
 
-def path_safe(text: str) -> str:
-    """text with every character that a shell would want quoted replaced by ``-``."""
+def path_safe(*parts: object) -> str:
+    """The parts that are not empty, joined by ``_``; ``-`` for every character that a shell would want quoted."""
+    text = "_".join(str(part) for part in parts if part != "")
     return re.sub(r"[^A-Za-z0-9_.,=+-]", "-", text)[:LONGEST_NAME]
 
 
@@ -44,28 +46,42 @@ def groups() -> list[str]:
     return sorted(d.name for d in CONF.iterdir() if d.is_dir() and d.name != "hydra")
 
 
+def catalogue() -> str:
+    """Every group's choices, each with the first line of its file."""
+    lines = []
+    for group in groups():
+        lines.append(f"{group}=")
+        for option in options(group):
+            text = (CONF / group / f"{option}.yaml").read_text().splitlines()
+            about = next(line.lstrip("# ") for line in text if line.startswith("# ") and "@package" not in line)
+            lines.append(f"  {option:<18}{about}")
+    return "\n".join(lines)
+
+
 def near(word: str, allowed: Iterable[str]) -> str:
     """A hint at the nearest allowed word, or nothing."""
     found = difflib.get_close_matches(word, list(allowed), n=1, cutoff=0.6)
     return f"; did you mean {found[0]}?" if found else ""
 
 
-def jobs(overrides: list[str], multirun: bool) -> list[TrainConfig]:
-    """The checked configuration of every job that a command line asks for.
+@dataclass(frozen=True)
+class Jobs:
+    """What a command line of ``train`` asks for: every job's checked configuration, and the folder to write to."""
+
+    configs: list[TrainConfig]
+    directory: Path
+    given: bool  # whether the user named the folder
+    fixed: list[str]  # the settings that the user gave and that are the same in every job
+
+
+def jobs(overrides: list[str], multirun: bool) -> Jobs:
+    """Compose and check all of a command line before any of it runs.
 
     Raises:
         UserError: for the first thing wrong, in one line.
     """
     parsed = _parse(overrides)
-    for override in parsed:
-        _check_group(override)
-    if not multirun:
-        for override in parsed:
-            if override.is_sweep_override():
-                raise UserError(f"{override.input_line}: names several values; add -m for a sweep over them")
-        lines = [overrides]
-    else:
-        lines = [line for batch in BasicSweeper.split_arguments(parsed, None) for line in batch]
+    lines = _lines(overrides, parsed, multirun, "add -m for a sweep over them")
     with initialize_config_dir(str(CONF), version_base="1.3"):
         composed = [_compose(line) for line in lines]
     key = "hydra.sweep.dir" if multirun else "hydra.run.dir"
@@ -73,14 +89,86 @@ def jobs(overrides: list[str], multirun: bool) -> list[TrainConfig]:
     # What a start that failed leaves behind, such as one without its data, may be started over.
     if directory.is_dir() and {entry.name for entry in directory.iterdir()} - {".hydra", "train.log"}:
         raise UserError(f"{key}={directory}: already holds files; nothing is overwritten, choose another folder")
-    return [_typed(config) for config in composed]
+    return Jobs(
+        configs=[_typed(config) for config in composed],
+        directory=directory,
+        given=any(override.get_key_element() == key for override in parsed),
+        fixed=sorted(
+            {o.get_key_element() for o in parsed} - {o.get_key_element() for o in parsed if o.is_sweep_override()}
+        ),
+    )
 
 
-def fixed_keys(overrides: list[str]) -> list[str]:
-    """The settings of a sweep that are the same in every job."""
-    return [
-        override.get_key_element().lstrip("+~") for override in _parse(overrides) if not override.is_sweep_override()
-    ]
+MAY_CHANGE_ON_RESUME = ("recipe.epochs", "dataset.root", "dataset.download", "runtime.check_every")
+"""Settings that change no number of the epochs already done, or of those to come."""
+
+MAY_CHANGE_TO_EVALUATE = ("solver", "dataset", "runtime", "recipe.test_batch_size")
+
+
+def resumed(directory: Path, overrides: list[str]) -> TrainConfig:
+    """The configuration of a recorded run, to go on with.
+
+    Raises:
+        UserError: if there is no run, or a setting is to change that may not.
+    """
+    parsed = _parse(overrides)
+    (line,) = _lines(overrides, parsed, False, "a run goes on with one")
+    return _recomposed(read_config(directory), line, MAY_CHANGE_ON_RESUME, "a resumed run")
+
+
+def evaluations(directory: Path, overrides: list[str]) -> list[TrainConfig]:
+    """A recorded run's configuration under every combination of the given solvers, steps and data sets.
+
+    Raises:
+        UserError: if there is no run, or a setting is to change that the trained weights depend on.
+    """
+    base = read_config(directory)
+    lines = _lines(overrides, _parse(overrides), True, "")
+    return [_recomposed(base, line, MAY_CHANGE_TO_EVALUATE, "an evaluation") for line in lines]
+
+
+def _lines(overrides: list[str], parsed: list[Override], multirun: bool, advice: str) -> list[list[str]]:
+    """The overrides of every job: one, or the product of what lists several values."""
+    for override in parsed:
+        _check_group(override)
+        if override.is_sweep_override() and not multirun:
+            raise UserError(f"{override.input_line}: names several values; {advice}")
+    if not multirun:
+        return [overrides]
+    return [line for batch in BasicSweeper.split_arguments(parsed, None) for line in batch]
+
+
+def _recomposed(base: DictConfig, overrides: list[str], may_change: tuple[str, ...], who: str) -> TrainConfig:
+    changed = base.copy()
+    parsed = _parse(overrides)
+    for override in parsed:
+        key = override.get_key_element()
+        if key in groups():
+            with initialize_config_dir(str(CONF), version_base="1.3"):
+                whole = OmegaConf.to_container(compose("train", [f"{key}={override.value()}"]), resolve=True)
+            changed[key] = cast(dict[str, Any], whole)[key]
+    for override in parsed:
+        if override.get_key_element() not in groups():
+            _check_key(override, _keys(cast(dict[str, Any], OmegaConf.to_container(changed))))
+            OmegaConf.update(changed, override.get_key_element(), override.value())
+    before, after = (_flat(cast(dict[str, Any], OmegaConf.to_container(c))) for c in (base, changed))
+    for key in sorted(before.keys() | after.keys()):
+        allowed = any(key == k or key.startswith(k + ".") for k in may_change)
+        if not allowed and before.get(key) != after.get(key):
+            raise UserError(
+                f"{key}={after.get(key)}: this run has {before.get(key)}; {who} may change {', '.join(may_change)}"
+            )
+    return typed(changed)
+
+
+def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    return {
+        path: leaf
+        for key, value in settings.items()
+        for path, leaf in (
+            _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+        ).items()
+    }
 
 
 def _parse(overrides: list[str]) -> list[Override]:
@@ -119,7 +207,7 @@ def _check_group(override: Override) -> None:
 
 
 def _keys(settings: dict[str, Any], prefix: str = "") -> list[str]:
-    found = []
+    found: list[str] = []
     for key, value in settings.items():
         found.append(f"{prefix}{key}")
         if isinstance(value, dict):
@@ -127,13 +215,11 @@ def _keys(settings: dict[str, Any], prefix: str = "") -> list[str]:
     return found
 
 
-def _check_key(override: Override, overrides: list[Override]) -> None:
+def _check_key(override: Override, known: list[str]) -> None:
     """Refuse a setting that the chosen groups do not have."""
     key = override.get_key_element().lstrip("+~")
     if key.split(".")[0] == "hydra" or "/" in key or key in groups():
         return
-    chosen = [f"{o.key_or_group}={_values(o)[0]}" for o in overrides if o.key_or_group in groups() and _values(o)]
-    known = _keys(cast(dict[str, Any], OmegaConf.to_container(compose("train", chosen))))
     if key not in known:
         parent = key.rpartition(".")[0]
         siblings = [k for k in known if parent and k.startswith(parent + ".")] or [k for k in known if "." not in k]
@@ -144,8 +230,10 @@ def _check_key(override: Override, overrides: list[Override]) -> None:
 
 def _compose(overrides: list[str]) -> DictConfig:
     parsed = _parse(overrides)
+    chosen = [f"{o.key_or_group}={_values(o)[0]}" for o in parsed if o.key_or_group in groups() and _values(o)]
+    known = _keys(cast(dict[str, Any], OmegaConf.to_container(compose("train", chosen))))
     for override in parsed:
-        _check_key(override, parsed)
+        _check_key(override, known)
     try:
         return compose("train", overrides, return_hydra_config=True)
     except (HydraException, OmegaConfBaseException) as error:

@@ -1,0 +1,71 @@
+"""The verb ``evaluate``: a trained network's accuracy, under its own or another solver, steps and data set."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from tabulate import tabulate
+
+from anode_exp.build import build_data, build_device, build_normalisation
+from anode_exp.config import TrainConfig, read_config
+from anode_exp.data import DATASETS, evaluation_batches
+from anode_exp.errors import UserError
+from anode_exp.models import take_evaluations
+from anode_exp.runs import load_run
+from anode_exp.training.progress import bar
+from anode_exp.training.train_step import autocast_for, evaluate, set_float32_precision
+
+
+def evaluate_run(directory: Path, checkpoint: str, configs: list[TrainConfig]) -> list[dict[str, Any]]:
+    """Loss and accuracy on the test images under every configuration; appended to ``evaluations.jsonl``.
+
+    Raises:
+        UserError: if the run has no such checkpoint, or its network does not fit the data set or solver.
+    """
+    trained = read_config(directory)
+    rows = []
+    for config in configs:
+        if trained.model.block == "residual" and (config.solver.name, config.solver.n_steps) != ("euler", 1):
+            raise UserError(f"{directory}: has residual blocks, which are one Euler step; no other solver fits them")
+        if DATASETS[config.dataset.name][1] != DATASETS[trained.dataset.name][1]:
+            raise UserError(
+                f"dataset={config.dataset.name}: has {DATASETS[config.dataset.name][1]} classes, this run's network "
+                f"{DATASETS[trained.dataset.name][1]}; choose a data set of as many"
+            )
+        run = load_run(directory, checkpoint, config)
+        device = build_device(config.runtime)
+        set_float32_precision(config.runtime.precision)
+        images = build_data(config.dataset, device)
+        memory_format = torch.channels_last if config.runtime.channels_last else torch.contiguous_format
+        network = run.network.to(device, memory_format=memory_format)  # type: ignore[call-overload]
+        size = config.recipe.test_batch_size
+        batches = evaluation_batches(images.test, size, build_normalisation(config.dataset, device, memory_format))
+        total = -(-len(images.test) // size)
+        name = f"{config.solver.name}, {config.solver.n_steps} steps"
+        loss, accuracy = evaluate(
+            network, autocast_for(config.runtime.precision, device), bar(total, name, iterable=batches)
+        )
+        rows.append(
+            {
+                "checkpoint": checkpoint,
+                "epoch": run.epoch,
+                "dataset": config.dataset.name,
+                "images": len(images.test),
+                "solver": config.solver.name,
+                "n_steps": config.solver.n_steps,
+                "nfe": take_evaluations(network).forward // total,
+                "test_loss": loss,
+                "test_accuracy": accuracy,
+            }
+        )
+        with (directory / "evaluations.jsonl").open("a") as file:
+            file.write(json.dumps(rows[-1]) + "\n")
+    return rows
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    shown_rows = [{**row, "test_accuracy": f"{row['test_accuracy']:.2%}"} for row in rows]
+    return tabulate(shown_rows, headers="keys", floatfmt=".4f")

@@ -1,0 +1,103 @@
+"""The table of a sweep: one row a job, and mean and spread over seeds."""
+
+from __future__ import annotations
+
+import csv
+import json
+import statistics
+from pathlib import Path
+from typing import Any, cast
+
+from omegaconf import OmegaConf
+from tabulate import tabulate
+
+MEASURES = ("test_accuracy", "best_test_accuracy", "train_loss", "peak_memory_bytes", "train_time_s")
+
+
+def _job(directory: Path) -> tuple[dict[str, str], dict[str, Any]]:
+    """Overrides and results of one job; a job that never wrote results counts as failed."""
+    overrides = OmegaConf.to_container(OmegaConf.load(directory / ".hydra" / "overrides.yaml"))
+    settings = dict(str(line).lstrip("+").split("=", 1) for line in cast(list[str], overrides))
+    results = directory / "results.json"
+    found: dict[str, Any] = {"status": "failed", "error": "ended unrecorded"}
+    if results.exists():
+        found = json.loads(results.read_text())
+    found["train_time_s"] = found.get("wall_time_s", {}).get("train")
+    return settings, found
+
+
+def sweep_rows(directory: Path) -> list[dict[str, Any]]:
+    """A row for each job below a sweep's folder: job, the settings that vary, status, measures, error."""
+    folders = [f for f in directory.iterdir() if (f / ".hydra" / "overrides.yaml").exists()]
+    folders.sort(key=lambda f: int(f.name.partition("_")[0]))
+    jobs = [_job(folder) for folder in folders]
+    keys = dict.fromkeys(key for settings, _ in jobs for key in settings)
+    varied = [k for k in keys if len({settings.get(k) for settings, _ in jobs}) > 1]
+    return [
+        {
+            "job": folder.name.partition("_")[0],
+            **{k: settings.get(k) for k in varied},
+            "status": results["status"],
+            **{m: results.get(m) for m in MEASURES},
+            "error": results.get("error"),
+            "mistake": results.get("mistake", False),
+        }
+        for folder, (settings, results) in zip(folders, jobs, strict=True)
+    ]
+
+
+def over_seeds(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Mean and sample standard deviation of each measure over the completed jobs that differ in their seed alone."""
+    fixed = [k for k in (rows[0] if rows else {}) if k not in ("job", "seed", "status", "error", "mistake", *MEASURES)]
+    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault(tuple(str(row[k]) for k in fixed), []).append(row)
+    table = []
+    for group in groups.values():
+        completed = [row for row in group if row["status"] == "completed"]
+        line: dict[str, Any] = {k: group[0][k] for k in fixed} | {"seeds": f"{len(completed)} of {len(group)}"}
+        for measure in MEASURES:
+            values = [row[measure] for row in completed if row[measure] is not None]
+            line[f"{measure}_mean"] = statistics.fmean(values) if values else None
+            line[f"{measure}_std"] = statistics.stdev(values) if len(values) > 1 else None
+        table.append(line)
+    return table
+
+
+def _write(path: Path, rows: list[dict[str, Any]]) -> None:
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0].keys())
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def _number(value: float | None, measure: str) -> str:
+    if value is None:
+        return "–"
+    if measure.endswith("accuracy"):
+        return f"{value:.2%}"
+    return f"{value / 1e6:,.1f} MB" if measure.endswith("bytes") else f"{value:.4g}"
+
+
+def sweep_table(directory: Path) -> str:
+    """Write ``sweep.csv`` and, where seeds vary, ``sweep_over_seeds.csv``; return both as text."""
+    rows = sweep_rows(directory)
+    if not rows:
+        return f"no job of {directory} began"
+    _write(directory / "sweep.csv", rows)
+    shown = [
+        {k: _number(v, k) if k in MEASURES else v for k, v in row.items() if k not in ("error", "mistake")}
+        for row in rows
+    ]
+    text = tabulate(shown, headers="keys", disable_numparse=True)
+    if "seed" in rows[0]:
+        means = over_seeds(rows)
+        _write(directory / "sweep_over_seeds.csv", means)
+        fixed = [k for k in means[0] if not k.endswith(("_mean", "_std"))]
+        shown = [
+            {k: m[k] for k in fixed}
+            | {x: f"{_number(m[f'{x}_mean'], x)} ± {_number(m[f'{x}_std'], x)}" for x in MEASURES}
+            for m in means
+        ]
+        text += "\n\n" + tabulate(shown, headers="keys", disable_numparse=True)
+    return f"{text}\n{directory / 'sweep.csv'}"

@@ -1,0 +1,121 @@
+"""A trained network looked at again: from Python, and under other solvers."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import anode_exp
+from anode_exp.composition import catalogue, evaluations, jobs
+from anode_exp.data import Normalisation, evaluation_batches, load
+from anode_exp.errors import UserError
+from anode_exp.evaluate import evaluate_run, table
+from anode_exp.train import train
+
+README = (Path(__file__).parents[1] / "README.md").read_text()
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    directory = tmp_path_factory.mktemp("trained")
+    (config,) = jobs(
+        ["dataset=digits", "dataset.train_size=200", "dataset.test_size=100", "model=squeezenext", "model.width=0.5",
+         "solver=rk2", "recipe.batch_size=20", "recipe.epochs=3", "recipe.lr=0.05", "runtime.device=cpu"],
+        multirun=False,
+    ).configs  # fmt: skip
+    train(config, directory)
+    return directory
+
+
+def test_load_run_gives_the_model_and_its_records(trained):
+    run = anode_exp.load_run(trained, "last")
+    assert run.epoch == 3 and [m["epoch"] for m in run.metrics] == [1, 2, 3]
+    assert run.results["status"] == "completed" and not run.network.training
+    images = load("digits", Path("."), test_size=100)
+    normalise = Normalisation(run.config.dataset.mean, run.config.dataset.std, torch.device("cpu"))
+    (batch,) = evaluation_batches(images.test, 100, normalise)
+    with torch.no_grad():
+        accuracy = (run.network(batch[0]).argmax(1) == batch[1]).float().mean().item()
+    assert accuracy == pytest.approx(run.results["test_accuracy"])
+    best = anode_exp.load_run(str(trained))
+    assert best.epoch == run.results["best_epoch"]
+
+
+def test_evaluation_repeats_the_runs_own_accuracy(trained):
+    (row,) = evaluate_run(trained, "last", evaluations(trained, []))
+    assert row["test_accuracy"] == pytest.approx(anode_exp.load_run(trained).results["test_accuracy"])
+    assert (row["solver"], row["n_steps"], row["nfe"], row["images"]) == ("rk2", 2, 16, 100)
+
+
+def test_evaluation_under_other_solvers_and_steps(trained):
+    configs = evaluations(trained, ["solver=euler,rk4", "solver.n_steps=1,8", "dataset.test_size=50"])
+    rows = evaluate_run(trained, "best", configs)
+    assert [(r["solver"], r["n_steps"], r["nfe"]) for r in rows] == [
+        ("euler", 1, 4), ("euler", 8, 32), ("rk4", 1, 16), ("rk4", 8, 128),
+    ]  # fmt: skip
+    assert len({r["test_loss"] for r in rows}) == 4, "another discretisation is another function"
+    text = table(rows)
+    assert "euler" in text and "%" in text and text.count("\n") == 5
+    recorded = [json.loads(line) for line in (trained / "evaluations.jsonl").read_text().splitlines()]
+    assert recorded[-4:] == rows
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["model.width=1"], r"model.width=1: this run has 0.5; an evaluation may change solver, dataset"),
+        (["recipe.lr=1"], r"recipe.lr=1: this run has 0.05"),
+        (["solver=rk5"], r"there is no such solver"),
+        (["solver.n_steps=0"], r"at least 1"),
+    ],
+)
+def test_what_an_evaluation_may_not_change(trained, overrides, message):
+    with pytest.raises(UserError, match=message):
+        evaluations(trained, overrides)
+
+
+def test_another_data_set_must_have_as_many_classes(trained):
+    with pytest.raises(UserError, match="has 100 classes, this run's network 10"):
+        evaluate_run(trained, "best", evaluations(trained, ["dataset=cifar100"]))
+    (row,) = evaluate_run(trained, "best", evaluations(trained, ["dataset=fake", "dataset.test_size=20"]))
+    assert row["dataset"] == "fake"
+
+
+def test_a_checkpoint_that_is_not_there(trained, tmp_path):
+    with pytest.raises(UserError, match="choose one of best, last"):
+        anode_exp.load_run(trained, "first")
+    with pytest.raises(UserError, match="holds no run"):
+        anode_exp.load_run(tmp_path)
+
+
+def test_the_command(trained, tmp_path):
+    command = [sys.executable, "-m", "anode_exp", "evaluate", f"run={trained}", "solver=rk4", "solver.n_steps=1,2"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("rk4") == 2
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_example_of_the_readme():
+    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert len([line for line in code.splitlines() if line]) <= 10
+    names = {}
+    exec(code, names)
+    assert names["y1"].shape == names["y0"].shape and names["f"].weight.grad.abs().sum() > 0
+
+
+def test_everything_promised_can_be_imported():
+    for name in anode_exp.__all__:
+        assert getattr(anode_exp, name) is not None
+    with pytest.raises(AttributeError, match="OdeBlok"):
+        _ = anode_exp.OdeBlok
+
+
+def test_the_catalogue_has_a_line_for_every_choice():
+    text = catalogue()
+    for name in ("resnet18", "rk4", "reverse_adjoint", "cifar100", "paper", "digits"):
+        assert re.search(rf"^  {name} +\S", text, re.MULTILINE), name

@@ -1,0 +1,143 @@
+"""A sweep survives its worst job, and says in the end what became of each."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from anode_exp.report.sweep import over_seeds, sweep_rows, sweep_table
+
+SMALL = [
+    "dataset=digits", "dataset.train_size=20", "dataset.test_size=10", "model=squeezenext", "model.width=0.25",
+    "recipe.batch_size=10", "recipe.epochs=1", "hydra.sweep.dir=sweep",
+]  # fmt: skip
+
+
+def sweep(cwd: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", **environment}
+    command = [sys.executable, "-m", "anode_exp", "train", "-m", *SMALL, *arguments]
+    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
+
+
+def rows(cwd: Path) -> list[dict[str, str]]:
+    with (cwd / "sweep" / "sweep.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def test_failing_jobs_are_named_and_the_others_run(tmp_path):
+    """One asks for more images than there are, one diverges, one breaks inside torch."""
+    broken = tmp_path / "sitecustomize.py"
+    broken.write_text(
+        "import sys\n"
+        "if 'anode_exp' in ' '.join(sys.orig_argv):\n"
+        "    import anode_exp.training.train_step as ts\n"
+        "    import torch.nn.functional as F\n"
+        "    whole = F.cross_entropy\n"
+        "    def cross_entropy(logits, labels, **kw):\n"
+        "        if len(labels) == 7: raise RuntimeError('broken on purpose')\n"
+        "        return whole(logits, labels, **kw)\n"
+        "    F.cross_entropy = cross_entropy\n"
+    )
+    done = sweep(
+        tmp_path, "dataset.test_size=10,400", "recipe.batch_size=10,7", "recipe.lr=0.1,1e30", PYTHONPATH=str(tmp_path)
+    )
+    assert done.returncode == 1, done.stderr
+    found = rows(tmp_path)
+    assert len(found) == 8
+    by_status = {s: [r for r in found if r["status"] == s] for s in ("completed", "diverged", "failed")}
+    assert {k: len(v) for k, v in by_status.items()} == {"completed": 1, "diverged": 1, "failed": 6}
+    assert {r["dataset.test_size"] for r in by_status["completed"]} == {"10"}
+    assert "dataset.test_size=400: digits has 360" in "".join(r["error"] for r in by_status["failed"])
+    failed = [r for r in by_status["failed"] if "broken on purpose" in r["error"]]
+    assert len(failed) == 2
+    log = next((tmp_path / "sweep").glob(f"{failed[0]['job']}_*/train.log")).read_text()
+    assert "Traceback" in log and "broken on purpose" in log
+    assert "Traceback" not in done.stdout + done.stderr
+    assert "RuntimeError: broken on purpose" in done.stdout and "train.log" in done.stdout
+    assert "6 of 8 jobs failed" in done.stderr
+
+
+def test_mistakes_alone_exit_with_2(tmp_path):
+    done = sweep(tmp_path, "dataset.test_size=10,400")
+    assert done.returncode == 2
+    assert [r["status"] for r in rows(tmp_path)] == ["completed", "failed"]
+
+
+def test_seeds_give_mean_and_spread(tmp_path):
+    done = sweep(tmp_path, "seed=0,1,2", "gradient=dto_checkpoint,reverse_adjoint")
+    assert done.returncode == 0, done.stderr
+    found = rows(tmp_path)
+    assert [r["seed"] for r in found] == ["0", "0", "1", "1", "2", "2"]
+    assert len({r["peak_memory_bytes"] for r in found}) == 2, "the same in every job of a mode"
+    with (tmp_path / "sweep" / "sweep_over_seeds.csv").open() as file:
+        means = list(csv.DictReader(file))
+    assert [m["gradient"] for m in means] == ["dto_checkpoint", "reverse_adjoint"]
+    losses = [float(r["train_loss"]) for r in found if r["gradient"] == "dto_checkpoint"]
+    mean = sum(losses) / 3
+    assert float(means[0]["train_loss_mean"]) == pytest.approx(mean)
+    spread = (sum((x - mean) ** 2 for x in losses) / 2) ** 0.5
+    assert float(means[0]["train_loss_std"]) == pytest.approx(spread)
+    assert "3 of 3" in done.stdout and "±" in done.stdout
+
+
+def test_jobs_in_parallel_processes(tmp_path):
+    done = sweep(tmp_path, "seed=0,1", "dataset.test_size=10,400", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2")
+    assert done.returncode == 2, done.stderr
+    assert [(r["dataset.test_size"], r["status"]) for r in rows(tmp_path)] == [
+        ("10", "completed"), ("10", "completed"), ("400", "failed"), ("400", "failed"),
+    ]  # fmt: skip
+    first, second = (r for r in rows(tmp_path) if r["status"] == "completed")
+    assert first["train_loss"] != second["train_loss"]
+    assert first["peak_memory_bytes"] == second["peak_memory_bytes"]
+    names = sorted(f.name for f in (tmp_path / "sweep").iterdir() if f.is_dir())
+    assert names[0] == "0_dataset.test_size=10,seed=0"
+
+
+def test_the_slurm_launcher_is_configured(tmp_path):
+    command = [
+        sys.executable,
+        "-m",
+        "anode_exp",
+        "train",
+        "hydra/launcher=slurm",
+        "--cfg",
+        "hydra",
+        "-p",
+        "hydra.launcher",
+    ]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "SlurmLauncher" in done.stdout and "gres: gpu:1" in done.stdout
+
+
+def job(directory: Path, number: int, overrides: list[str], results: dict | None) -> None:
+    folder = directory / f"{number}_x"
+    (folder / ".hydra").mkdir(parents=True)
+    (folder / ".hydra" / "overrides.yaml").write_text(json.dumps(overrides))
+    if results is not None:
+        (folder / "results.json").write_text(json.dumps(results))
+
+
+def test_a_table_from_records_alone(tmp_path):
+    good = {
+        "status": "completed", "test_accuracy": 0.5, "best_test_accuracy": 0.6, "train_loss": 1.0,
+        "peak_memory_bytes": 10**6, "wall_time_s": {"train": 2.0},
+    }  # fmt: skip
+    job(tmp_path, 10, ["seed=1", "solver=rk2", "recipe.epochs=3"], {**good, "test_accuracy": 0.7})
+    job(tmp_path, 2, ["seed=0", "solver=rk2", "recipe.epochs=3"], good)
+    job(tmp_path, 3, ["seed=0", "solver=rk4", "recipe.epochs=3"], None)
+    found = sweep_rows(tmp_path)
+    assert [(r["job"], r["seed"], r["solver"], r["status"]) for r in found] == [
+        ("2", "0", "rk2", "completed"), ("3", "0", "rk4", "failed"), ("10", "1", "rk2", "completed"),
+    ]  # fmt: skip
+    assert "recipe.epochs" not in found[0]
+    assert found[1]["error"] == "ended unrecorded"
+    rk2, rk4 = over_seeds(found)
+    assert rk2["seeds"] == "2 of 2" and rk2["test_accuracy_mean"] == pytest.approx(0.6)
+    assert rk2["test_accuracy_std"] == pytest.approx(0.1414, abs=1e-4)
+    assert rk4["seeds"] == "0 of 1" and rk4["test_accuracy_mean"] is None
+    assert "60.00% ± 14.14%" in sweep_table(tmp_path)
