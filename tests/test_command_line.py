@@ -39,7 +39,7 @@ def test_a_sweep_puts_its_jobs_side_by_side_named_by_what_varies(tmp_path):
     assert done.returncode == 0, done.stderr
     found = sorted(p.parent for p in tmp_path.glob("outputs/*/*/*/results.json"))
     assert [p.name for p in found] == [
-        "0_gradient=full_backprop", "1_gradient=dto_checkpoint", "2_gradient=reverse_adjoint",
+        "0_gradient-full_backprop", "1_gradient-dto_checkpoint", "2_gradient-reverse_adjoint",
     ]  # fmt: skip
     assert len({p.parent for p in found}) == 1
     full, checkpointed, reverse = (json.loads((p / "results.json").read_text()) for p in found)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from anode_exp.build import build_model, build_optimizer, build_schedule
+from anode_exp.build import build_memory_format, build_model, build_optimizer, build_schedule
 from anode_exp.composition import CONF, groups, jobs, options, path_safe
 from anode_exp.errors import UserError
 from anode_exp.gradient import GRADIENT_MODES
@@ -36,7 +36,7 @@ def test_every_option_composes_and_builds(group, name):
     config = one(f"{group}={name}")
     network = build_model(config.model, config.solver, config.gradient, num_classes=10)
     assert len(list(ode_blocks(network))) == 4
-    build_schedule(build_optimizer(network, config.recipe), config.recipe)
+    build_optimizer(network, config.recipe)
 
 
 def test_every_name_in_code_has_its_configuration_and_the_other_way_round():
@@ -63,9 +63,25 @@ def test_the_model_gets_what_the_configuration_says():
         assert block.f[0].in_channels == 64
 
 
+@pytest.mark.parametrize(("width", "safe"), [("0.25", False), ("0.375", False), ("0.5", True), ("1", True)])
+def test_channels_last_only_where_the_cpu_kernels_are_sound(width, safe):
+    config = one("model=squeezenext", f"model.width={width}")
+    network = build_model(config.model, config.solver, config.gradient, 10)
+    layouts = {d: build_memory_format(config.runtime, network, torch.device(d)) for d in ("cpu", "cuda")}
+    assert layouts["cuda"] is torch.channels_last
+    assert layouts["cpu"] is (torch.channels_last if safe else torch.contiguous_format)
+    config.runtime.channels_last = False
+    assert build_memory_format(config.runtime, network, torch.device("cuda")) is torch.contiguous_format
+
+
 def test_a_residual_block_says_that_it_is_one_euler_step():
     config = one("model.block=residual", "solver=rk4", "gradient=reverse_adjoint")
     assert (config.solver.name, config.solver.n_steps, config.gradient.name) == ("euler", 1, "full_backprop")
+
+
+def test_the_papers_schedule():
+    schedule = build_schedule(one().recipe)
+    assert [schedule(e) for e in (0, 149, 150, 249, 250, 349)] == pytest.approx([0.1, 0.1, 0.01, 0.01, 0.001, 0.001])
 
 
 def test_data_root_from_the_environment(monkeypatch):
@@ -108,7 +124,7 @@ WRONG = {
     "model=null": "model=None: there is no such model",
     "model.norm=${nowhere}": "model.norm: Interpolation key 'nowhere' not found",
     "hydra/launcher=none": "Could not find 'hydra/launcher/none'",
-    "lr=0.1": "lr: there is no such setting",
+    "lr=0.1": "runtime; did you mean recipe.lr?",
     "recipe.lr=fast": "recipe.lr=fast: give a number",
     "recipe.lr=-1": "recipe.lr=-1.0: give a number, at least 0",
     "recipe.lr=nan": "recipe.lr=nan: give a finite number",
@@ -163,7 +179,7 @@ def test_a_folder_in_use_is_refused(tmp_path, multirun):
 
 
 def test_names_of_jobs_need_no_quoting():
-    assert path_safe("model=resnet18,solver.n_steps=4") == "model=resnet18,solver.n_steps=4"
-    assert path_safe("a=[1, 'b']/$c d") == "a=-1,--b----c-d"
-    assert (path_safe(0, ""), path_safe(3, "seed=1")) == ("0", "3_seed=1")
+    assert path_safe("model-resnet18_solver.n_steps-4") == "model-resnet18_solver.n_steps-4"
+    assert path_safe("a=[1, 'b']/$c d") == "a--1---b----c-d"
+    assert (path_safe(0, ""), path_safe(3, "seed-1")) == ("0", "3_seed-1")
     assert len(path_safe("x" * 1000)) < 200

@@ -94,7 +94,7 @@ def test_jobs_in_parallel_processes(tmp_path):
     assert first["train_loss"] != second["train_loss"]
     assert first["peak_memory_bytes"] == second["peak_memory_bytes"]
     names = sorted(f.name for f in (tmp_path / "sweep").iterdir() if f.is_dir())
-    assert names[0] == "0_dataset.test_size=10,seed=0"
+    assert names[0] == "0_dataset.test_size-10_seed-0"
 
 
 def test_the_slurm_launcher_is_configured(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -21,6 +22,23 @@ def build_device(runtime: RuntimeConfig) -> torch.device:
     if runtime.device == "cuda" and not available:
         raise UserError("runtime.device=cuda: no CUDA device is visible; use runtime.device=cpu, or auto")
     return torch.device("cuda" if available and runtime.device != "cpu" else "cpu")
+
+
+def build_memory_format(runtime: RuntimeConfig, network: nn.Module, device: torch.device) -> torch.memory_format:
+    """The layout of images and weights in memory: channels last where asked for, and where it is safe.
+
+    On CPUs oneDNN's gradient of a strided 1×1 convolution with fewer input channels than a vector register holds (16
+    with AVX-512) writes out of bounds in channels-last layout: wrong gradients or a crash (oneDNN issue 6035). Networks
+    that have one keep the contiguous layout there.
+    """
+    if not runtime.channels_last:
+        return torch.contiguous_format
+    convs = [m for m in network.modules() if isinstance(m, nn.Conv2d)]
+    if device.type == "cpu" and any(
+        m.kernel_size == (1, 1) and max(m.stride) > 1 and m.in_channels < 16 for m in convs
+    ):
+        return torch.contiguous_format
+    return torch.channels_last
 
 
 def build_data(dataset: DatasetConfig, device: torch.device) -> data.ImageData:
@@ -61,9 +79,9 @@ def build_optimizer(network: nn.Module, recipe: RecipeConfig) -> torch.optim.Opt
     )
 
 
-def build_schedule(optimizer: torch.optim.Optimizer, recipe: RecipeConfig) -> torch.optim.lr_scheduler.LRScheduler:
-    """The learning rate of each epoch: lr·gamma for every milestone passed."""
-    return torch.optim.lr_scheduler.MultiStepLR(optimizer, recipe.milestones, recipe.gamma)
+def build_schedule(recipe: RecipeConfig) -> Callable[[int], float]:
+    """The learning rate after so many epochs: lr·gamma for every milestone passed."""
+    return lambda epochs: recipe.lr * recipe.gamma ** sum(epochs >= m for m in recipe.milestones)
 
 
 def build_normalisation(

@@ -29,9 +29,9 @@ LONGEST_NAME = 180
 
 
 def path_safe(*parts: object) -> str:
-    """The parts that are not empty, joined by ``_``; ``-`` for every character that a shell would want quoted."""
+    """The parts that are not empty, joined by ``_``; ``-`` for what a shell or Hydra would want quoted."""
     text = "_".join(str(part) for part in parts if part != "")
-    return re.sub(r"[^A-Za-z0-9_.,=+-]", "-", text)[:LONGEST_NAME]
+    return re.sub(r"[^A-Za-z0-9_.+-]", "-", text)[:LONGEST_NAME]
 
 
 OmegaConf.register_new_resolver("path_safe", path_safe, replace=True)
@@ -59,8 +59,11 @@ def catalogue() -> str:
 
 
 def near(word: str, allowed: Iterable[str]) -> str:
-    """A hint at the nearest allowed word, or nothing."""
-    found = difflib.get_close_matches(word, list(allowed), n=1, cutoff=0.6)
+    """A hint at the nearest allowed word, or nothing; ``lr`` is near ``recipe.lr``."""
+    allowed = list(allowed)
+    found = [a for a in allowed if a.rpartition(".")[2] == word] or difflib.get_close_matches(
+        word, allowed, n=1, cutoff=0.6
+    )
     return f"; did you mean {found[0]}?" if found else ""
 
 

@@ -6,10 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-import torch
 from tabulate import tabulate
 
-from anode_exp.build import build_data, build_device, build_normalisation
+from anode_exp.build import build_data, build_device, build_memory_format, build_normalisation
 from anode_exp.config import TrainConfig, read_config
 from anode_exp.data import DATASETS, evaluation_batches
 from anode_exp.errors import UserError
@@ -39,7 +38,7 @@ def evaluate_run(directory: Path, checkpoint: str, configs: list[TrainConfig]) -
         device = build_device(config.runtime)
         set_float32_precision(config.runtime.precision)
         images = build_data(config.dataset, device)
-        memory_format = torch.channels_last if config.runtime.channels_last else torch.contiguous_format
+        memory_format = build_memory_format(config.runtime, run.network, device)
         network = run.network.to(device, memory_format=memory_format)  # type: ignore[call-overload]
         size = config.recipe.test_batch_size
         batches = evaluation_batches(images.test, size, build_normalisation(config.dataset, device, memory_format))

@@ -14,6 +14,7 @@ from anode_exp.build import (
     build_augmentation,
     build_data,
     build_device,
+    build_memory_format,
     build_model,
     build_normalisation,
     build_optimizer,
@@ -51,8 +52,8 @@ def train(config: TrainConfig, directory: Path, resume: bool = False) -> dict[st
     gc.collect()  # an earlier job of this process, failed perhaps, is no part of this one's memory
     memory = PeakMemory(device)
     torch.manual_seed(config.seed)
-    memory_format = torch.channels_last if config.runtime.channels_last else torch.contiguous_format
     network = build_model(config.model, config.solver, config.gradient, images.num_classes)
+    memory_format = build_memory_format(config.runtime, network, device)
     network = network.to(device, memory_format=memory_format)  # type: ignore[call-overload]
     optimizer = build_optimizer(network, config.recipe)
 
@@ -69,7 +70,7 @@ def train(config: TrainConfig, directory: Path, resume: bool = False) -> dict[st
             build_normalisation(config.dataset, device, memory_format),
             build_augmentation(config.dataset),
             optimizer,
-            build_schedule(optimizer, config.recipe),
+            build_schedule(config.recipe),
             config.recipe,
             config.runtime,
             config.seed,
@@ -117,7 +118,7 @@ def _check_can_go_on(directory: Path, config: TrainConfig, state: dict[str, Any]
     if state is None:  # stopped before its first checkpoint: from the beginning, then
         return
     steps = state["progress"]["steps"]
-    if state["epoch_part"] is None and steps >= total_steps(config.recipe, len(images.train)):
+    if results is not None and state["epoch_part"] is None and steps >= total_steps(config.recipe, len(images.train)):
         epochs = state["progress"]["epochs"]
         raise UserError(
             f"{directory}: has ended after {epochs} epochs; to go on, give recipe.epochs={2 * epochs} or so"

@@ -138,6 +138,15 @@ def test_what_was_recorded_beyond_the_checkpoint_is_done_again_once(tmp_path, tr
     assert_same_end(tmp_path, truth)
 
 
+def test_a_run_killed_before_its_results_gets_them(tmp_path, truth):
+    train(config_of(), tmp_path)
+    (tmp_path / "results.json").unlink()
+    results = go_on(tmp_path)
+    assert (results["status"], results["epochs"], results["nfe"]["backward"]) == ("completed", 3, 16)
+    assert (tmp_path / "results.json").exists()
+    assert_same_end(tmp_path, truth)
+
+
 def test_more_epochs(tmp_path, truth):
     train(config_of("recipe.epochs=1"), tmp_path)
     results = go_on(tmp_path, "recipe.epochs=3", "runtime.check_every=7")
@@ -159,6 +168,9 @@ def test_a_truncated_checkpoint_is_named_and_the_one_before_used(tmp_path, truth
 def test_no_checkpoint_can_be_read(tmp_path):
     train(config_of("recipe.epochs=1"), tmp_path)
     (tmp_path / "checkpoints" / "last.pt").write_bytes(b"")
+    with pytest.raises(UserError, match="nothing to go on from"):
+        go_on(tmp_path, "recipe.epochs=2")
+    torch.save({"weights": 1}, tmp_path / "checkpoints" / "last.pt")
     with pytest.raises(UserError, match="nothing to go on from"):
         go_on(tmp_path, "recipe.epochs=2")
 
@@ -240,8 +252,8 @@ def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays(tmp_path):
 def test_a_killed_save_leaves_a_readable_checkpoint(tmp_path):
     """Whatever of the three moves was made last."""
     checkpoints = Checkpoints(tmp_path)
-    checkpoints.save({"n": 1})
-    checkpoints.save({"n": 2}, best=True)
+    checkpoints.save({"progress": {}, "n": 1})
+    checkpoints.save({"progress": {}, "n": 2}, best=True)
     assert [checkpoints.load(n)["n"] for n in ("last", "previous", "best")] == [2, 1, 2]
     (tmp_path / "last.pt.partial").write_bytes(b"half")
     assert checkpoints.load()["n"] == 2

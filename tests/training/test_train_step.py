@@ -31,7 +31,7 @@ def batches(n=8, batch_size=4):
 
 def network(mode="dto_checkpoint", tableau="rk2", model="squeezenext"):
     torch.manual_seed(0)
-    kwargs = {"width": 0.25} if model == "squeezenext" else {}
+    kwargs = {"width": 0.5} if model == "squeezenext" else {}
     return MODELS[model](10, make_ode_block(mode, tableau), **kwargs)
 
 

@@ -59,7 +59,8 @@ class Checkpoints:
                 continue
             try:
                 state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-            except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+                state["progress"]
+            except (OSError, RuntimeError, EOFError, KeyError, pickle.UnpicklingError) as error:
                 log.warning(f"{path}: truncated or not a checkpoint ({type(error).__name__})")
                 unreadable.append(str(path))
                 continue

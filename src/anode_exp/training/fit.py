@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from types import FrameType
@@ -83,7 +83,7 @@ class Trainer:
         normalise: Normalisation,
         augmentation: Augmentation,
         optimizer: torch.optim.Optimizer,
-        schedule: torch.optim.lr_scheduler.LRScheduler,
+        schedule: Callable[[int], float],
         recipe: RecipeConfig,
         runtime: RuntimeConfig,
         seed: int,
@@ -109,7 +109,6 @@ class Trainer:
             "epoch_part": None if self._part is None else vars(self._part),
             "network": self.network.state_dict(),
             "optimizer": self.optimizer.state_dict(),
-            "schedule": self.schedule.state_dict(),
             "random_state": torch.get_rng_state(),
             "cuda_random_state": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
             "device_type": self.device.type,
@@ -120,7 +119,6 @@ class Trainer:
         self._part = None if state["epoch_part"] is None else EpochPart(**state["epoch_part"])
         self.network.load_state_dict(state["network"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.schedule.load_state_dict(state["schedule"])
         torch.set_rng_state(state["random_state"])
         if self.device.type == "cuda":
             torch.cuda.set_rng_state(state["cuda_random_state"], self.device)
@@ -155,7 +153,9 @@ class Trainer:
 
     def _epoch(self) -> None:
         progress = self.progress
-        lr = float(self.optimizer.param_groups[0]["lr"])
+        lr = self.schedule(progress.epochs)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
         part = self._train_epoch(progress.epochs + 1)
         if self.status == "interrupted":
             self.checkpoints.save(self.state())
@@ -184,7 +184,6 @@ class Trainer:
         }
         if self.status == "completed":
             line |= self._evaluate()
-            self.schedule.step()
         self.record.epoch({**line, "step_losses": step_losses})
         log.info(_describe(line, self.recipe.epochs, self.status))
         if self.status == "completed":
@@ -220,9 +219,6 @@ class Trainer:
         source = batches.starting_at(taken)
         with bar(n_steps, f"epoch {number}/{self.recipe.epochs}", taken) as shown:
             for i in range(taken, n_steps):
-                if self.signal is not None:
-                    self.status = "interrupted"
-                    break
                 with self.memory.step(self.network, self.optimizer):
                     images, labels = next(source)
                     losses[i], right = train_step(self.network, self.optimizer, self.autocast, images, labels)
@@ -235,6 +231,9 @@ class Trainer:
                         torch.cuda.synchronize(device)
                     progress.first_step_s = time.perf_counter() - started
                 shown.update()
+                if self.signal is not None:
+                    self.status = "interrupted"
+                    break
                 check = end % self.runtime.check_every == 0
                 if check and not bool(losses[:end].isfinite().all()):
                     self.status = "diverged"
