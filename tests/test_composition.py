@@ -105,7 +105,7 @@ def test_a_sweep_is_the_product_of_its_values():
 WRONG = {
     "model=resnet19": "there is no such model; choose one of resnet18, squeezenext; did you mean resnet18?",
     "solver=rk5": "choose one of bosh3, dopri5, euler, heun, rk2, rk4",
-    "gradient=adjoint": "full_backprop, reverse_adjoint; did you mean reverse_adjoint?",
+    "gradient=adjoint": "stage_checkpoint, step_checkpoint; did you mean reverse_adjoint?",
     "dataset=cifar": "choose one of cifar10, cifar100, digits, fake; did you mean cifar10",
     "recipe=": "recipe=: there is no such recipe; choose one of paper",
     "experiment=digit": "there is no such experiment; choose one of digits; did you mean digits?",
@@ -163,6 +163,34 @@ def test_a_mistake_in_any_job_of_a_sweep_is_found_before_the_first_runs():
         jobs(["solver=rk2,rk5"], multirun=True)
     with pytest.raises(UserError, match=r"solver\.n_steps=0"):
         jobs(["solver.n_steps=1,0"], multirun=True)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["gradient=dto_checkpoint", "gradient.unit=step"], "gradient.unit=step: dto_checkpoint takes block"),
+        (["gradient=step_checkpoint", "gradient.unit=block"], "takes step or stage; unit block is dto_checkpoint"),
+        (["gradient=dto_checkpoint", "gradient.states=keep"], "gradient.states=keep: dto_checkpoint takes input"),
+        (["gradient=stage_checkpoint", "gradient.states=input"], "stage_checkpoint takes keep or rebuild"),
+        (["gradient=revolve", "gradient.slots=0"], "gradient.slots=0: give a whole number or null, at least 1"),
+        (["gradient=revolve", "gradient.unit=layer"], "choose one of block, step, stage"),
+        (["gradient=full_backprop", "gradient.slots=2"], "gradient.slots: there is no such setting"),
+    ],
+)
+def test_gradient_settings_that_do_not_go_together(overrides, message):
+    with pytest.raises(UserError, match=message):
+        jobs(overrides, multirun=False)
+
+
+def test_gradient_settings_reach_the_mode():
+    for overrides, expected in (
+        (["gradient=stage_checkpoint", "gradient.states=rebuild"], ("stage", "rebuild", None)),
+        (["gradient=revolve", "gradient.unit=stage", "gradient.slots=5"], ("stage", "revolve", 5)),
+        (["gradient=equispaced"], ("step", "equispaced", 3)),
+    ):
+        config = one(*overrides)
+        mode = next(ode_blocks(build_model(config.model, config.solver, config.gradient, 10))).gradient
+        assert (mode.unit, mode.states, mode.slots) == expected
 
 
 def test_a_width_between_eighths():

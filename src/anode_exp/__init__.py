@@ -15,6 +15,7 @@ _EXPORTS = {
     "TimeGrid": "anode_exp.ode",
     "VectorField": "anode_exp.ode",
     "GRADIENT_MODES": "anode_exp.gradient",
+    "DiscreteAdjoint": "anode_exp.gradient",
     "DtoCheckpoint": "anode_exp.gradient",
     "FullBackprop": "anode_exp.gradient",
     "GradientMode": "anode_exp.gradient",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -56,10 +57,11 @@ def build_data(dataset: DatasetConfig, device: torch.device) -> data.ImageData:
 def build_model(model: ModelConfig, solver: SolverConfig, gradient: GradientConfig, num_classes: int) -> nn.Module:
     """The network, with parameters drawn from torch's global generator."""
 
+    chosen = {k: v for k, v in asdict(gradient).items() if k != "name" and v is not None}
+    mode = GRADIENT_MODES[gradient.name](**chosen)
+
     def make_ode_block(f: nn.Module) -> OdeBlock:
-        return OdeBlock(
-            f, ExplicitRungeKutta(TABLEAUX[solver.name]), TimeGrid(solver.n_steps), GRADIENT_MODES[gradient.name]()
-        )
+        return OdeBlock(f, ExplicitRungeKutta(TABLEAUX[solver.name]), TimeGrid(solver.n_steps), mode)
 
     width = {} if model.width is None else {"width": model.width}
     return MODELS[model.name](

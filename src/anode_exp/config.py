@@ -53,6 +53,9 @@ class SolverConfig:
 @dataclass(kw_only=True)
 class GradientConfig:
     name: str
+    unit: str | None = field(default=None, metadata={"one_of": ("block", "step", "stage")})
+    states: str | None = field(default=None, metadata={"one_of": ("input", "keep", "rebuild")})
+    slots: int | None = field(default=None, metadata={"at_least": 1})
 
 
 @dataclass(kw_only=True)
@@ -166,6 +169,14 @@ def typed(config: DictConfig) -> TrainConfig:
         raise UserError(f"seed={checked.seed}: give a whole number below 2147483648")
     if checked.model.width is not None and not (checked.model.width * 8).is_integer():
         raise UserError(f"model.width={checked.model.width}: give a multiple of 1/8, such as 0.5, 1 or 2")
+    gradient = checked.gradient
+    whole = gradient.name == "dto_checkpoint"
+    if gradient.unit is not None and (gradient.unit == "block") != whole:
+        allowed = "block" if whole else "step or stage"
+        raise UserError(f"gradient.unit={gradient.unit}: {gradient.name} takes {allowed}; unit block is dto_checkpoint")
+    if gradient.states is not None and (gradient.states == "input") != whole:
+        allowed = "input" if whole else "keep or rebuild"
+        raise UserError(f"gradient.states={gradient.states}: {gradient.name} takes {allowed}")
     if checked.model.block == "residual":
         checked.solver = SolverConfig(name="euler", n_steps=1)
         checked.gradient = GradientConfig(name="full_backprop")

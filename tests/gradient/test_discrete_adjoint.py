@@ -1,6 +1,8 @@
 """Modes that promise the exact gradient of the discrete solve, against full backpropagation and finite differences."""
 
 import itertools
+import math
+import weakref
 
 import pytest
 import torch
@@ -8,12 +10,35 @@ from conftest import Field, make_ode_block, solver
 from torch import nn
 
 from anode_exp.data import Augmentation, EpochBatches, Normalisation, Split
-from anode_exp.gradient import GRADIENT_MODES, DtoCheckpoint, FullBackprop
+from anode_exp.gradient import (
+    GRADIENT_MODES,
+    DiscreteAdjoint,
+    DtoCheckpoint,
+    Equispaced,
+    FullBackprop,
+    Revolve,
+    StageCheckpoint,
+    StepCheckpoint,
+    discrete_adjoint,
+)
 from anode_exp.models import MODELS, NORMS, take_evaluations
 from anode_exp.ode import TABLEAUX, TimeGrid, VectorField
 from anode_exp.training.train_step import autocast_for, train_step
 
-EXACT = sorted(set(GRADIENT_MODES) - {"reverse_adjoint"})
+POLICIES = {
+    "full_backprop": FullBackprop(),
+    "block": DtoCheckpoint(),
+    "step, keep": StepCheckpoint(),
+    "step, rebuild": StepCheckpoint(states="rebuild"),
+    "step, revolve 1": Revolve(slots=1),
+    "step, revolve 2": Revolve(slots=2),
+    "step, equispaced 2": Equispaced(slots=2),
+    "stage, keep": StageCheckpoint(),
+    "stage, rebuild": StageCheckpoint(states="rebuild"),
+    "stage, revolve 2": Revolve(unit="stage", slots=2),
+    "stage, equispaced 2": Equispaced(unit="stage", slots=2),
+}
+BIT_EQUAL = ["block"]  # the others sum the same terms in another order
 
 
 def gradients(network: nn.Module, images: torch.Tensor) -> list[torch.Tensor]:
@@ -26,15 +51,23 @@ def gradients(network: nn.Module, images: torch.Tensor) -> list[torch.Tensor]:
     return [out.detach(), images.grad, *(p.grad for p in network.parameters()), *network.buffers()]
 
 
-def assert_same_bits(network_of, images):
-    truth = gradients(network_of("full_backprop"), images)
-    for mode in EXACT:
-        for ours, theirs in zip(gradients(network_of(mode), images), truth, strict=True):
-            assert torch.equal(ours, theirs), mode
+def assert_exact(network_of, images):
+    """Every policy's gradients to rounding, the block's to the last bit; output and buffers to the last bit in all."""
+    network = network_of(FullBackprop())
+    truth = gradients(network, images)
+    n_parameters = len(list(network.parameters()))
+    for name, policy in POLICIES.items():
+        found = gradients(network_of(policy), images)
+        same = {0, *range(2 + n_parameters, len(truth))}
+        for i, (ours, theirs) in enumerate(zip(found, truth, strict=True)):
+            if name in BIT_EQUAL or i in same:
+                assert torch.equal(ours, theirs), (name, i)
+        ours, theirs = (torch.cat([x.flatten() for x in g[1 : 2 + n_parameters]]) for g in (found, truth))
+        assert (ours - theirs).norm() <= 1e-14 * theirs.norm(), name
 
 
 @pytest.mark.parametrize("tableau", TABLEAUX)
-@pytest.mark.parametrize("mode", EXACT)
+@pytest.mark.parametrize("mode", POLICIES)
 def test_gradcheck(mode, tableau):
     """Finite differences in y0 and in θ, which here is no leaf."""
     module = Field()
@@ -43,35 +76,35 @@ def test_gradcheck(mode, tableau):
     w, v = (p.detach().clone().requires_grad_() for p in module.parameters())
 
     def solve(y0, w, v):
-        return GRADIENT_MODES[mode]().solve(field, y0, (2 * w, v.sin()), TimeGrid(2), solver(tableau))
+        return POLICIES[mode].solve(field, y0, (2 * w, v.sin()), TimeGrid(2), solver(tableau))
 
     assert torch.autograd.gradcheck(solve, (y0, w, v))
 
 
 @pytest.mark.parametrize(("tableau", "n_steps", "norm"), [*itertools.product(TABLEAUX, (1, 3), NORMS)])
-def test_squeezenext_to_the_last_bit(tableau, n_steps, norm):
+def test_squeezenext_exactly(tableau, n_steps, norm):
     def network_of(mode):
         torch.manual_seed(0)
         return MODELS["squeezenext"](
             10, make_ode_block(mode, tableau, n_steps), norm=norm, field_norm=norm, width=0.25
         ).double()
 
-    assert_same_bits(network_of, torch.randn(2, 3, 32, 32, dtype=torch.float64))
+    assert_exact(network_of, torch.randn(2, 3, 32, 32, dtype=torch.float64))
 
 
 @pytest.mark.parametrize(
     ("tableau", "n_steps", "norm"),
     [*((t, 1, "batch") for t in TABLEAUX), *(("euler", 2, n) for n in NORMS), ("rk2", 3, "batch")],
 )
-def test_resnet18_to_the_last_bit(tableau, n_steps, norm):
+def test_resnet18_exactly(tableau, n_steps, norm):
     def network_of(mode):
         torch.manual_seed(0)
         return MODELS["resnet18"](10, make_ode_block(mode, tableau, n_steps), norm=norm, field_norm=norm).double()
 
-    assert_same_bits(network_of, torch.randn(2, 3, 32, 32, dtype=torch.float64))
+    assert_exact(network_of, torch.randn(2, 3, 32, 32, dtype=torch.float64))
 
 
-@pytest.mark.parametrize(("mode", "tableau"), [(m, t) for m in EXACT for t in ("rk2", "bosh3") if m != "full_backprop"])
+@pytest.mark.parametrize(("mode", "tableau"), [("dto_checkpoint", "rk2"), ("dto_checkpoint", "bosh3")])
 def test_fifty_training_steps_to_the_last_bit(mode, tableau):
     """Weights, momentum and buffers after 50 steps of the real training step on augmented images."""
     generator = torch.Generator().manual_seed(0)
@@ -95,7 +128,7 @@ def test_fifty_training_steps_to_the_last_bit(mode, tableau):
         assert torch.equal(ours, theirs)
 
 
-@pytest.mark.parametrize("mode", EXACT)
+@pytest.mark.parametrize("mode", POLICIES)
 def test_autocast_reaches_the_re_evaluation(mode):
     """Equal bits under bfloat16 autocast, with the backward pass outside of it as training has it."""
     seen = []
@@ -108,7 +141,7 @@ def test_autocast_reaches_the_re_evaluation(mode):
 
     def run(mode):
         torch.manual_seed(0)
-        network = make_ode_block(mode)(_Autonomous(Conv(3, 3, 3, padding=1), nn.GroupNorm(1, 3), nn.ReLU()))
+        network = make_ode_block(POLICIES[mode])(_Autonomous(Conv(3, 3, 3, padding=1), nn.GroupNorm(1, 3), nn.ReLU()))
         images = torch.randn(2, 3, 8, 8, requires_grad=True)
         with autocast_for("bf16", torch.device("cpu"))():
             out = network(images)
@@ -118,7 +151,10 @@ def test_autocast_reaches_the_re_evaluation(mode):
     truth = run("full_backprop")
     seen.clear()
     for ours, theirs in zip(run(mode), truth, strict=True):
-        assert torch.equal(ours, theirs)
+        if mode in ("full_backprop", *BIT_EQUAL):
+            assert torch.equal(ours, theirs)
+        else:  # the sum over stages is rounded to bfloat16 in another order
+            assert (ours - theirs).norm() <= 0.02 * theirs.norm()
     assert set(seen) == {torch.bfloat16}
     if mode != "full_backprop":
         assert len(seen) > 4  # the re-evaluation was seen too
@@ -166,7 +202,7 @@ def test_frozen_and_unused_parameters(mode):
 
 
 @pytest.mark.parametrize("tableau", TABLEAUX)
-@pytest.mark.parametrize("mode", EXACT)
+@pytest.mark.parametrize("mode", POLICIES)
 def test_theta_of_every_step_gets_its_own_gradient(mode, tableau):
     module = Field()
     field = VectorField(module)
@@ -174,38 +210,110 @@ def test_theta_of_every_step_gets_its_own_gradient(mode, tableau):
     w = torch.stack([module.w.detach() * s for s in (1.0, 0.5, -0.3)]).requires_grad_()
 
     def solve(w):
-        return GRADIENT_MODES[mode]().solve(field, y0, (w, module.v), TimeGrid(3), solver(tableau))
+        return POLICIES[mode].solve(field, y0, (w, module.v), TimeGrid(3), solver(tableau))
 
     assert torch.autograd.gradcheck(solve, (w,))
     grad = torch.autograd.grad(solve(w).sum(), w)[0]
     assert all(g.abs().sum() > 0 for g in grad)
 
 
-@pytest.mark.parametrize(("tableau", "stages"), [("euler", 1), ("rk2", 2), ("bosh3", 3), ("rk4", 4), ("dopri5", 6)])
-@pytest.mark.parametrize(("mode", "factor"), [("full_backprop", 0), ("dto_checkpoint", 1), ("reverse_adjoint", 1)])
-@pytest.mark.parametrize("n_steps", [1, 4])
-def test_evaluations_of_f(mode, factor, tableau, stages, n_steps):
-    block = make_ode_block(mode, tableau, n_steps)(Field())
+def binomial(n: int, c: int) -> int:
+    """p(N, c) = (t−1)N − C(c+t, t−1) + 1 with C(c+t−1, t−1) < N ≤ C(c+t, t): steps taken more often than twice."""
+    t = 1
+    while math.comb(c + t, t) < n:
+        t += 1
+    return (t - 1) * n - math.comb(c + t, t - 1) + 1
+
+
+def evaluations(policy, tableau: str, n_steps: int) -> tuple[int, int]:
+    block = make_ode_block(policy, tableau, n_steps)(Field())
     block(torch.ones(3, dtype=torch.float64)).sum().backward()
-    evaluations = take_evaluations(block)
-    assert evaluations.forward == stages * n_steps
-    assert evaluations.backward == factor * stages * n_steps
+    counted = take_evaluations(block)
     assert take_evaluations(block).forward == 0
+    return counted.forward, counted.backward
 
 
-def test_modes_are_what_they_say():
-    assert isinstance(GRADIENT_MODES["full_backprop"](), FullBackprop)
-    assert isinstance(GRADIENT_MODES["dto_checkpoint"](), DtoCheckpoint)
+@pytest.mark.parametrize(("tableau", "s"), [("euler", 1), ("rk2", 2), ("bosh3", 3), ("rk4", 4), ("dopri5", 6)])
+@pytest.mark.parametrize("n", [1, 2, 3, 4, 7, 10, 16])
+def test_evaluations_of_f(tableau, s, n):
+    """The counts of the module's table, for every policy."""
+    rebuild, stages = s * (n - 1), (s - 1) * n
+    assert evaluations(FullBackprop(), tableau, n) == (s * n, 0)
+    for keeping in (DtoCheckpoint(), StepCheckpoint(), StageCheckpoint(), GRADIENT_MODES["reverse_adjoint"]()):
+        assert evaluations(keeping, tableau, n) == (s * n, s * n)
+    assert evaluations(StepCheckpoint(states="rebuild"), tableau, n) == (s * n, s * n + rebuild)
+    assert evaluations(StageCheckpoint(states="rebuild"), tableau, n) == (s * n, s * n + rebuild + stages)
+    for c in (1, 2, 3, 5, n, n + 4):
+        extra = s * binomial(n, min(c, n)) if n > 1 else 0
+        assert evaluations(Revolve(slots=c), tableau, n) == (s * n, s * n + rebuild + extra), c
+        assert evaluations(Revolve("stage", c), tableau, n) == (s * n, s * n + rebuild + extra + stages), c
 
 
-@pytest.mark.parametrize("mode", EXACT)
+@pytest.mark.parametrize("n", [1, 4, 10, 16])
+@pytest.mark.parametrize("c", [1, 2, 3, 5, 20])
+def test_equispaced_slots_never_beat_the_binomial_schedule(n, c):
+    _, equispaced = evaluations(Equispaced(slots=c), "rk2", n)
+    _, revolve = evaluations(Revolve(slots=c), "rk2", n)
+    assert revolve <= equispaced
+    if c >= n:
+        assert revolve == equispaced == 2 * n + 2 * (n - 1)
+    if c == 1:
+        assert equispaced == 2 * n + 2 * n * (n - 1) // 2
+    if (n, c) == (16, 3):
+        assert revolve < equispaced
+
+
+def test_no_more_states_are_held_than_slots():
+    """The states alive inside the solve, counted where each unit begins."""
+    most = []
+    whole = discrete_adjoint._states
+
+    for make in (Revolve, Equispaced):
+        for c in (1, 2, 3, 5):
+            alive = weakref.WeakSet()
+
+            class State(torch.Tensor):
+                pass
+
+            def advance(n, y, alive=alive, State=State):
+                new = torch.full((1,), n + 1.0).as_subclass(State)
+                alive.add(new)
+                return new
+
+            first = torch.zeros(1).as_subclass(State)
+            alive.add(first)
+            order = []
+            for n, (y,) in whole(make(slots=c), [first], 16, advance):
+                assert float(y) == n, "the state of its step"
+                order.append(n)
+                del y
+                most.append(len(alive) - c)
+            assert order == list(reversed(range(16)))
+    assert max(most) <= 1, "the slots, and the state the unit begins from"
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (("block", "keep"), "unit block goes with states input"),
+        (("step", "input"), "unit block goes with states input"),
+        (("step", "revolve"), "need at least 1 slot"),
+        (("step", "revolve", 0), "need at least 1 slot"),
+        (("step", "keep", 3), "others none"),
+        (("layer", "keep"), "choose unit of"),
+    ],
+)
+def test_combinations_that_do_not_exist(settings, message):
+    with pytest.raises(ValueError, match=message):
+        DiscreteAdjoint(*settings)
+
+
+@pytest.mark.parametrize("mode", POLICIES)
 def test_a_gradient_survives_a_graph_that_is_not_freed(mode):
     """Two backward passes through the same graph give the same gradient twice."""
     module = Field()
     field = VectorField(module)
-    y1 = GRADIENT_MODES[mode]().solve(
-        field, torch.ones(3, dtype=torch.float64), field.theta, TimeGrid(2), solver("rk2")
-    )
+    y1 = POLICIES[mode].solve(field, torch.ones(3, dtype=torch.float64), field.theta, TimeGrid(2), solver("rk2"))
     y1.sum().backward(retain_graph=True)
     once = module.w.grad.clone()
     y1.sum().backward()

@@ -1,14 +1,38 @@
 """How a solve is differentiated: one file a family, all behind ``GradientMode.solve``."""
 
+from collections.abc import Callable
+
 from anode_exp.gradient.base import GradientMode
-from anode_exp.gradient.discrete_adjoint import DtoCheckpoint
+from anode_exp.gradient.discrete_adjoint import (
+    DiscreteAdjoint,
+    DtoCheckpoint,
+    Equispaced,
+    Revolve,
+    StageCheckpoint,
+    StepCheckpoint,
+)
 from anode_exp.gradient.full_backprop import FullBackprop
 from anode_exp.gradient.reverse_adjoint import ReverseAdjoint
 
-GRADIENT_MODES: dict[str, type[GradientMode]] = {
+GRADIENT_MODES: dict[str, Callable[..., GradientMode]] = {
     "full_backprop": FullBackprop,
     "dto_checkpoint": DtoCheckpoint,
+    "step_checkpoint": StepCheckpoint,
+    "stage_checkpoint": StageCheckpoint,
+    "revolve": Revolve,
+    "equispaced": Equispaced,
     "reverse_adjoint": ReverseAdjoint,
 }
 
-__all__ = ["GRADIENT_MODES", "DtoCheckpoint", "FullBackprop", "GradientMode", "ReverseAdjoint"]
+__all__ = [
+    "GRADIENT_MODES",
+    "DiscreteAdjoint",
+    "DtoCheckpoint",
+    "Equispaced",
+    "FullBackprop",
+    "GradientMode",
+    "ReverseAdjoint",
+    "Revolve",
+    "StageCheckpoint",
+    "StepCheckpoint",
+]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Protocol
 
@@ -33,3 +33,31 @@ def current_autocast(device_type: str) -> Callable[[], torch.autocast]:
         "cache_enabled": torch.is_autocast_cache_enabled(),
     }
     return partial(torch.autocast, device_type, **settings)
+
+
+class ThetaGradient:
+    """∂J/∂θ, gathered step by step: entries constant in time sum up, entries with a θ of every step fill their rows.
+
+    Args:
+        theta: the entries, as the solve got them.
+        needed: which of them want a gradient.
+
+    Attributes:
+        theta: detached, or the hooks of a θ that is no leaf would fire once in a backward pass and once outside of it.
+        result: the gradient of each entry, None where none is wanted.
+    """
+
+    def __init__(self, theta: Sequence[Tensor], needed: Sequence[bool]) -> None:
+        self.theta = tuple(p.detach().requires_grad_(need) for p, need in zip(theta, needed, strict=True))
+        self.result = [torch.zeros_like(p) if p.requires_grad else None for p in self.theta]
+        self._wanted = [total for total in self.result if total is not None]
+
+    def per_step(self, field: VectorField, n_steps: int) -> list[Theta]:
+        """θ of each step, requiring a gradient where its entry does."""
+        with torch.enable_grad():  # without, the rows of an entry would not say that they require one
+            return field.theta_per_step(self.theta, n_steps)
+
+    def add(self, n: int, gradients: Sequence[Tensor]) -> None:
+        """The contribution of step n to each entry that wants one, in order."""
+        for total, g in zip(self._wanted, gradients, strict=True):
+            (total if total.shape == g.shape else total[n]).add_(g)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from anode_exp.gradient.base import current_autocast
+from anode_exp.gradient.base import ThetaGradient, current_autocast
 from anode_exp.ode import ExplicitRungeKutta, Theta, TimeGrid, VectorField, integrate, weighted_sum
 
 
@@ -47,18 +47,14 @@ class _ReverseAdjoint(torch.autograd.Function):
         y, *saved = ctx.saved_tensors
         field: VectorField = ctx.field
         grid: TimeGrid = ctx.grid
-        theta = [p.detach().requires_grad_(need) for p, need in zip(saved, ctx.needs_input_grad[4:], strict=True)]
-        with torch.enable_grad():  # so that the steps of an evolving θ still say that they require a gradient
-            per_step = field.theta_per_step(tuple(theta), grid.n_steps)
-        grads = [torch.zeros_like(p) if p.requires_grad else None for p in theta]
-        wanted = [grad for grad in grads if grad is not None]
+        gradient = ThetaGradient(saved, ctx.needs_input_grad[4:])
+        per_step = gradient.per_step(field, grid.n_steps)
         a = grad_y1
         with ctx.autocast(), field.re_evaluation():
             for n in reversed(range(grid.n_steps)):
                 y, a, g = _augmented_step(field, per_step[n], grid.time(n + 1), -grid.h, y, a, ctx.solver)
-                for total, g_p in zip(wanted, g, strict=True):
-                    (total if total.shape == g_p.shape else total[n]).add_(g_p)
-        return None, None, None, a, *grads
+                gradient.add(n, g)
+        return None, None, None, a, *gradient.result
 
 
 def _augmented_step(

@@ -34,17 +34,28 @@ class TimeGrid:
         return self.t0 + n * self.h
 
 
-def integrate(field: VectorField, y0: Tensor, theta: Theta, grid: TimeGrid, solver: ExplicitRungeKutta) -> Tensor:
+def integrate(
+    field: VectorField,
+    y0: Tensor,
+    theta: Theta,
+    grid: TimeGrid,
+    solver: ExplicitRungeKutta,
+    kept: list[Tensor] | None = None,
+    keep_stages: bool = False,
+) -> Tensor:
     """Solve dy/dt = f(t, y, θ), y(t0) = y0, over the grid.
 
     Args:
         y0: initial state, any shape.
         theta: one entry a parameter of f, constant in time or with a leading axis of n_steps.
+        kept: receives the state at the start of every step, or with ``keep_stages`` every stage state of every step.
 
     Returns:
         y(t1), of y0's shape and dtype. Nothing is read on the host, so a CUDA graph can capture the solve.
     """
     y = y0
     for n, theta_n in enumerate(field.theta_per_step(theta, grid.n_steps)):
-        y = solver.step(field, theta_n, grid.time(n), grid.h, y)
+        if kept is not None and not keep_stages:
+            kept.append(y)
+        y = solver.step(field, theta_n, grid.time(n), grid.h, y, kept if keep_stages else None)
     return y

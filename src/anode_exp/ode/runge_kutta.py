@@ -1,8 +1,8 @@
-"""One explicit Runge–Kutta step, made from a tableau."""
+"""One explicit Runge–Kutta step, made from a tableau, and its adjoint."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -28,9 +28,59 @@ class ExplicitRungeKutta:
     def __init__(self, tableau: ButcherTableau) -> None:
         self.tableau = tableau.without_unused_stages()
 
-    def step(self, field: VectorField, theta: Theta, t: float, h: float, y: Tensor) -> Tensor:
-        """y(t + h) from y(t); ``tableau.stages`` evaluations of f."""
+    def step(
+        self, field: VectorField, theta: Theta, t: float, h: float, y: Tensor, kept: list[Tensor] | None = None
+    ) -> Tensor:
+        """y(t + h) from y(t); ``tableau.stages`` evaluations of f. ``kept`` receives the stage states Y_i."""
         slopes: list[Tensor] = []
         for c, row in zip(self.tableau.c, self.tableau.a, strict=True):
-            slopes.append(field(t + c * h, weighted_sum(y, h, row, slopes), theta))
+            y_i = weighted_sum(y, h, row, slopes)
+            if kept is not None:
+                kept.append(y_i)
+            slopes.append(field(t + c * h, y_i, theta))
         return weighted_sum(y, h, self.tableau.b, slopes)
+
+    def stage_states(self, field: VectorField, theta: Theta, t: float, h: float, y: Tensor) -> list[Tensor]:
+        """Y_i = y + h Σ_j a_ij f(Y_j) of one step; one evaluation of f less than the step."""
+        slopes: list[Tensor] = []
+        states = [y]
+        for c, row in zip(self.tableau.c, self.tableau.a[1:], strict=False):
+            slopes.append(field(t + c * h, states[-1], theta))
+            states.append(weighted_sum(y, h, row, slopes))
+        return states
+
+    def adjoint_step(
+        self,
+        field: VectorField,
+        theta: Theta,
+        t: float,
+        h: float,
+        stages: Sequence[Tensor],
+        a: Tensor,
+        add: Callable[[Sequence[Tensor]], None],
+    ) -> Tensor:
+        """The adjoint of one step, written out; f is differentiated one evaluation at a time.
+
+        From the last stage to the first, with h a constant:
+            μ_i = h (b_i α_{n+1} + Σ_{j>i} a_ji λ_j),   λ_i = (∂f/∂y(Y_i))ᵀ μ_i,
+            α_n = α_{n+1} + Σ_i λ_i.
+
+        Args:
+            stages: the stage states Y_i of the step.
+            a: α_{n+1} = ∂J/∂y_{n+1}.
+            add: receives (∂f/∂θ(Y_i))ᵀ μ_i of every stage, for each entry of θ that requires a gradient.
+
+        Returns:
+            α_n.
+
+        Source: PNODE (arXiv 2206.01298); Hager, Numer. Math. 87, 2000.
+        """
+        table = self.tableau
+        lambdas: dict[int, Tensor] = {}
+        for i in reversed(range(table.stages)):
+            terms = [(table.b[i], a), *((table.a[j][i], later) for j, later in lambdas.items())]
+            (w0, x0), *rest = [(w, x) for w, x in terms if w != 0.0]
+            mu = weighted_sum(x0 * (h * w0), h, [w for w, _ in rest], [x for _, x in rest])
+            _, lambdas[i], g = field.vjp(t + table.c[i] * h, stages[i], theta, mu)
+            add(g)
+        return weighted_sum(a, 1.0, [1.0] * len(lambdas), list(lambdas.values()))
