@@ -1,6 +1,8 @@
 .DEFAULT_GOAL := help
 # Two busy processes with spinning threads slow each other down many times over.
 export OMP_WAIT_POLICY = PASSIVE
+# ... but threads that sleep at once wake too late for the next small kernel.
+export GOMP_SPINCOUNT = 20000
 PYTHON ?= python3
 BIN := .venv/bin
 

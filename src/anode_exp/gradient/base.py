@@ -57,7 +57,7 @@ class ThetaGradient:
         with torch.enable_grad():  # without, the rows of an entry would not say that they require one
             return field.theta_per_step(self.theta, n_steps)
 
-    def add(self, n: int, gradients: Sequence[Tensor]) -> None:
-        """The contribution of step n to each entry that wants one, in order."""
+    def add(self, n: int, gradients: Sequence[Tensor], factor: float = 1.0) -> None:
+        """The contribution of step n, factor · gradients, to each entry that wants one, in order."""
         for total, g in zip(self._wanted, gradients, strict=True):
-            (total if total.shape == g.shape else total[n]).add_(g)
+            (total if total.shape == g.shape else total[n]).add_(g, alpha=factor)

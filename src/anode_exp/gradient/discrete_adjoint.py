@@ -209,7 +209,7 @@ def _adjoint(
             a = _step_adjoint(solver, field, theta_n, t, h, states[0], a, add)
             continue
         if mode.states != "keep":
-            states = solver.stage_states(field, theta_n, t, h, states[0])
+            states = solver.stage_states(field, theta_n, t, h, states.pop())
         a = solver.adjoint_step(field, theta_n, t, h, states, a, add)
     return [a if needed[0] else None, *gradient.result]
 

@@ -55,9 +55,9 @@ class ExplicitRungeKutta:
         theta: Theta,
         t: float,
         h: float,
-        stages: Sequence[Tensor],
+        stages: list[Tensor],
         a: Tensor,
-        add: Callable[[Sequence[Tensor]], None],
+        add: Callable[[Sequence[Tensor], float], None],
     ) -> Tensor:
         """The adjoint of one step, written out; f is differentiated one evaluation at a time.
 
@@ -66,9 +66,10 @@ class ExplicitRungeKutta:
             α_n = α_{n+1} + Σ_i λ_i.
 
         Args:
-            stages: the stage states Y_i of the step.
+            stages: the stage states Y_i of the step; emptied, so that each is freed when its stage is done.
             a: α_{n+1} = ∂J/∂y_{n+1}.
-            add: receives (∂f/∂θ(Y_i))ᵀ μ_i of every stage, for each entry of θ that requires a gradient.
+            add: receives gradients and a factor: (∂f/∂θ(Y_i))ᵀ μ_i of every stage is their product, for each entry of
+                θ that requires a gradient.
 
         Returns:
             α_n.
@@ -79,8 +80,10 @@ class ExplicitRungeKutta:
         lambdas: dict[int, Tensor] = {}
         for i in reversed(range(table.stages)):
             terms = [(table.b[i], a), *((table.a[j][i], later) for j, later in lambdas.items())]
-            (w0, x0), *rest = [(w, x) for w, x in terms if w != 0.0]
-            mu = weighted_sum(x0 * (h * w0), h, [w for w, _ in rest], [x for _, x in rest])
-            _, lambdas[i], g = field.vjp(t + table.c[i] * h, stages[i], theta, mu)
-            add(g)
+            (w0, mu), *rest = [(w, x) for w, x in terms if w != 0.0]
+            # μ_i = h w0 (x0 + Σ (w/w0) x): the factor waits until f's graph is freed, so a lone term costs no tensor
+            mu = weighted_sum(mu, 1.0, [w / w0 for w, _ in rest], [x for _, x in rest])
+            _, gradient, g = field.vjp(t + table.c[i] * h, stages.pop(), theta, mu)
+            lambdas[i] = gradient * (h * w0)
+            add(g, h * w0)
         return weighted_sum(a, 1.0, [1.0] * len(lambdas), list(lambdas.values()))
