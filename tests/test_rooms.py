@@ -20,13 +20,15 @@ MAY_IMPORT = {
     "config": {"errors"},
     "errors": set(),
     "report": {"config", "errors"},
+    "studies": {"models", "training"},
+    "study": {"build", "config", "data", "report", "runs", "studies", "training"},
     "composition": {"config", "errors"},
     "build": {"config", "errors", "data", "models", "gradient", "ode"},
     "runs": {"build", "config", "data", "errors", "training"},
     "train": {"build", "config", "data", "errors", "models", "training"},
     "evaluate": {"build", "config", "data", "errors", "models", "runs", "training"},
     "job": {"composition", "config", "errors", "train"},
-    "__main__": {"composition", "errors", "evaluate", "job", "report", "train"},
+    "__main__": {"composition", "errors", "evaluate", "job", "report", "study", "train"},
     "__init__": set(),
 }
 CORE = ("ode", "gradient", "models")

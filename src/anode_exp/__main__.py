@@ -22,6 +22,7 @@ usage: python -m anode_exp VERB [settings]
   train -m             a sweep over the values that settings list: gradient=dto_checkpoint,reverse_adjoint
   train resume=DIR     go on with a run that was interrupted, or for more epochs
   evaluate run=DIR     accuracy of a trained run, also under another solver, steps and data set
+  study NAME           memory, or gradient_error: every gradient mode measured, with table and plot
   list                 models, solvers, gradient modes, data sets and presets
 
   python -m anode_exp train experiment=digits                  a small real run, no download
@@ -106,6 +107,19 @@ def run_evaluate(arguments: list[str]) -> None:
     print(table(evaluate_run(directory, taken.get("checkpoint", "best"), configs)))
 
 
+def run_study(arguments: list[str]) -> None:
+    from anode_exp.composition import options, study
+
+    if not arguments or "=" in arguments[0] or arguments[0].startswith("-"):
+        raise UserError(f"study: needs the name of one; there are {', '.join(options('study'))}")
+    taken, overrides = _take(arguments[1:], "run", "checkpoint")
+    config, settings = study(arguments[0], [*overrides, *(f"study.{k}='{v}'" for k, v in taken.items())])
+
+    from anode_exp.study import run_study  # imports torch
+
+    run_study(config, settings)
+
+
 def run_list(arguments: list[str]) -> None:
     from anode_exp.composition import catalogue
 
@@ -117,6 +131,7 @@ def run_list(arguments: list[str]) -> None:
 VERBS: dict[str, Callable[[list[str]], None]] = {
     "train": run_train,
     "evaluate": run_evaluate,
+    "study": run_study,
     "list": run_list,
 }
 

@@ -17,7 +17,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from anode_exp.config import TrainConfig, read_config, typed
+from anode_exp.config import StudyConfig, TrainConfig, read_config, typed, typed_study
 from anode_exp.errors import UserError
 
 _PACKAGED = Path(__file__).parent / "conf"
@@ -43,14 +43,14 @@ def options(group: str) -> list[str]:
 
 
 def groups() -> list[str]:
-    return sorted(d.name for d in CONF.iterdir() if d.is_dir() and d.name != "hydra")
+    return sorted(d.name for d in CONF.iterdir() if d.is_dir() and d.name not in ("hydra", "study"))
 
 
 def catalogue() -> str:
     """Every group's choices, each with the first line of its file."""
     lines = []
-    for group in groups():
-        lines.append(f"{group}=")
+    for group in [*groups(), "study"]:
+        lines.append(f"{group} " if group == "study" else f"{group}=")
         for option in options(group):
             text = (CONF / group / f"{option}.yaml").read_text().splitlines()
             about = next(line.lstrip("# ") for line in text if line.startswith("# ") and "@package" not in line)
@@ -100,6 +100,28 @@ def jobs(overrides: list[str], multirun: bool) -> Jobs:
             {o.get_key_element() for o in parsed} - {o.get_key_element() for o in parsed if o.is_sweep_override()}
         ),
     )
+
+
+def study(name: str, overrides: list[str]) -> tuple[TrainConfig, StudyConfig]:
+    """The checked settings of a study, and of the networks and data it measures.
+
+    Raises:
+        UserError: for the first thing wrong, in one line.
+    """
+    if name not in options("study"):
+        raise UserError(
+            f"study {name}: there is no such study; choose one of {', '.join(options('study'))}"
+            + near(name, options("study"))
+        )
+    _lines(overrides, _parse(overrides), False, "a study takes one; its own lists are written [1,2]")
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        composed = _compose([f"+study={name}", *overrides])
+    config = _typed(composed, without=("hydra", "study"))
+    checked = typed_study(composed.study)
+    for group, names in (("solver", checked.solvers), ("gradient", [g.name for g in checked.gradients.values()])):
+        for unknown in set(names) - set(options(group)):
+            raise UserError(f"study {name}: {unknown} is no {group}; choose from {', '.join(options(group))}")
+    return config, checked
 
 
 MAY_CHANGE_ON_RESUME = ("recipe.epochs", "dataset.root", "dataset.download", "runtime.check_every")
@@ -221,7 +243,9 @@ def _keys(settings: dict[str, Any], prefix: str = "") -> list[str]:
 def _check_key(override: Override, known: list[str]) -> None:
     """Refuse a setting that the chosen groups do not have."""
     key = override.get_key_element().lstrip("+~")
-    if key.split(".")[0] == "hydra" or "/" in key or key in groups():
+    if key.startswith("study.gradients.") and override.is_add():
+        return  # the one place where users add entries of their own
+    if key.split(".")[0] == "hydra" or "/" in key or key in (*groups(), "study"):
         return
     if key not in known:
         parent = key.rpartition(".")[0]
@@ -233,7 +257,7 @@ def _check_key(override: Override, known: list[str]) -> None:
 
 def _compose(overrides: list[str]) -> DictConfig:
     parsed = _parse(overrides)
-    chosen = [f"{o.key_or_group}={_values(o)[0]}" for o in parsed if o.key_or_group in groups() and _values(o)]
+    chosen = [o.input_line or "" for o in parsed if o.key_or_group in (*groups(), "study") and _values(o)]
     known = _keys(cast(dict[str, Any], OmegaConf.to_container(compose("train", chosen))))
     for override in parsed:
         _check_key(override, known)
@@ -244,8 +268,8 @@ def _compose(overrides: list[str]) -> DictConfig:
         raise UserError(" ".join(str(cause).partition("Config search path")[0].split())) from error
 
 
-def _typed(config: DictConfig) -> TrainConfig:
-    checked = typed(OmegaConf.masked_copy(config, [str(k) for k in config if k != "hydra"]))
+def _typed(config: DictConfig, without: tuple[str, ...] = ("hydra",)) -> TrainConfig:
+    checked = typed(OmegaConf.masked_copy(config, [str(k) for k in config if k not in without]))
     for group in ("model", "solver", "gradient", "dataset"):
         name = getattr(checked, group).name
         if name not in options(group):

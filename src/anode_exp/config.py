@@ -8,13 +8,15 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any, cast, get_type_hints
+from typing import Any, TypeVar, cast, get_type_hints
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from anode_exp.errors import UserError
+
+T = TypeVar("T")
 
 
 def _at_least(minimum: float) -> Any:
@@ -105,20 +107,44 @@ class TrainConfig:
     seed: int = _at_least(0)
 
 
+@dataclass(kw_only=True)
+class StudyConfig:
+    """A study's own settings; which of them it has is in its file."""
+
+    name: str
+    n_steps: list[int] = field(metadata={"at_least": 1})
+    gradients: dict[str, GradientConfig]
+    batch_size: int = _at_least(1)
+    blocks_per_stage: list[int] = field(default_factory=list, metadata={"at_least": 1})
+    repeats: int = field(default=0, metadata={"at_least": 0})
+    solvers: list[str] = field(default_factory=list)
+    run: str | None = None
+    checkpoint: str = field(default="best", metadata={"one_of": ("best", "last")})
+
+
+_WORDS = {
+    "int": "a whole number",
+    "float": "a number",
+    "bool": "true or false",
+    "str": "a word",
+    "list[int]": "a list of whole numbers",
+    "list[float]": "a list of numbers",
+    "list[str]": "a list of words",
+}
+
+
 def _expected(annotation: str) -> str:
     """A type in the words of an error message."""
-    words = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "a word"}
-    words |= {"list[int]": "a list of whole numbers", "list[float]": "a list of numbers"}
     base, _, optional = annotation.partition(" | ")
-    return words[base] + (" or null" if optional else "")
+    return _WORDS[base] + (" or null" if optional else "")
 
 
-def _expected_at(key: str) -> str | None:
+def _expected_at(schema: type, key: str) -> str | None:
     """What the setting at a dotted key may be; None if there is none."""
     group, _, leaf = key.split("[")[0].rpartition(".")
-    schema = get_type_hints(TrainConfig).get(group) if group else TrainConfig
-    types = {f.name: str(f.type) for f in fields(schema)} if schema else {}
-    return _expected(types[leaf]) if leaf in types else None
+    node = get_type_hints(schema).get(group) if group else schema
+    types = {f.name: str(f.type) for f in fields(node)} if is_dataclass(node) else {}
+    return _expected(types[leaf]) if types.get(leaf, "").partition(" | ")[0] in _WORDS else None
 
 
 def _check(config: Any, path: str = "") -> None:
@@ -135,10 +161,57 @@ def _check(config: Any, path: str = "") -> None:
             continue
         if "one_of" in f.metadata and value not in f.metadata["one_of"]:
             raise UserError(f"{key}={value}: choose one of {', '.join(f.metadata['one_of'])}")
-        if "at_least" in f.metadata and value < f.metadata["at_least"]:
+        numbers = value if isinstance(value, list) else [value]
+        if "at_least" in f.metadata and any(n < f.metadata["at_least"] for n in numbers):
             raise UserError(f"{key}={value}: give {_expected(str(f.type))}, at least {f.metadata['at_least']}")
         if "above" in f.metadata and value <= f.metadata["above"]:
             raise UserError(f"{key}={value}: give {_expected(str(f.type))} above {f.metadata['above']}")
+
+
+def _check_gradient(gradient: GradientConfig, prefix: str) -> None:
+    """Units and states that go together."""
+    _check(gradient, prefix)
+    whole = gradient.name == "dto_checkpoint"
+    if gradient.unit is not None and (gradient.unit == "block") != whole:
+        allowed = "block" if whole else "step or stage"
+        raise UserError(f"{prefix}unit={gradient.unit}: {gradient.name} takes {allowed}; unit block is dto_checkpoint")
+    if gradient.states is not None and (gradient.states == "input") != whole:
+        allowed = "input" if whole else "keep or rebuild"
+        raise UserError(f"{prefix}states={gradient.states}: {gradient.name} takes {allowed}")
+
+
+def _to_object(schema: type[T], config: DictConfig, prefix: str = "") -> T:
+    """The configuration as the schema's class.
+
+    Raises:
+        UserError: for a value of the wrong type, or out of range.
+    """
+    try:
+        plain = OmegaConf.create(OmegaConf.to_container(config, resolve=True))
+    except OmegaConfBaseException as error:  # an interpolation that leads nowhere
+        raise UserError(f"{error.full_key}: {str(error.msg or error).splitlines()[0]}") from error
+    try:
+        checked = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), plain))
+    except OmegaConfBaseException as error:
+        key = error.full_key or "configuration"
+        value = OmegaConf.select(plain, key) if error.full_key else None
+        expected = _expected_at(schema, key)
+        reason = f"give {expected}" if expected else str(error.msg).splitlines()[0]
+        raise UserError(f"{prefix}{key}={'null' if value is None else value}: {reason}") from error
+    _check(checked, prefix)
+    return cast(T, checked)
+
+
+def typed_study(config: DictConfig) -> StudyConfig:
+    """The settings of a study, checked.
+
+    Raises:
+        UserError: for a value of the wrong type, or out of range.
+    """
+    study = _to_object(StudyConfig, config, "study.")
+    for label, gradient in study.gradients.items():
+        _check_gradient(gradient, f"study.gradients.{label}.")
+    return study
 
 
 def typed(config: DictConfig) -> TrainConfig:
@@ -150,33 +223,14 @@ def typed(config: DictConfig) -> TrainConfig:
     Raises:
         UserError: for a value of the wrong type, out of range, or against another setting.
     """
-    try:
-        plain = OmegaConf.create(OmegaConf.to_container(config, resolve=True))
-    except OmegaConfBaseException as error:  # an interpolation that leads nowhere
-        raise UserError(f"{error.full_key}: {str(error.msg or error).splitlines()[0]}") from error
-    try:
-        checked: TrainConfig = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(TrainConfig), plain))  # type: ignore[assignment]
-    except OmegaConfBaseException as error:
-        key = error.full_key or "configuration"
-        value = OmegaConf.select(plain, key) if error.full_key else None
-        expected = _expected_at(key)
-        reason = f"give {expected}" if expected else str(error.msg).splitlines()[0]
-        raise UserError(f"{key}={'null' if value is None else value}: {reason}") from error
-    _check(checked)
+    checked = _to_object(TrainConfig, config)
     if len(checked.dataset.mean) != 3 or len(checked.dataset.std) != 3 or min(checked.dataset.std) <= 0:
         raise UserError("dataset.mean and dataset.std: give three numbers each, one a channel, std above 0")
     if checked.seed >= 2**31:
         raise UserError(f"seed={checked.seed}: give a whole number below 2147483648")
     if checked.model.width is not None and not (checked.model.width * 8).is_integer():
         raise UserError(f"model.width={checked.model.width}: give a multiple of 1/8, such as 0.5, 1 or 2")
-    gradient = checked.gradient
-    whole = gradient.name == "dto_checkpoint"
-    if gradient.unit is not None and (gradient.unit == "block") != whole:
-        allowed = "block" if whole else "step or stage"
-        raise UserError(f"gradient.unit={gradient.unit}: {gradient.name} takes {allowed}; unit block is dto_checkpoint")
-    if gradient.states is not None and (gradient.states == "input") != whole:
-        allowed = "input" if whole else "keep or rebuild"
-        raise UserError(f"gradient.states={gradient.states}: {gradient.name} takes {allowed}")
+    _check_gradient(checked.gradient, "gradient.")
     if checked.model.block == "residual":
         checked.solver = SolverConfig(name="euler", n_steps=1)
         checked.gradient = GradientConfig(name="full_backprop")

@@ -55,7 +55,7 @@ def evaluate_run(directory: Path, checkpoint: str, configs: list[TrainConfig]) -
                 "images": len(images.test),
                 "solver": config.solver.name,
                 "n_steps": config.solver.n_steps,
-                "nfe": take_evaluations(network).forward // total,
+                "nfe": sum(e.forward for e in take_evaluations(network)) // total,
                 "test_loss": loss,
                 "test_accuracy": accuracy,
             }

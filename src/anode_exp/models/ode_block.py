@@ -40,14 +40,13 @@ def ode_blocks(network: nn.Module) -> Iterator[OdeBlock]:
     return (m for m in network.modules() if isinstance(m, OdeBlock))
 
 
-def take_evaluations(network: nn.Module) -> Evaluations:
-    """Evaluations of f in all ODE blocks of a network since the last call."""
-    total = Evaluations()
+def take_evaluations(network: nn.Module) -> list[Evaluations]:
+    """Evaluations of f in each ODE block of a network since the last call."""
+    taken = []
     for block in ode_blocks(network):
-        total.forward += block.field.evaluations.forward
-        total.backward += block.field.evaluations.backward
+        taken.append(block.field.evaluations)
         block.field.evaluations = Evaluations()
-    return total
+    return taken
 
 
 def count_parameters(network: nn.Module) -> dict[str, int]:

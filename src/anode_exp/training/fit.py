@@ -42,7 +42,7 @@ class Progress:
     validation_accuracy: float | None = None
     best_epoch: int | None = None
     best_score: float = -1.0
-    nfe: dict[str, float] = field(default_factory=dict)
+    nfe: dict[str, Any] = field(default_factory=dict)  # a step: forward, backward, and both for each block
     train_time_s: float = 0.0
     evaluation_time_s: float = 0.0
     first_step_s: float | None = None
@@ -246,9 +246,13 @@ class Trainer:
                         images_per_s=f"{sum(sizes[taken:end]) / (time.perf_counter() - started):.0f}",
                     )
         if end > taken:
-            evaluations = take_evaluations(self.network)
             steps = end - taken
-            progress.nfe = {"forward": evaluations.forward / steps, "backward": evaluations.backward / steps}
+            blocks = [(e.forward / steps, e.backward / steps) for e in take_evaluations(self.network)]
+            progress.nfe = {
+                "forward": sum(forward for forward, _ in blocks),
+                "backward": sum(backward for _, backward in blocks),
+                "blocks": [{"forward": forward, "backward": backward} for forward, backward in blocks],
+            }
         losses = losses[:end].cpu()  # waits for the device, so the time below is that of finished steps
         done = EpochPart(losses, correct.cpu(), earlier + time.perf_counter() - started)
         if self.status == "interrupted":

@@ -1,0 +1,86 @@
+"""Peak bytes and time of a training step of each gradient mode."""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from anode_exp.models import take_evaluations
+from anode_exp.training.peak_memory import LiveTensorBytes
+from anode_exp.training.train_step import autocast_for, train_step
+
+LEARNING_RATE = 1e-4  # weights must stay finite, and not matter
+
+
+def measure(
+    networks: dict[str, nn.Module],
+    images: Tensor,
+    labels: Tensor,
+    precision: str,
+    repeats: int,
+    tick: Callable[[], object],
+) -> Iterator[dict[str, Any]]:
+    """A row for each network: peak bytes, median seconds a step, and the median of its ratios to the first's.
+
+    The networks take their timed steps in turn, so that a machine whose speed drifts slows all of them.
+
+    ``counted_bytes`` are live tensor bytes, on any device; ``cuda_bytes`` the allocator's largest figure above what was
+    allocated before, None without CUDA. Both count weights, gradients and momentum of the one network.
+    """
+    device = images.device
+    autocast = autocast_for(precision, device)
+    optimizers = {k: torch.optim.SGD(n.parameters(), lr=LEARNING_RATE, momentum=0.9) for k, n in networks.items()}
+
+    def step(label: str) -> None:
+        train_step(networks[label], optimizers[label], autocast, images, labels)
+
+    peaks: dict[str, dict[str, Any]] = {}
+    for label, network in networks.items():
+        step(label)  # makes the optimiser's state
+        take_evaluations(network)
+        gc.collect()
+        state = [x for s in optimizers[label].state.values() for x in s.values() if isinstance(x, Tensor)]
+        own = [*network.parameters(), *network.buffers(), *state]
+        with LiveTensorBytes([*own, images, labels]) as live:
+            step(label)
+        evaluations = take_evaluations(network)
+        cuda_bytes = None
+        if device.type == "cuda":
+            optimizers[label].zero_grad()
+            before = torch.cuda.memory_allocated(device) - sum(x.nbytes for x in own)
+            torch.cuda.reset_peak_memory_stats(device)
+            step(label)
+            cuda_bytes = torch.cuda.max_memory_allocated(device) - before
+        peaks[label] = {
+            "counted_bytes": live.peak,
+            "cuda_bytes": cuda_bytes,
+            "nfe_forward": sum(e.forward for e in evaluations),
+            "nfe_backward": sum(e.backward for e in evaluations),
+        }
+        optimizers[label].zero_grad()
+        tick()
+
+    seconds: dict[str, list[float]] = {label: [] for label in networks}
+    for _ in range(repeats):
+        for label in networks:
+            started = time.perf_counter()
+            step(label)
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            seconds[label].append(time.perf_counter() - started)
+            optimizers[label].zero_grad()
+            tick()
+    first = next(iter(networks))
+    for label in networks:
+        yield {
+            "gradient": label,
+            **peaks[label],
+            "step_time_s": statistics.median(seconds[label]),
+            "time_ratio": statistics.median(a / b for a, b in zip(seconds[label], seconds[first], strict=True)),
+        }

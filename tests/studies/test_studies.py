@@ -1,0 +1,102 @@
+"""The two studies as a user types them, and what they must find."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from anode_exp.composition import study
+from anode_exp.errors import UserError
+from anode_exp.report.study import growth
+
+
+def run(cwd: Path, *arguments: str) -> subprocess.CompletedProcess:
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "anode_exp", "study", *arguments]
+    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
+
+
+def rows(cwd: Path) -> list[dict]:
+    (file,) = cwd.glob("outputs/*/*/study.jsonl")
+    assert (file.parent / "study.png").stat().st_size > 10_000
+    assert {"config.yaml", "environment.json", "table.txt"} <= {f.name for f in file.parent.iterdir()}
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def test_memory(tmp_path):
+    done = run(
+        tmp_path, "memory", "model.width=0.5", "study.n_steps=[4,8]", "study.blocks_per_stage=[1,3]",
+        "study.repeats=1", "study.batch_size=8",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found = rows(tmp_path)
+    assert len(found) == 4 * 9
+    steps = [r for r in found if r["varied"] == "n_steps"]
+    per_step = {label: b for label, (_, b) in growth([{**r, "cuda_bytes": None} for r in steps], "n_steps").items()}
+    full = per_step["full_backprop"]
+    assert per_step["dto_checkpoint"] < 0.7 * full, "one block of four at a time"
+    assert per_step["step_checkpoint keep"] < per_step["stage_checkpoint keep"] < 0.35 * full
+    assert per_step["step_checkpoint rebuild"] < per_step["step_checkpoint keep"]
+    for flat in ("revolve stage 3", "equispaced stage 3", "reverse_adjoint"):
+        assert per_step[flat] < 0.02 * full, flat
+    blocks = [r for r in found if r["varied"] == "blocks_per_stage"]
+    per_block = {label: b for label, (_, b) in growth(blocks, "blocks_per_stage").items()}
+    assert per_block["dto_checkpoint"] == pytest.approx(per_block["reverse_adjoint"], rel=0.1), "a block's input each"
+    assert per_block["full_backprop"] > 10 * per_block["dto_checkpoint"]
+    assert all(r["step_time_s"] > 0 and r["nfe_forward"] > 0 for r in found)
+    assert {r["time_ratio"] for r in found if r["gradient"] == "full_backprop"} == {1.0}
+    assert "O(L N)" in done.stdout and "fit, MB" in done.stdout
+
+
+def test_gradient_error_at_initialisation_and_for_a_trained_run(tmp_path):
+    small = ["model.width=0.25", "study.n_steps=[1,4]", "study.solvers=[euler,rk2]", "study.batch_size=4"]
+    trained = tmp_path / "trained"
+    train = [
+        sys.executable, "-m", "anode_exp", "train", "dataset=digits", "dataset.train_size=64", "dataset.test_size=10",
+        "model=squeezenext", "model.width=0.25", "recipe.epochs=1", "recipe.batch_size=32", f"hydra.run.dir={trained}",
+    ]  # fmt: skip
+    subprocess.run(train, check=True, capture_output=True)
+    for folder, extra in (("a", []), ("b", [f"run={trained}"])):
+        (tmp_path / folder).mkdir()
+        done = run(tmp_path / folder, "gradient_error", *small, *extra)
+        assert done.returncode == 0, done.stderr
+        found = rows(tmp_path / folder)
+        assert len(found) == 2 * 2 * 6
+        for row in found:
+            if row["gradient"] == "reverse_adjoint":
+                assert row["relative_error"] > 1e-3
+            else:
+                assert row["relative_error"] <= 1e-14, row
+    first, second = ({json.dumps(r) for r in rows(tmp_path / f) if "reverse" in r["gradient"]} for f in "ab")
+    assert first != second, "the trained weights were used"
+
+
+def test_a_gradient_mode_of_ones_own():
+    _, settings = study("memory", ["+study.gradients.mine={name: revolve, unit: step, slots: 7}"])
+    assert settings.gradients["mine"].slots == 7 and len(settings.gradients) == 10
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides", "message"),
+    [
+        (
+            "memry",
+            [],
+            "study memry: there is no such study; choose one of gradient_error, memory; did you mean memory?",
+        ),
+        ("memory", ["study.n_steps=[0]"], "study.n_steps=[0]: give a list of whole numbers, at least 1"),
+        ("memory", ["study.n_steps=[a]"], "study.n_steps[0]=a: give a list of whole numbers"),
+        ("memory", ["study.step=[1]"], "study.step: there is no such setting"),
+        ("memory", ["solver=rk5"], "solver=rk5: there is no such solver"),
+        ("memory", ["solver=rk2,rk4"], "a study takes one"),
+        ("gradient_error", ["study.solvers=[rk5]"], "rk5 is no solver; choose from bosh3"),
+        ("gradient_error", ["+study.gradients.a={name: sorcery}"], "sorcery is no gradient"),
+    ],
+)
+def test_mistakes(name, overrides, message):
+    with pytest.raises(UserError) as raised:
+        study(name, overrides)
+    assert message in str(raised.value)
