@@ -5,9 +5,10 @@ import torch
 
 from anode_exp.build import build_memory_format, build_model, build_optimizer, build_schedule
 from anode_exp.composition import CONF, groups, jobs, options, path_safe
+from anode_exp.config import ACTIVATION_NAMES, NORM_NAMES
 from anode_exp.errors import UserError
 from anode_exp.gradient import GRADIENT_MODES
-from anode_exp.models import MODELS, ode_blocks
+from anode_exp.models import ACTIVATIONS, MODELS, NORMS, ode_blocks
 from anode_exp.ode import TABLEAUX
 
 
@@ -46,6 +47,11 @@ def test_every_name_in_code_has_its_configuration_and_the_other_way_round():
     from anode_exp.data import DATASETS
 
     assert set(options("dataset")) == set(DATASETS)
+
+
+def test_norms_and_activations_are_named_alike():
+    """The configuration lists their names itself, so that it needs no torch."""
+    assert set(NORM_NAMES) == set(NORMS) and set(ACTIVATION_NAMES) == set(ACTIVATIONS)
 
 
 def test_every_configuration_file_says_what_it_is():

@@ -151,8 +151,10 @@ def _check(config: Any, path: str = "") -> None:
     """Ranges and choices that the types alone cannot say."""
     for f in fields(config):
         key, value = f"{path}{f.name}", getattr(config, f.name)
-        if is_dataclass(value):
-            _check(value, f"{key}.")
+        entries = {f"{key}.{k}": v for k, v in value.items()} if isinstance(value, dict) else {key: value}
+        if all(is_dataclass(entry) for entry in entries.values()):
+            for path_of_entry, entry in entries.items():
+                _check(entry, f"{path_of_entry}.")
             continue
         for number in value if isinstance(value, list) else [value]:
             if isinstance(number, float) and not math.isfinite(number):
@@ -170,7 +172,6 @@ def _check(config: Any, path: str = "") -> None:
 
 def _check_gradient(gradient: GradientConfig, prefix: str) -> None:
     """Units and states that go together."""
-    _check(gradient, prefix)
     whole = gradient.name == "dto_checkpoint"
     if gradient.unit is not None and (gradient.unit == "block") != whole:
         allowed = "block" if whole else "step or stage"

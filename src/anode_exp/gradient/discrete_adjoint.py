@@ -161,41 +161,29 @@ class _Solve(torch.autograd.Function):
         kept, theta = list(saved[: ctx.n_kept]), saved[ctx.n_kept :]
         backward = _block_adjoint if ctx.mode.unit == "block" else _adjoint
         with ctx.autocast(), ctx.field.re_evaluation():
-            grads = backward(ctx.mode, ctx.field, ctx.grid, ctx.solver, kept, theta, grad_y1, ctx.needs_input_grad[4:])
+            grads = backward(ctx, kept, theta, grad_y1)
         return None, None, None, None, *grads
 
 
-def _block_adjoint(
-    mode: DiscreteAdjoint,
-    field: VectorField,
-    grid: TimeGrid,
-    solver: ExplicitRungeKutta,
-    kept: list[Tensor],
-    theta: Theta,
-    grad_y1: Tensor,
-    needed: tuple[bool, ...],
-) -> list[Tensor | None]:
+def _block_adjoint(ctx: Any, kept: list[Tensor], theta: Theta, grad_y1: Tensor) -> list[Tensor | None]:
     """Gradients in y0 and θ through the graph of the whole block."""
+    needed = ctx.needs_input_grad[4:]
     # Detached, or the hooks of a θ that is no leaf would fire once in here and once outside.
     y0, *copies = (x.detach().requires_grad_(need) for x, need in zip((kept[0], *theta), needed, strict=True))
     with torch.enable_grad():
-        y1 = integrate(field, y0, tuple(copies), grid, solver)
+        y1 = integrate(ctx.field, y0, tuple(copies), ctx.grid, ctx.solver)
     # y0 and θ in one pass over the graph
     grads = iter(torch.autograd.grad(y1, [x for x in (y0, *copies) if x.requires_grad], grad_y1, allow_unused=True))
     return [next(grads) if need else None for need in needed]
 
 
-def _adjoint(
-    mode: DiscreteAdjoint,
-    field: VectorField,
-    grid: TimeGrid,
-    solver: ExplicitRungeKutta,
-    kept: list[Tensor],
-    theta: Theta,
-    grad_y1: Tensor,
-    needed: tuple[bool, ...],
-) -> list[Tensor | None]:
+def _adjoint(ctx: Any, kept: list[Tensor], theta: Theta, grad_y1: Tensor) -> list[Tensor | None]:
     """Gradients in y0 and θ, a step after the other from the last to the first."""
+    mode: DiscreteAdjoint = ctx.mode
+    field: VectorField = ctx.field
+    grid: TimeGrid = ctx.grid
+    solver: ExplicitRungeKutta = ctx.solver
+    needed = ctx.needs_input_grad[4:]
     gradient = ThetaGradient(theta, needed[1:])
     per_step = gradient.per_step(field, grid.n_steps)
 
