@@ -140,4 +140,4 @@ def test_a_table_from_records_alone(tmp_path):
     assert rk2["seeds"] == "2 of 2" and rk2["test_accuracy_mean"] == pytest.approx(0.6)
     assert rk2["test_accuracy_std"] == pytest.approx(0.1414, abs=1e-4)
     assert rk4["seeds"] == "0 of 1" and rk4["test_accuracy_mean"] is None
-    assert "60.00% ± 14.14%" in sweep_table(tmp_path)
+    assert "60.00% ± 14.14%" in sweep_table(tmp_path, found)

@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from anode_exp.errors import UserError, fail
 
@@ -56,15 +57,17 @@ def run_train(arguments: list[str]) -> None:
             ours.append(f"hydra.job.config.override_dirname.exclude_keys=[{','.join(asked.fixed)}]")
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises what a job raised, for `main` to report
     sys.argv = [parser.prog, *ours, *parsed.overrides, *flags]
+    rows: list[dict[str, Any]] = []
     try:
         hydra.main(version_base="1.3", config_path=str(CONF), config_name="train")(run_job)()
     finally:
-        if parsed.multirun and asked.directory.is_dir():
+        if parsed.multirun and not parsed.hydra_help and asked.directory.is_dir():
             from anode_exp.report.sweep import sweep_rows, sweep_table
 
-            print(f"\n{sweep_table(asked.directory)}")
-            failed = [row for row in sweep_rows(asked.directory) if row["status"] == "failed"]
-    if parsed.multirun and failed:
+            rows = sweep_rows(asked.directory)
+            print(f"\n{sweep_table(asked.directory, rows)}")
+    failed = [row for row in rows if row["status"] == "failed"]
+    if failed:
         print(f"{len(failed)} of {len(asked.configs)} jobs failed", file=sys.stderr)
         sys.exit(2 if all(row["mistake"] for row in failed) else 1)
 

@@ -79,9 +79,8 @@ def _number(value: float | None, measure: str) -> str:
     return f"{value / 1e6:,.1f} MB" if measure.endswith("bytes") else f"{value:.4g}"
 
 
-def sweep_table(directory: Path) -> str:
-    """Write ``sweep.csv`` and, where seeds vary, ``sweep_over_seeds.csv``; return both as text."""
-    rows = sweep_rows(directory)
+def sweep_table(directory: Path, rows: list[dict[str, Any]]) -> str:
+    """Write a sweep's rows to ``sweep.csv`` and, where seeds vary, ``sweep_over_seeds.csv``; return both as text."""
     if not rows:
         return f"no job of {directory} began"
     _write(directory / "sweep.csv", rows)
