@@ -59,5 +59,6 @@ class ThetaGradient:
 
     def add(self, n: int, gradients: Sequence[Tensor], factor: float = 1.0) -> None:
         """The contribution of step n, factor · gradients, to each entry that wants one, in order."""
-        for total, g in zip(self._wanted, gradients, strict=True):
-            (total if total.shape == g.shape else total[n]).add_(g, alpha=factor)
+        if self._wanted:
+            rows = [x if x.shape == g.shape else x[n] for x, g in zip(self._wanted, gradients, strict=True)]
+            torch._foreach_add_(rows, list(gradients), alpha=factor)

@@ -215,7 +215,6 @@ def _step_adjoint(
     """α_n from α_{n+1} through the graph of one step."""
     with torch.enable_grad():
         y = y.detach().requires_grad_()
-        theta = tuple(p.detach().requires_grad_(p.requires_grad) for p in theta)
         y1 = solver.step(field, theta, t, h, y)
         wanted = (y, *(p for p in theta if p.requires_grad))
         grad_y, *grad_theta = torch.autograd.grad(y1, wanted, a, materialize_grads=True)

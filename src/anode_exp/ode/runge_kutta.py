@@ -77,13 +77,13 @@ class ExplicitRungeKutta:
         Source: PNODE (arXiv 2206.01298); Hager, Numer. Math. 87, 2000.
         """
         table = self.tableau
-        lambdas: dict[int, Tensor] = {}
+        lambdas: dict[int, tuple[float, Tensor]] = {}  # λ_i as a factor and a tensor: scaling it would take another
         for i in reversed(range(table.stages)):
-            terms = [(table.b[i], a), *((table.a[j][i], later) for j, later in lambdas.items())]
+            terms = [(table.b[i], a), *((table.a[j][i] * factor, x) for j, (factor, x) in lambdas.items())]
             (w0, mu), *rest = [(w, x) for w, x in terms if w != 0.0]
-            # μ_i = h w0 (x0 + Σ (w/w0) x): the factor waits until f's graph is freed, so a lone term costs no tensor
+            # μ_i = h w0 (x0 + Σ (w/w0) x): a lone term costs no tensor
             mu = weighted_sum(mu, 1.0, [w / w0 for w, _ in rest], [x for _, x in rest])
             _, gradient, g = field.vjp(t + table.c[i] * h, stages.pop(), theta, mu)
-            lambdas[i] = gradient * (h * w0)
+            lambdas[i] = h * w0, gradient
             add(g, h * w0)
-        return weighted_sum(a, 1.0, [1.0] * len(lambdas), list(lambdas.values()))
+        return weighted_sum(a, 1.0, [w for w, _ in lambdas.values()], [x for _, x in lambdas.values()])

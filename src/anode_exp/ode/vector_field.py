@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.dropout import _DropoutNd
 
@@ -61,15 +60,24 @@ class VectorField:
             self.evaluations.backward += 1
         else:
             self.evaluations.forward += 1
-        own = dict(self.module.named_parameters())
+        places = [(m._parameters, name, p) for m in self.module.modules() for name, p in m._parameters.items()]
+        own = list(dict.fromkeys(p for *_, p in places if p is not None))
         if len(own) != len(theta):
             raise ValueError(
                 f"theta has {len(theta)} entries, the vector field {len(own)} parameters; pass one for each"
             )
-        if all(given is p for given, p in zip(theta, own.values(), strict=True)):
+        if all(given is p for given, p in zip(theta, own, strict=True)):
             dy = self.module(t, y)
         else:
-            dy = functional_call(self.module, dict(zip(own, theta, strict=True)), (t, y))
+            # torch.func.functional_call does the same in several times the time, which a small f notices.
+            given_for = dict(zip(own, theta, strict=True))
+            try:
+                for owner, name, p in places:
+                    owner[name] = None if p is None else given_for[p]  # type: ignore[assignment]
+                dy = self.module(t, y)
+            finally:
+                for owner, name, p in places:
+                    owner[name] = p
         if dy.shape != y.shape:
             raise ValueError(
                 f"the vector field maps a state of shape {tuple(y.shape)} to {tuple(dy.shape)}; "
@@ -129,6 +137,7 @@ class VectorField:
         """f(t, y, θ) with its vector–Jacobian products aᵀ∂f/∂y and aᵀ∂f/∂θ, from one evaluation.
 
         Args:
+            theta: detached from what it was made of, or its hooks would fire here.
             a: adjoint, of y's shape.
 
         Returns:
@@ -137,8 +146,6 @@ class VectorField:
         """
         with torch.enable_grad():
             y = y.detach().requires_grad_()
-            # Detached, or the hooks of a θ that is no leaf would fire once more than they should.
-            theta = tuple(p.detach().requires_grad_(p.requires_grad) for p in theta)
             dy = self(t, y, theta)
             wanted = (y, *(p for p in theta if p.requires_grad))
             grad_y, *grad_theta = torch.autograd.grad(dy, wanted, a, materialize_grads=True)
