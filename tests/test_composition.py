@@ -111,7 +111,7 @@ def test_a_sweep_is_the_product_of_its_values():
 WRONG = {
     "model=resnet19": "there is no such model; choose one of resnet18, squeezenext; did you mean resnet18?",
     "solver=rk5": "choose one of bosh3, dopri5, euler, heun, rk2, rk4",
-    "gradient=adjoint": "stage_checkpoint, step_checkpoint; did you mean reverse_adjoint?",
+    "gradient=adjoint": "step_checkpoint, stored_adjoint; did you mean reverse_adjoint?",
     "dataset=cifar": "choose one of cifar10, cifar100, digits, fake; did you mean cifar10",
     "recipe=": "recipe=: there is no such recipe; choose one of paper",
     "experiment=digit": "there is no such experiment; choose one of digits; did you mean digits?",

@@ -14,7 +14,7 @@ from anode_exp.config import DatasetConfig, GradientConfig, ModelConfig, RecipeC
 from anode_exp.errors import UserError
 from anode_exp.gradient import GRADIENT_MODES
 from anode_exp.models import MODELS, OdeBlock
-from anode_exp.ode import TABLEAUX, ExplicitRungeKutta, TimeGrid
+from anode_exp.ode import TABLEAUX, ExplicitRungeKutta, TimeGrid, Tolerance
 
 
 def build_device(runtime: RuntimeConfig) -> torch.device:
@@ -57,11 +57,14 @@ def build_data(dataset: DatasetConfig, device: torch.device) -> data.ImageData:
 def build_model(model: ModelConfig, solver: SolverConfig, gradient: GradientConfig, num_classes: int) -> nn.Module:
     """The network, with parameters drawn from torch's global generator."""
 
+    grid: TimeGrid | Tolerance = TimeGrid(solver.n_steps)
+    if solver.adaptive:
+        grid = Tolerance(solver.rtol, solver.atol, max_evaluations=solver.max_evaluations, min_step=solver.min_step)
     chosen = {k: v for k, v in asdict(gradient).items() if k != "name" and v is not None}
     mode = GRADIENT_MODES[gradient.name](**chosen)
 
     def make_ode_block(f: nn.Module) -> OdeBlock:
-        return OdeBlock(f, ExplicitRungeKutta(TABLEAUX[solver.name]), TimeGrid(solver.n_steps), mode)
+        return OdeBlock(f, ExplicitRungeKutta(TABLEAUX[solver.name]), grid, mode)
 
     width = {} if model.width is None else {"width": model.width}
     return MODELS[model.name](

@@ -124,7 +124,13 @@ def study(name: str, overrides: list[str]) -> tuple[TrainConfig, StudyConfig]:
     return config, checked
 
 
-MAY_CHANGE_ON_RESUME = ("recipe.epochs", "dataset.root", "dataset.download", "runtime.check_every")
+MAY_CHANGE_ON_RESUME = (
+    "recipe.epochs",
+    "dataset.root",
+    "dataset.download",
+    "runtime.check_every",
+    "runtime.keep_every",
+)
 """Settings that change no number of the epochs already done, or of those to come."""
 
 MAY_CHANGE_TO_EVALUATE = ("solver", "dataset", "runtime", "recipe.test_batch_size")

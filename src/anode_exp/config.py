@@ -50,6 +50,20 @@ class ModelConfig:
 class SolverConfig:
     name: str
     n_steps: int = _at_least(1)
+    adaptive: bool = False
+    rtol: float = field(default=1e-3, metadata={"above": 0})
+    atol: float = field(default=1e-3, metadata={"above": 0})
+    max_evaluations: int = field(default=1000, metadata={"at_least": 1})
+    min_step: float = field(default=1e-6, metadata={"above": 0})
+
+    def describe(self) -> str:
+        if self.adaptive:
+            return f"{self.name}, adaptive (rtol {self.rtol:g}, atol {self.atol:g})"
+        return f"{self.name}, {self.n_steps} steps"
+
+
+EMBEDDED = ("heun", "bosh3", "dopri5")
+"""Solvers with an error estimate, which can choose their steps."""
 
 
 @dataclass(kw_only=True)
@@ -94,6 +108,7 @@ class RuntimeConfig:
     precision: str = _one_of("fp32", "tf32", "bf16")
     channels_last: bool
     check_every: int = _at_least(1)
+    keep_every: int | None = field(default=None, metadata={"at_least": 1})
 
 
 @dataclass(kw_only=True)
@@ -119,7 +134,7 @@ class StudyConfig:
     repeats: int = field(default=0, metadata={"at_least": 0})
     solvers: list[str] = field(default_factory=list)
     run: str | None = None
-    checkpoint: str = field(default="best", metadata={"one_of": ("best", "last")})
+    checkpoint: str = "best"
 
 
 _WORDS = {
@@ -210,6 +225,8 @@ def typed_study(config: DictConfig) -> StudyConfig:
         UserError: for a value of the wrong type, or out of range.
     """
     study = _to_object(StudyConfig, config, "study.")
+    if study.checkpoint not in ("best", "last", "every") and not study.checkpoint.isdecimal():
+        raise UserError(f"checkpoint={study.checkpoint}: choose best, last, the number of an epoch, or every")
     for label, gradient in study.gradients.items():
         _check_gradient(gradient, f"study.gradients.{label}.")
     return study
@@ -232,6 +249,10 @@ def typed(config: DictConfig) -> TrainConfig:
     if checked.model.width is not None and not (checked.model.width * 8).is_integer():
         raise UserError(f"model.width={checked.model.width}: give a multiple of 1/8, such as 0.5, 1 or 2")
     _check_gradient(checked.gradient, "gradient.")
+    if checked.solver.adaptive and checked.solver.name not in EMBEDDED:
+        raise UserError(
+            f"solver.adaptive=true: {checked.solver.name} has no error estimate; choose solver={', '.join(EMBEDDED)}"
+        )
     if checked.model.block == "residual":
         checked.solver = SolverConfig(name="euler", n_steps=1)
         checked.gradient = GradientConfig(name="full_backprop")

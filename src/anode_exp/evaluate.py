@@ -13,6 +13,7 @@ from anode_exp.config import TrainConfig, read_config
 from anode_exp.data import DATASETS, evaluation_batches
 from anode_exp.errors import UserError
 from anode_exp.models import take_evaluations
+from anode_exp.ode import SolveFailed
 from anode_exp.runs import load_run
 from anode_exp.training.progress import bar
 from anode_exp.training.train_step import autocast_for, evaluate, set_float32_precision
@@ -43,10 +44,13 @@ def evaluate_run(directory: Path, checkpoint: str, configs: list[TrainConfig]) -
         size = config.recipe.test_batch_size
         batches = evaluation_batches(images.test, size, build_normalisation(config.dataset, device, memory_format))
         total = -(-len(images.test) // size)
-        name = f"{config.solver.name}, {config.solver.n_steps} steps"
-        loss, accuracy = evaluate(
-            network, autocast_for(config.runtime.precision, device), bar(total, name, iterable=batches)
-        )
+        name = config.solver.describe()
+        try:
+            loss, accuracy = evaluate(
+                network, autocast_for(config.runtime.precision, device), bar(total, name, iterable=batches)
+            )
+        except SolveFailed as error:
+            raise UserError(f"{directory}, {name}: {error}") from error
         rows.append(
             {
                 "checkpoint": checkpoint,
@@ -54,7 +58,7 @@ def evaluate_run(directory: Path, checkpoint: str, configs: list[TrainConfig]) -
                 "dataset": config.dataset.name,
                 "images": len(images.test),
                 "solver": config.solver.name,
-                "n_steps": config.solver.n_steps,
+                "n_steps": None if config.solver.adaptive else config.solver.n_steps,
                 "nfe": sum(e.forward for e in take_evaluations(network)) // total,
                 "test_loss": loss,
                 "test_accuracy": accuracy,

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from anode_exp.build import build_model
@@ -38,7 +39,7 @@ def load_run(directory: str | Path, checkpoint: str = "best", config: TrainConfi
     """The network and records of a run.
 
     Args:
-        checkpoint: ``best`` or ``last``.
+        checkpoint: ``best``, ``last``, or the number of an epoch that was kept; ``0`` is the untrained network.
         config: solve with the solver of this configuration instead of the run's own.
 
     Raises:
@@ -46,18 +47,27 @@ def load_run(directory: str | Path, checkpoint: str = "best", config: TrainConfi
     """
     directory = Path(directory)
     config = typed(read_config(directory)) if config is None else config
-    if checkpoint not in ("best", "last"):
-        raise UserError(f"checkpoint={checkpoint}: choose one of best, last")
-    state = Checkpoints(directory / "checkpoints").load(checkpoint)
-    if state is None:
-        raise UserError(f"{directory}: has no {checkpoint} checkpoint yet; one is saved after every epoch")
+    checkpoints = Checkpoints(directory / "checkpoints")
+    torch.manual_seed(config.seed)
     network = build_model(config.model, config.solver, config.gradient, DATASETS[config.dataset.name][1])
-    network.load_state_dict(state["network"])
+    epoch = 0
+    if checkpoint != "0":
+        kept = [str(epoch) for epoch in checkpoints.epochs()]
+        if checkpoint not in ("best", "last", *kept):
+            raise UserError(
+                f"checkpoint={checkpoint}: choose one of {', '.join(('best', 'last', '0', *kept))}; "
+                "train with runtime.keep_every=1 to keep more"
+            )
+        state = checkpoints.load(f"epoch-{checkpoint}" if checkpoint in kept else checkpoint)
+        if state is None:
+            raise UserError(f"{directory}: has no {checkpoint} checkpoint yet; one is saved after every epoch")
+        network.load_state_dict(state["network"])
+        epoch = state["progress"]["epochs"]
     return Run(
         directory,
         config,
         network.eval(),
-        state["progress"]["epochs"],
+        epoch,
         read_metrics(directory),
         read_results(directory),
     )

@@ -81,7 +81,7 @@ def train(config: TrainConfig, directory: Path, resume: bool = False) -> dict[st
         if state is not None:
             trainer.restore(state)
         log.info(
-            f"{config.model.name} ({config.model.block} blocks), {config.solver.name}, {config.solver.n_steps} steps, "
+            f"{config.model.name} ({config.model.block} blocks), {config.solver.describe()}, "
             f"{config.gradient.name}, {config.dataset.name} ({len(images.train)} images), seed {config.seed}, "
             f"{device_name(device)}\n{directory}"
         )
@@ -90,6 +90,7 @@ def train(config: TrainConfig, directory: Path, resume: bool = False) -> dict[st
         trainer.fit()
         results = {
             "status": trainer.status,
+            "reason": trainer.reason,
             **_summary(trainer.progress, config.recipe.batch_size),
             "peak_memory_kind": memory.kind,
             "reserved_memory_bytes": memory.reserved_bytes,
@@ -162,6 +163,7 @@ def _table(results: dict[str, Any]) -> str:
     accuracy, best = (shown(results[k], ".2%") for k in ("test_accuracy", "best_test_accuracy"))
     rows = [
         ("status", f"{results['status']} after {results['epochs']} epochs, {results['steps']} steps"),
+        *([("reason", results["reason"])] if results["reason"] else []),
         ("test accuracy", f"{accuracy} (best {best})"),
         ("training loss", shown(results["train_loss"], ".4f")),
         ("peak memory", f"{results['peak_memory_bytes'] / 1e6:,.1f} MB ({results['peak_memory_kind']})"),
@@ -170,4 +172,9 @@ def _table(results: dict[str, Any]) -> str:
     ]
     if nfe:
         rows.append(("evaluations of f", f"{nfe['forward']:g} forward, {nfe['backward']:g} backward a step"))
+        if nfe.get("accepted"):
+            solves = f"{nfe['accepted']:g} accepted and {nfe['rejected']:g} rejected forward"
+            if nfe["backward_accepted"]:
+                solves += f", {nfe['backward_accepted']:g} and {nfe['backward_rejected']:g} backward"
+            rows.append(("adaptive steps", f"{solves}, a training step"))
     return "\n".join(f"  {name:<18}{value}" for name, value in rows)

@@ -13,6 +13,7 @@ from anode_exp.gradient.discrete_adjoint import (
 )
 from anode_exp.gradient.full_backprop import FullBackprop
 from anode_exp.gradient.reverse_adjoint import ReverseAdjoint
+from anode_exp.gradient.stored_adjoint import StoredAdjoint
 
 GRADIENT_MODES: dict[str, Callable[..., GradientMode]] = {
     "full_backprop": FullBackprop,
@@ -22,6 +23,7 @@ GRADIENT_MODES: dict[str, Callable[..., GradientMode]] = {
     "revolve": Revolve,
     "equispaced": Equispaced,
     "reverse_adjoint": ReverseAdjoint,
+    "stored_adjoint": StoredAdjoint,
 }
 
 __all__ = [
@@ -35,4 +37,5 @@ __all__ = [
     "Revolve",
     "StageCheckpoint",
     "StepCheckpoint",
+    "StoredAdjoint",
 ]

@@ -9,18 +9,21 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from anode_exp.ode import ExplicitRungeKutta, Theta, TimeGrid, VectorField
+from anode_exp.ode import ExplicitRungeKutta, Theta, TimeGrid, Tolerance, VectorField
 
 
 class GradientMode(Protocol):
-    """How a solve is differentiated. The forward values are those of ``integrate`` in every mode, bit for bit."""
+    """How a solve is differentiated. Forward values are those of ``solve_forward`` in every mode, bit for bit."""
 
-    def solve(self, field: VectorField, y0: Tensor, theta: Theta, grid: TimeGrid, solver: ExplicitRungeKutta) -> Tensor:
+    def solve(
+        self, field: VectorField, y0: Tensor, theta: Theta, grid: TimeGrid | Tolerance, solver: ExplicitRungeKutta
+    ) -> Tensor:
         """y(t1) of dy/dt = f(t, y, θ), y(t0) = y0, with this mode's gradients in y0 and θ.
 
         Args:
             y0: initial state, any shape.
             theta: f's parameters, leaves or not; constant in time, or with a leading axis of n_steps.
+            grid: fixed steps, or a tolerance that steps are chosen for. Their sizes are constants of the gradient.
         """
         ...
 
@@ -45,12 +48,13 @@ class ThetaGradient:
     Attributes:
         theta: detached, or the hooks of a θ that is no leaf would fire once in a backward pass and once outside of it.
         result: the gradient of each entry, None where none is wanted.
+        wanted: the entries of ``result`` that are not None.
     """
 
     def __init__(self, theta: Sequence[Tensor], needed: Sequence[bool]) -> None:
         self.theta = tuple(p.detach().requires_grad_(need) for p, need in zip(theta, needed, strict=True))
         self.result = [torch.zeros_like(p) if p.requires_grad else None for p in self.theta]
-        self._wanted = [total for total in self.result if total is not None]
+        self.wanted = [total for total in self.result if total is not None]
 
     def per_step(self, field: VectorField, n_steps: int) -> list[Theta]:
         """θ of each step, requiring a gradient where its entry does."""
@@ -59,6 +63,6 @@ class ThetaGradient:
 
     def add(self, n: int, gradients: Sequence[Tensor], factor: float = 1.0) -> None:
         """The contribution of step n, factor · gradients, to each entry that wants one, in order."""
-        if self._wanted:
-            rows = [x if x.shape == g.shape else x[n] for x, g in zip(self._wanted, gradients, strict=True)]
+        if self.wanted:
+            rows = [x if x.shape == g.shape else x[n] for x, g in zip(self.wanted, gradients, strict=True)]
             torch._foreach_add_(rows, list(gradients), alpha=factor)

@@ -35,7 +35,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from anode_exp.gradient.base import ThetaGradient, current_autocast
-from anode_exp.ode import ExplicitRungeKutta, Theta, TimeGrid, VectorField, integrate
+from anode_exp.ode import ExplicitRungeKutta, Steps, Theta, TimeGrid, Tolerance, VectorField, integrate, solve_forward
 
 UNITS = ("block", "step", "stage")
 STATES = ("input", "keep", "rebuild", "revolve", "equispaced")
@@ -69,7 +69,9 @@ class DiscreteAdjoint:
             )
         self.unit, self.states, self.slots = unit, states, slots
 
-    def solve(self, field: VectorField, y0: Tensor, theta: Theta, grid: TimeGrid, solver: ExplicitRungeKutta) -> Tensor:
+    def solve(
+        self, field: VectorField, y0: Tensor, theta: Theta, grid: TimeGrid | Tolerance, solver: ExplicitRungeKutta
+    ) -> Tensor:
         return _Solve.apply(self, field, grid, solver, y0, *theta)
 
 
@@ -140,15 +142,17 @@ class _Solve(torch.autograd.Function):
         ctx: Any,
         mode: DiscreteAdjoint,
         field: VectorField,
-        grid: TimeGrid,
+        grid: TimeGrid | Tolerance,
         solver: ExplicitRungeKutta,
         y0: Tensor,
         *theta: Tensor,
     ) -> Tensor:
-        ctx.mode, ctx.field, ctx.grid, ctx.solver = mode, field, grid, solver
+        ctx.mode, ctx.field, ctx.solver = mode, field, solver
         ctx.autocast = current_autocast(y0.device.type)
         kept: list[Tensor] = []
-        y1 = integrate(field, y0, theta, grid, solver, kept if mode.states == "keep" else None, mode.unit == "stage")
+        to_keep = kept if mode.states == "keep" else None
+        # The steps taken: an adaptive solve finds them once, and they are a fixed grid from then on.
+        y1, ctx.grid = solve_forward(field, y0, theta, grid, solver, to_keep, mode.unit == "stage")
         kept = kept or [y0]
         ctx.n_kept = len(kept)
         ctx.save_for_backward(*kept, *theta)
@@ -181,18 +185,18 @@ def _adjoint(ctx: Any, kept: list[Tensor], theta: Theta, grad_y1: Tensor) -> lis
     """Gradients in y0 and θ, a step after the other from the last to the first."""
     mode: DiscreteAdjoint = ctx.mode
     field: VectorField = ctx.field
-    grid: TimeGrid = ctx.grid
+    grid: TimeGrid | Steps = ctx.grid
     solver: ExplicitRungeKutta = ctx.solver
     needed = ctx.needs_input_grad[4:]
     gradient = ThetaGradient(theta, needed[1:])
     per_step = gradient.per_step(field, grid.n_steps)
 
     def advance(n: int, y: Tensor) -> Tensor:
-        return solver.step(field, per_step[n], grid.time(n), grid.h, y)
+        return solver.step(field, per_step[n], grid.time(n), grid.step_size(n), y)
 
     a = grad_y1
     for n, states in _states(mode, kept, grid.n_steps, advance):
-        t, h, theta_n, add = grid.time(n), grid.h, per_step[n], partial(gradient.add, n)
+        t, h, theta_n, add = grid.time(n), grid.step_size(n), per_step[n], partial(gradient.add, n)
         if mode.unit == "step":
             a = _step_adjoint(solver, field, theta_n, t, h, states[0], a, add)
             continue

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -9,33 +10,48 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from anode_exp.gradient.base import ThetaGradient, current_autocast
-from anode_exp.ode import ExplicitRungeKutta, Theta, TimeGrid, VectorField, integrate, weighted_sum
+from anode_exp.ode import (
+    ButcherTableau,
+    ExplicitRungeKutta,
+    StepController,
+    Steps,
+    Theta,
+    TimeGrid,
+    Tolerance,
+    VectorField,
+    check_evaluations,
+    solve_forward,
+    weighted_sum,
+)
 
 
 class ReverseAdjoint:
     """Optimise-then-discretise with the trajectory rebuilt from y(t1): Neural ODE's memory-free gradient.
 
-    Backwards in time, with the forward solve's method and grid:
+    Backwards in time, with the forward solve's method:
         dy/dt = f(t, y, θ),   dα/dt = −(∂f/∂y)ᵀ α,   dg/dt = −(∂f/∂θ)ᵀ α,   α(t1) = ∂J/∂y(t1), g(t1) = 0;
-    then ∂J/∂y0 = α(t0) and ∂J/∂θ = g(t0).
+    then ∂J/∂y0 = α(t0) and ∂J/∂θ = g(t0). A fixed grid is gone back over; to a tolerance the augmented system finds
+    steps of its own, its error the largest root mean square of y's, α's and each entry of g's, as in torchdiffeq.
 
     It holds y(t1) alone and the graph of one evaluation, L activations; the backward pass evaluates f s N times a
-    block. It is not the gradient of the discrete solve: the backward solve does not retrace y, and the continuous
-    adjoint does not belong to the discrete method. It is here because that is what ANODE argues against.
+    block on a fixed grid. It is not the gradient of the discrete solve: the backward solve does not retrace y, and the
+    continuous adjoint does not belong to the discrete method. It is here because that is what ANODE argues against.
 
     Source: Neural ODE (arXiv 1806.07366) Alg. 1; ANODE (arXiv 1902.10298) Eq. 5.
     """
 
-    def solve(self, field: VectorField, y0: Tensor, theta: Theta, grid: TimeGrid, solver: ExplicitRungeKutta) -> Tensor:
+    def solve(
+        self, field: VectorField, y0: Tensor, theta: Theta, grid: TimeGrid | Tolerance, solver: ExplicitRungeKutta
+    ) -> Tensor:
         return _ReverseAdjoint.apply(field, grid, solver, y0, *theta)
 
 
 class _ReverseAdjoint(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, field: VectorField, grid: TimeGrid, solver: ExplicitRungeKutta, y0: Tensor, *theta: Tensor
+        ctx: Any, field: VectorField, grid: TimeGrid | Tolerance, solver: ExplicitRungeKutta, y0: Tensor, *theta: Tensor
     ) -> Tensor:
-        y1 = integrate(field, y0, theta, grid, solver)
+        y1, ctx.steps = solve_forward(field, y0, theta, grid, solver)
         ctx.field, ctx.grid, ctx.solver = field, grid, solver
         ctx.autocast = current_autocast(y0.device.type)
         ctx.save_for_backward(y1, *theta)
@@ -44,36 +60,119 @@ class _ReverseAdjoint(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_y1: Tensor) -> tuple[Any, ...]:
-        y, *saved = ctx.saved_tensors
-        field: VectorField = ctx.field
-        grid: TimeGrid = ctx.grid
-        gradient = ThetaGradient(saved, ctx.needs_input_grad[4:])
-        per_step = gradient.per_step(field, grid.n_steps)
-        a = grad_y1
-        with ctx.autocast(), field.re_evaluation():
-            for n in reversed(range(grid.n_steps)):
-                y, a, g = _augmented_step(field, per_step[n], grid.time(n + 1), -grid.h, y, a, ctx.solver)
-                gradient.add(n, g)
+        y1, *theta = ctx.saved_tensors
+        gradient = ThetaGradient(theta, ctx.needs_input_grad[4:])
+        with ctx.autocast(), ctx.field.re_evaluation():
+            if isinstance(ctx.grid, Tolerance):
+                a = _adaptive(ctx.field, ctx.grid, ctx.steps, ctx.solver.embedded, y1, grad_y1, gradient)
+            else:
+                a = _fixed(ctx.field, ctx.grid, ctx.solver.tableau, y1, grad_y1, gradient)
         return None, None, None, a, *gradient.result
 
 
+def _fixed(
+    field: VectorField, grid: TimeGrid, table: ButcherTableau, y: Tensor, a: Tensor, gradient: ThetaGradient
+) -> Tensor:
+    """α(t0), over the forward grid from its end."""
+    per_step = gradient.per_step(field, grid.n_steps)
+    for n in reversed(range(grid.n_steps)):
+        end = _augmented_step(field, per_step[n], grid.time(n + 1), -grid.step_size(n), y, a, table)
+        y, a = end.y, end.a
+        gradient.add(n, end.g)
+    return a
+
+
+def _adaptive(
+    field: VectorField,
+    tolerance: Tolerance,
+    steps: Steps,
+    table: ButcherTableau,
+    y: Tensor,
+    a: Tensor,
+    gradient: ThetaGradient,
+) -> Tensor:
+    """α(t0), over steps chosen on the way; the first is as long as the forward solve's last."""
+    (theta,) = gradient.per_step(field, 1)
+    before = field.evaluations.total
+    control = StepController(tolerance.t1, tolerance.t0, steps.sizes[-1], table.order, tolerance)
+    first: Slopes | None = None
+    while not control.done:
+        check_evaluations(tolerance, field.evaluations.total - before, control.t)
+        end = _augmented_step(field, theta, control.t, control.h, y, a, table, first)
+        g = gradient.wanted
+        after = [end.y, end.a, *torch._foreach_add(g, end.g)] if g else [end.y, end.a]
+        accepted = control.judge(tolerance.error_norm(end.errors, [y, a, *g], after))
+        field.count_step(accepted)
+        if accepted:
+            y, a, first = end.y, end.a, end.last
+            gradient.add(0, end.g)
+        else:
+            first = end.first
+    return a
+
+
+Slopes = tuple[Tensor, Tensor, tuple[Tensor, ...]]
+"""dy/dt, −dα/dt and −dg/dt: the last two as autograd returns them."""
+
+
+@dataclass
+class AugmentedStep:
+    """y and α at a step's end, the increment of g, and for an embedded method the errors of all three.
+
+    ``first`` are the slopes where it began, ``last`` those where it ended, if the method evaluates them.
+    """
+
+    y: Tensor
+    a: Tensor
+    g: list[Tensor]
+    errors: list[Tensor]
+    first: Slopes
+    last: Slopes | None
+
+
 def _augmented_step(
-    field: VectorField, theta: Theta, t: float, h: float, y: Tensor, a: Tensor, solver: ExplicitRungeKutta
-) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
-    """One step of the augmented system from t to t + h (h < 0): y(t + h), α(t + h), and the increment of g.
+    field: VectorField,
+    theta: Theta,
+    t: float,
+    h: float,
+    y: Tensor,
+    a: Tensor,
+    table: ButcherTableau,
+    first: Slopes | None = None,
+) -> AugmentedStep:
+    """One step of the augmented system from t to t + h (h < 0), from its slopes ``first`` at t where they are known.
 
     g is a quadrature: no right-hand side depends on it, so its stage values are never formed.
     """
-    tableau = solver.tableau
     dy: list[Tensor] = []
-    da: list[Tensor] = []  # −dα/dt: what autograd returns, so that −h stands beside it
-    g: list[Tensor] = []
-    for row, b, c in zip(tableau.a, tableau.b, tableau.c, strict=True):
-        y_i, a_i = weighted_sum(y, h, row, dy), weighted_sum(a, -h, row, da)
-        f, a_dfdy, a_dfdtheta = field.vjp(t + c * h, y_i, theta, a_i)
-        dy.append(f)
-        da.append(a_dfdy)
-        if b != 0.0:
-            weighted = [x * (-h * b) for x in a_dfdtheta]
-            g = [total.add_(x) for total, x in zip(g, weighted, strict=True)] if g else weighted
-    return weighted_sum(y, h, tableau.b, dy), weighted_sum(a, -h, tableau.b, da), tuple(g)
+    da: list[Tensor] = []
+    sums: list[list[Tensor]] = [[], []]  # of g's increment and of its error
+    slopes: Slopes | None = first
+    for i, (row, c) in enumerate(zip(table.a, table.c, strict=True)):
+        if i > 0 or slopes is None:
+            y_i, a_i = weighted_sum(y, h, row, dy), weighted_sum(a, -h, row, da)
+            slopes = field.vjp(t + c * h, y_i, theta, a_i)
+        if i == 0:
+            first = slopes
+        dy.append(slopes[0])
+        da.append(slopes[1])
+        for total, weights in zip(sums, (table.b, table.b_error), strict=True):
+            if weights is None or weights[i] == 0.0 or not slopes[2]:
+                continue
+            if total:
+                torch._foreach_add_(total, list(slopes[2]), alpha=-h * weights[i])
+            else:
+                total += torch._foreach_mul(slopes[2], -h * weights[i])
+    assert first is not None
+    errors: list[Tensor] = []
+    if table.b_error is not None:
+        zero = torch.zeros_like(y)
+        errors = [weighted_sum(zero, h, table.b_error, dy), weighted_sum(zero, -h, table.b_error, da), *sums[1]]
+    return AugmentedStep(
+        weighted_sum(y, h, table.b, dy),
+        weighted_sum(a, -h, table.b, da),
+        sums[0],
+        errors,
+        first,
+        slopes if table.first_same_as_last else None,
+    )

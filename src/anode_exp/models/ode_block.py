@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from torch import Tensor, nn
 
 from anode_exp.gradient.base import GradientMode
-from anode_exp.ode import Evaluations, ExplicitRungeKutta, TimeGrid, VectorField
+from anode_exp.ode import Evaluations, ExplicitRungeKutta, TimeGrid, Tolerance, VectorField
 
 
 class OdeBlock(nn.Module):
@@ -19,7 +19,9 @@ class OdeBlock(nn.Module):
         f: module called as ``f(t, y)``, returning dy/dt of y's shape.
     """
 
-    def __init__(self, f: nn.Module, solver: ExplicitRungeKutta, grid: TimeGrid, gradient: GradientMode) -> None:
+    def __init__(
+        self, f: nn.Module, solver: ExplicitRungeKutta, grid: TimeGrid | Tolerance, gradient: GradientMode
+    ) -> None:
         super().__init__()
         self.f = f
         self.solver = solver
@@ -33,7 +35,7 @@ class OdeBlock(nn.Module):
 
     def extra_repr(self) -> str:
         solver = self.solver.tableau.name
-        return f"solver={solver}, n_steps={self.grid.n_steps}, gradient={type(self.gradient).__name__}"
+        return f"solver={solver}, {self.grid}, gradient={type(self.gradient).__name__}"
 
 
 def ode_blocks(network: nn.Module) -> Iterator[OdeBlock]:

@@ -1,4 +1,4 @@
-"""The fixed time grid and the one time loop over it."""
+"""Time grids, fixed and found, and the time loop over one."""
 
 from __future__ import annotations
 
@@ -26,19 +26,37 @@ class TimeGrid:
         if self.n_steps < 1:
             raise ValueError(f"n_steps is {self.n_steps}; a time grid needs at least 1 step")
 
-    @property
-    def h(self) -> float:
+    def time(self, n: int) -> float:
+        return self.t0 + n * self.step_size(n)
+
+    def step_size(self, n: int) -> float:
         return (self.t1 - self.t0) / self.n_steps
 
+
+@dataclass(frozen=True)
+class Steps:
+    """The steps that an adaptive solve accepted: the n-th begins at times[n] and is sizes[n] long."""
+
+    times: tuple[float, ...]
+    sizes: tuple[float, ...]
+
+    @property
+    def n_steps(self) -> int:
+        return len(self.sizes)
+
     def time(self, n: int) -> float:
-        return self.t0 + n * self.h
+        """t_n for 0 ≤ n ≤ n_steps."""
+        return self.times[n]
+
+    def step_size(self, n: int) -> float:
+        return self.sizes[n]
 
 
 def integrate(
     field: VectorField,
     y0: Tensor,
     theta: Theta,
-    grid: TimeGrid,
+    grid: TimeGrid | Steps,
     solver: ExplicitRungeKutta,
     kept: list[Tensor] | None = None,
     keep_stages: bool = False,
@@ -57,5 +75,5 @@ def integrate(
     for n, theta_n in enumerate(field.theta_per_step(theta, grid.n_steps)):
         if kept is not None and not keep_stages:
             kept.append(y)
-        y = solver.step(field, theta_n, grid.time(n), grid.h, y, kept if keep_stages else None)
+        y = solver.step(field, theta_n, grid.time(n), grid.step_size(n), y, kept if keep_stages else None)
     return y

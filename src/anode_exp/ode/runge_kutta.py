@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -19,13 +20,28 @@ def weighted_sum(y: Tensor, h: float, weights: Sequence[float], slopes: Sequence
     return y
 
 
+@dataclass
+class Attempt:
+    """One step that may be rejected: y(t + h), its error estimate, f there if the method evaluates it, stage states."""
+
+    y: Tensor
+    error: Tensor
+    last_slope: Tensor | None
+    stages: list[Tensor]
+
+
 class ExplicitRungeKutta:
     """Solver of dy/dt = f(t, y, θ) by the explicit Runge–Kutta method of a tableau, θ constant within a step.
 
     Stages that the solution does not use (those of an embedded error estimate) are not evaluated on a fixed grid.
+
+    Attributes:
+        tableau: the method without those stages.
+        embedded: the method with them, for adaptive steps.
     """
 
     def __init__(self, tableau: ButcherTableau) -> None:
+        self.embedded = tableau
         self.tableau = tableau.without_unused_stages()
 
     def step(
@@ -39,6 +55,19 @@ class ExplicitRungeKutta:
                 kept.append(y_i)
             slopes.append(field(t + c * h, y_i, theta))
         return weighted_sum(y, h, self.tableau.b, slopes)
+
+    def attempt(self, field: VectorField, theta: Theta, t: float, h: float, y: Tensor, first: Tensor) -> Attempt:
+        """A step with its error estimate h Σ_i b_error_i k_i, from the slope ``first`` = f(t, y)."""
+        table = self.embedded
+        assert table.b_error is not None
+        slopes, stages = [first], [y]
+        for c, row in zip(table.c[1:], table.a[1:], strict=True):
+            stages.append(weighted_sum(y, h, row, slopes))
+            slopes.append(field(t + c * h, stages[-1], theta))
+        y1 = stages[-1] if table.first_same_as_last else weighted_sum(y, h, table.b, slopes)
+        with torch.no_grad():
+            error = sum((h * e * k for e, k in zip(table.b_error, slopes, strict=True) if e), torch.zeros_like(y))
+        return Attempt(y1, error, slopes[-1] if table.first_same_as_last else None, stages[: self.tableau.stages])
 
     def stage_states(self, field: VectorField, theta: Theta, t: float, h: float, y: Tensor) -> list[Tensor]:
         """Y_i = y + h Σ_j a_ij f(Y_j) of one step; one evaluation of f less than the step."""

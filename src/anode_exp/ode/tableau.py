@@ -51,6 +51,11 @@ class ButcherTableau:
     def stages(self) -> int:
         return len(self.b)
 
+    @property
+    def first_same_as_last(self) -> bool:
+        """Whether the last stage is f at the step's end, and so the first of the next step."""
+        return self.c[-1] == 1.0 and self.b[-1] == 0.0 and self.a[-1] == self.b[:-1]
+
     def without_unused_stages(self) -> ButcherTableau:
         """The same method without trailing stages that only the error estimate uses (bosh3's and dopri5's last)."""
         s = self.stages

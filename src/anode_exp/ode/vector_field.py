@@ -17,10 +17,28 @@ Theta = tuple[Tensor, ...]
 
 @dataclass
 class Evaluations:
-    """Number of evaluations of f (NFE): ``forward`` in the solve, ``backward`` while it is differentiated."""
+    """Number of evaluations of f (NFE): ``forward`` in the solve, ``backward`` while it is differentiated.
+
+    Steps are those of adaptive solves, in each direction: every attempt is either accepted or rejected.
+    """
 
     forward: int = 0
     backward: int = 0
+    accepted: int = 0
+    rejected: int = 0
+    backward_accepted: int = 0
+    backward_rejected: int = 0
+
+    @property
+    def total(self) -> int:
+        return self.forward + self.backward
+
+
+@dataclass
+class Trial:
+    """Whether what was tried counts."""
+
+    keep: bool = False
 
 
 class VectorField:
@@ -104,6 +122,23 @@ class VectorField:
                     f"(constant in time) and {(n_steps, *parameter.shape)} (one for each of {n_steps} steps)"
                 )
         return list(zip(*columns, strict=True)) if columns else [()] * n_steps
+
+    def count_step(self, accepted: bool) -> None:
+        """Count one attempt of an adaptive solve."""
+        name = ("backward_" if self._re_evaluating else "") + ("accepted" if accepted else "rejected")
+        setattr(self.evaluations, name, getattr(self.evaluations, name) + 1)
+
+    @contextmanager
+    def trial(self) -> Iterator[Trial]:
+        """While open, evaluations may turn out to have been in vain: at the end buffers are put back unless kept."""
+        trial = Trial()
+        saved = [] if self._re_evaluating else [(b, b.clone()) for b in self.module.buffers()]
+        try:
+            yield trial
+        finally:
+            if not trial.keep:
+                for buffer, value in saved:
+                    buffer.data.copy_(value)  # .data: graphs of accepted steps hold the buffer, at no version of it
 
     @contextmanager
     def re_evaluation(self) -> Iterator[None]:

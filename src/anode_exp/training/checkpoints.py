@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import pickle
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ log = logging.getLogger(__name__)
 
 
 class Checkpoints:
-    """``last.pt``, ``previous.pt`` (the last before it) and ``best.pt`` in one folder.
+    """``last.pt``, ``previous.pt`` (the last before it), ``best.pt``, and epochs kept by number, in one folder.
 
     A process killed at any moment leaves each of them whole or absent, and either last or previous there once one was
     saved.
@@ -28,16 +29,26 @@ class Checkpoints:
     def path(self, name: str) -> Path:
         return self.directory / f"{name}.pt"
 
-    def save(self, state: dict[str, Any], best: bool = False) -> None:
+    def epochs(self) -> list[int]:
+        """The epochs kept by number."""
+        return sorted(int(path.stem.removeprefix("epoch-")) for path in self.directory.glob("epoch-*.pt"))
+
+    def save(self, state: dict[str, Any], best: bool = False, epoch: int | None = None) -> None:
         """Save the state as last, and first as best if it is: a run resumed from last then has its best too.
+
+        Args:
+            epoch: keep the network under this number too, without what only a resumed run needs.
 
         Raises:
             UserError: if it cannot be written; the checkpoints there before are still there.
         """
-        for name in [*(["best"] if best else []), "last"]:
+        to_save = {"best": state} if best else {}
+        if epoch is not None:
+            to_save[f"epoch-{epoch}"] = {key: state[key] for key in ("progress", "network")}
+        for name, content in {**to_save, "last": state}.items():
             keep = self.path("previous") if name == "last" else None
             try:
-                write_atomically(self.path(name), lambda partial: torch.save(state, partial), keep)
+                write_atomically(self.path(name), partial(torch.save, content), keep)
             except (OSError, RuntimeError) as error:  # torch's file writer raises RuntimeError on a full disk
                 reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
                 raise UserError(

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from anode_exp.config import RecipeConfig, RuntimeConfig
 from anode_exp.data import Augmentation, EpochBatches, ImageData, Normalisation, Split, evaluation_batches
 from anode_exp.models import take_evaluations
+from anode_exp.ode import SolveFailed
 from anode_exp.training.checkpoints import Checkpoints
 from anode_exp.training.peak_memory import PeakMemory
 from anode_exp.training.progress import bar
@@ -72,6 +73,7 @@ class Trainer:
 
     Attributes:
         status: completed, diverged or interrupted.
+        reason: why it diverged, where that is known.
         signal: the signal that interrupted, or None.
         progress: how far the run is.
     """
@@ -97,6 +99,7 @@ class Trainer:
         self.device = images.train.labels.device
         self.autocast = autocast_for(runtime.precision, self.device)
         self.status = "completed"
+        self.reason: str | None = None
         self.signal: int | None = None
         self.progress = Progress()
         self._part: EpochPart | None = None
@@ -179,11 +182,13 @@ class Trainer:
             "train_time_s": part.train_time_s,
             "images_per_s": sum(sizes) / part.train_time_s,
             "peak_memory_bytes": progress.peak_memory_bytes,
-            "nfe_forward": progress.nfe["forward"],
-            "nfe_backward": progress.nfe["backward"],
+            **{f"nfe_{k}": n for k, n in progress.nfe.items() if k != "blocks"},
         }
         if self.status == "completed":
-            line |= self._evaluate()
+            try:
+                line |= self._evaluate()
+            except SolveFailed as error:
+                self.status, self.reason = "diverged", f"evaluation: {error}"
         self.record.epoch({**line, "step_losses": step_losses})
         log.info(_describe(line, self.recipe.epochs, self.status))
         if self.status == "completed":
@@ -191,7 +196,9 @@ class Trainer:
             best = score > progress.best_score
             if best:
                 progress.best_score, progress.best_epoch = score, progress.epochs
-            self.checkpoints.save(self.state(), best)
+            every = self.runtime.keep_every
+            keep = progress.epochs if every is not None and progress.epochs % every == 0 else None
+            self.checkpoints.save(self.state(), best, keep)
             if self.signal is not None and progress.steps < self.total_steps:
                 self.status = "interrupted"
 
@@ -219,13 +226,17 @@ class Trainer:
         source = batches.starting_at(taken)
         with bar(n_steps, f"epoch {number}/{self.recipe.epochs}", taken) as shown:
             for i in range(taken, n_steps):
-                with self.memory.step(self.network, self.optimizer):
-                    images, labels = next(source)
-                    losses[i], right = train_step(self.network, self.optimizer, self.autocast, images, labels)
-                    del images
-                correct += right
                 end = i + 1
                 progress.steps += 1
+                try:
+                    with self.memory.step(self.network, self.optimizer):
+                        images, labels = next(source)
+                        losses[i], right = train_step(self.network, self.optimizer, self.autocast, images, labels)
+                        del images
+                except SolveFailed as error:
+                    self.status, self.reason = "diverged", str(error)
+                    break
+                correct += right
                 if progress.first_step_s is None:
                     if device.type == "cuda":
                         torch.cuda.synchronize(device)
@@ -247,12 +258,13 @@ class Trainer:
                     )
         if end > taken:
             steps = end - taken
-            blocks = [(e.forward / steps, e.backward / steps) for e in take_evaluations(self.network)]
+            blocks = [{k: n / steps for k, n in asdict(e).items()} for e in take_evaluations(self.network)]
+            if not any(block["accepted"] for block in blocks):  # fixed grids have nothing to accept
+                blocks = [{k: block[k] for k in ("forward", "backward")} for block in blocks]
             progress.nfe = {
-                "forward": sum(forward for forward, _ in blocks),
-                "backward": sum(backward for _, backward in blocks),
-                "blocks": [{"forward": forward, "backward": backward} for forward, backward in blocks],
+                k: sum(block[k] for block in blocks) for k in (blocks[0] if blocks else ("forward", "backward"))
             }
+            progress.nfe["blocks"] = blocks
         losses = losses[:end].cpu()  # waits for the device, so the time below is that of finished steps
         done = EpochPart(losses, correct.cpu(), earlier + time.perf_counter() - started)
         if self.status == "interrupted":

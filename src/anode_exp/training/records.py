@@ -167,6 +167,8 @@ class RunRecord:
             ("images_per_s", "images_per_s"),
             ("nfe_per_step/forward", "nfe_forward"),
             ("nfe_per_step/backward", "nfe_backward"),
+            ("adaptive_steps_per_step/accepted", "nfe_accepted"),
+            ("adaptive_steps_per_step/rejected", "nfe_rejected"),
         ):
             if line.get(key) is not None:
                 self._events.add_scalar(tag, line[key], line["steps"])
