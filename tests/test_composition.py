@@ -111,6 +111,7 @@ def test_a_sweep_is_the_product_of_its_values():
 WRONG = {
     "model=resnet19": "there is no such model; choose one of resnet18, squeezenext; did you mean resnet18?",
     "solver=rk5": "choose one of bosh3, dopri5, euler, heun, rk2, rk4",
+    "solver.adaptive=true": "solver.adaptive=true: euler has no error estimate; choose solver=heun",
     "gradient=adjoint": "step_checkpoint, stored_adjoint; did you mean reverse_adjoint?",
     "dataset=cifar": "choose one of cifar10, cifar100, digits, fake; did you mean cifar10",
     "recipe=": "recipe=: there is no such recipe; choose one of paper",

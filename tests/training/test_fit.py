@@ -14,6 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from anode_exp.composition import jobs
 from anode_exp.errors import UserError
+from anode_exp.runs import load_run
 from anode_exp.train import train
 from anode_exp.training import fit as fit_module
 
@@ -161,3 +162,36 @@ def test_real_cifar_images_are_trained_on(cifar_root, tmp_path):
     results = train(config, tmp_path)
     assert lines(tmp_path)[0]["step_losses"][0] == pytest.approx(math.log(10), abs=0.5)
     assert results["train_loss"] < lines(tmp_path)[0]["train_loss"] - 0.1
+
+
+def test_adaptive_steps_are_in_the_records(tmp_path):
+    adaptive = ["solver=bosh3", "solver.adaptive=true", "recipe.max_steps=2", "gradient=reverse_adjoint"]
+    results = run(tmp_path / "run", *adaptive)
+    nfe = results["nfe"]
+    assert results["status"] == "completed" and results["reason"] is None
+    assert nfe["accepted"] > 0 and nfe["backward_accepted"] > 0
+    assert nfe["forward"] == 3 * (nfe["accepted"] + nfe["rejected"]) + 2 * 4, "two more a solve"
+    assert nfe["backward"] == 3 * (nfe["backward_accepted"] + nfe["backward_rejected"]) + 4
+    (line,) = lines(tmp_path / "run")
+    assert line["nfe_accepted"] == nfe["accepted"]
+
+
+@pytest.mark.parametrize("limit", ["solver.max_evaluations=4", "solver.min_step=0.9"])
+def test_a_solve_that_does_not_end_is_a_divergence(tmp_path, limit):
+    results = run(tmp_path / "run", "solver=dopri5", "solver.adaptive=true", "solver.rtol=1e-6", limit)
+    assert results["status"] == "diverged" and results["steps"] == 1
+    assert limit.split(".")[1].partition("=")[0] in results["reason"]
+    assert results["peak_memory_bytes"] > 0
+
+
+def test_epochs_can_be_kept(tmp_path):
+    run(tmp_path / "run", "runtime.keep_every=1")
+    untrained, first, second = (load_run(tmp_path / "run", name) for name in ("0", "1", "2"))
+    last = load_run(tmp_path / "run", "last")
+    weights = [torch.cat([p.detach().flatten() for p in r.network.parameters()]) for r in (untrained, first, second)]
+    assert not torch.equal(weights[0], weights[1]) and not torch.equal(weights[1], weights[2])
+    for a, b in zip(second.network.parameters(), last.network.parameters(), strict=True):
+        assert torch.equal(a, b)
+    assert (untrained.epoch, first.epoch, second.epoch) == (0, 1, 2)
+    with pytest.raises(UserError, match=r"checkpoint=3: choose one of best, last, 0, 1, 2"):
+        load_run(tmp_path / "run", "3")

@@ -84,9 +84,12 @@ class PeakMemory:
         there: list[Tensor] = [*network.parameters(), *network.buffers()]
         there += [p.grad for p in network.parameters() if p.grad is not None]
         there += [x for state in optimizer.state.values() for x in state.values() if isinstance(x, Tensor)]
-        with LiveTensorBytes(there) as live:
-            yield
-        self._counted = max(self._counted, live.peak)
+        live = LiveTensorBytes(there)
+        try:
+            with live:
+                yield
+        finally:
+            self._counted = max(self._counted, live.peak)
 
     @property
     def peak_bytes(self) -> int:
