@@ -127,12 +127,16 @@ class StudyConfig:
     """A study's own settings; which of them it has is in its file."""
 
     name: str
-    n_steps: list[int] = field(metadata={"at_least": 1})
-    gradients: dict[str, GradientConfig]
     batch_size: int = _at_least(1)
+    n_steps: list[int] = field(default_factory=list, metadata={"at_least": 1})
+    gradients: dict[str, GradientConfig] = field(default_factory=dict)
     blocks_per_stage: list[int] = field(default_factory=list, metadata={"at_least": 1})
     repeats: int = field(default=0, metadata={"at_least": 0})
     solvers: list[str] = field(default_factory=list)
+    adaptive_solvers: list[str] = field(default_factory=list)
+    tolerances: list[float] = field(default_factory=list, metadata={"at_least": 1e-14})
+    cases: bool = True
+    weight_std: float = field(default=1.0, metadata={"above": 0})
     run: str | None = None
     checkpoint: str = "best"
 
@@ -227,6 +231,8 @@ def typed_study(config: DictConfig) -> StudyConfig:
     study = _to_object(StudyConfig, config, "study.")
     if study.checkpoint not in ("best", "last", "every") and not study.checkpoint.isdecimal():
         raise UserError(f"checkpoint={study.checkpoint}: choose best, last, the number of an epoch, or every")
+    for solver in set(study.adaptive_solvers) - set(EMBEDDED):
+        raise UserError(f"study.adaptive_solvers: {solver} is none; choose from {', '.join(EMBEDDED)}")
     for label, gradient in study.gradients.items():
         _check_gradient(gradient, f"study.gradients.{label}.")
     return study

@@ -9,17 +9,21 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 
 from anode_exp.build import build_data, build_device, build_memory_format, build_model, build_normalisation
-from anode_exp.config import GradientConfig, StudyConfig, TrainConfig
-from anode_exp.data import evaluation_batches
+from anode_exp.config import GradientConfig, StudyConfig, TrainConfig, read_config, typed
+from anode_exp.data import Normalisation, evaluation_batches
+from anode_exp.ode import SolveFailed, TimeGrid, Tolerance
 from anode_exp.report.study import REPORTS
 from anode_exp.runs import load_run
-from anode_exp.studies.gradient_error import relative_error
+from anode_exp.studies.gradient_error import flat_gradient, relative_error, split_error
 from anode_exp.studies.memory import measure
+from anode_exp.studies.reversibility import CASE_ROWS, cases, images_there_and_back
+from anode_exp.training.checkpoints import Checkpoints
 from anode_exp.training.progress import bar
 from anode_exp.training.records import commit, device_name, versions
 from anode_exp.training.train_step import set_float32_precision
@@ -27,10 +31,17 @@ from anode_exp.training.train_step import set_float32_precision
 
 def run_study(config: TrainConfig, study: StudyConfig) -> Path:
     """Measure, print the table, and leave everything in a folder under ``outputs/``, which is returned."""
+    if study.run is not None:
+        of_run = typed(read_config(Path(study.run)))
+        config = dataclasses.replace(config, model=of_run.model, dataset=of_run.dataset, seed=of_run.seed)
+        if study.checkpoint == "every":
+            config = dataclasses.replace(config, solver=of_run.solver)
     device = build_device(config.runtime)
     set_float32_precision(config.runtime.precision)
     images = build_data(config.dataset, device)
     normalise = build_normalisation(config.dataset, device, torch.contiguous_format)
+    if study.name == "reversibility":  # pictures, to be looked at
+        normalise = Normalisation([0.0] * 3, [1.0] * 3, device)
     batch = next(evaluation_batches(images.train, study.batch_size, normalise))
     directory = Path("outputs") / f"{datetime.now():%Y-%m-%d/%H-%M-%S-%f}-{study.name}"
     directory.mkdir(parents=True)
@@ -39,9 +50,9 @@ def run_study(config: TrainConfig, study: StudyConfig) -> Path:
     (directory / "config.yaml").write_text(text)
     facts = {"device": device_name(device), "versions": versions(), "commit": commit()}
     (directory / "environment.json").write_text(json.dumps(facts, indent=2) + "\n")
-    rows = {"memory": _memory, "gradient_error": _gradient_error}[study.name]
+    rows = {"memory": _memory, "gradient_error": _gradient_error, "reversibility": _reversibility}[study.name]
     with (directory / "study.jsonl").open("w") as file:
-        for row in rows(config, study, images.num_classes, batch):
+        for row in rows(config, study, images.num_classes, batch, directory):
             file.write(json.dumps(row) + "\n")
             file.flush()
     table = REPORTS[study.name](directory)
@@ -54,21 +65,17 @@ def run_study(config: TrainConfig, study: StudyConfig) -> Path:
 
 
 def _network(config: TrainConfig, gradient: GradientConfig, num_classes: int, **changes: Any) -> nn.Module:
-    """The network of a seed under a gradient mode; ``changes`` are n_steps, solver name or blocks_per_stage."""
+    """The network of a seed under a gradient mode; ``changes``: solver (a name), its settings, blocks_per_stage."""
     torch.manual_seed(config.seed)
-    model = dataclasses.replace(
-        config.model, blocks_per_stage=changes.get("blocks_per_stage", config.model.blocks_per_stage)
-    )
-    solver = dataclasses.replace(
-        config.solver,
-        n_steps=changes.get("n_steps", config.solver.n_steps),
-        name=changes.get("solver", config.solver.name),
-    )
+    blocks = changes.pop("blocks_per_stage", config.model.blocks_per_stage)
+    model = dataclasses.replace(config.model, blocks_per_stage=blocks)
+    name = changes.pop("solver", config.solver.name)
+    solver = dataclasses.replace(config.solver, name=name, **{"adaptive": False, **changes})
     return build_model(model, solver, gradient, num_classes)
 
 
 def _memory(
-    config: TrainConfig, study: StudyConfig, num_classes: int, batch: tuple[Tensor, Tensor]
+    config: TrainConfig, study: StudyConfig, num_classes: int, batch: tuple[Tensor, Tensor], directory: Path
 ) -> Iterator[dict[str, Any]]:
     images, labels = batch
     grids = [("n_steps", n) for n in study.n_steps] + [("blocks_per_stage", n) for n in study.blocks_per_stage]
@@ -91,23 +98,85 @@ def _memory(
 
 
 def _gradient_error(
-    config: TrainConfig, study: StudyConfig, num_classes: int, batch: tuple[Tensor, Tensor]
+    config: TrainConfig, study: StudyConfig, num_classes: int, batch: tuple[Tensor, Tensor], directory: Path
 ) -> Iterator[dict[str, Any]]:
     images, labels = batch[0].double(), batch[1]
-    weights = None if study.run is None else load_run(study.run, study.checkpoint).network.state_dict()
+    settings: list[dict[str, Any]] = [{"solver": s, "n_steps": n} for s in study.solvers for n in study.n_steps]
+    settings += [
+        {"solver": s, "adaptive": True, "rtol": tolerance, "atol": tolerance}
+        for s in study.adaptive_solvers
+        for tolerance in study.tolerances
+    ]
+    states: dict[int | None, dict[str, Tensor] | None] = {None: None}
+    if study.run is not None:
+        names = [study.checkpoint]
+        if study.checkpoint == "every":
+            names = ["0", *map(str, Checkpoints(Path(study.run) / "checkpoints").epochs())]
+            own = config.solver
+            settings = [{"solver": own.name, "n_steps": own.n_steps}]
+            if own.adaptive:
+                settings = [{"solver": own.name, "adaptive": True, "rtol": own.rtol, "atol": own.atol}]
+        runs = [load_run(study.run, name) for name in names]
+        states = {run.epoch: run.network.state_dict() for run in runs}
+    modes = {
+        "full_backprop": GradientConfig(name="full_backprop"),
+        "stored_adjoint": GradientConfig(name="stored_adjoint"),
+    }
+    with bar(len(states) * len(settings) * len(study.gradients), study.name) as progress:
+        for epoch, weights in states.items():
+            for setting in settings:
 
-    def network(gradient: GradientConfig, **changes: Any) -> nn.Module:
-        made = _network(config, gradient, num_classes, **changes)
-        if weights is not None:
-            made.load_state_dict(weights)
-        return made.to(images.device).double()
+                def gradient(mode: GradientConfig, setting: dict[str, Any] = setting, weights: Any = weights) -> Tensor:
+                    network = _network(config, mode, num_classes, **setting)
+                    if weights is not None:
+                        network.load_state_dict(weights)
+                    return flat_gradient(network.to(images.device).double(), images, labels)
 
-    exact = GradientConfig(name="full_backprop")
-    with bar(len(study.solvers) * len(study.n_steps) * len(study.gradients), study.name) as progress:
-        for solver in study.solvers:
-            for n in study.n_steps:
-                for label, gradient in study.gradients.items():
-                    ours, truth = (network(g, solver=solver, n_steps=n) for g in (gradient, exact))
-                    error = relative_error(ours, truth, images, labels)
-                    yield {"solver": solver, "n_steps": n, "gradient": label, "relative_error": error}
+                row = {
+                    "epoch": epoch,
+                    "solver": setting["solver"],
+                    "n_steps": setting.get("n_steps"),
+                    "tolerance": setting.get("rtol"),
+                }
+                try:
+                    exact, stored = (gradient(modes[name]) for name in modes)
+                except SolveFailed as error:
+                    yield {**row, "gradient": "full_backprop", "relative_error": None, "reason": str(error)}
+                    progress.update(len(study.gradients))
+                    continue
+                for label, mode in study.gradients.items():
+                    mine: dict[str, Any] = {**row, "gradient": label}
+                    try:
+                        g = stored if mode == modes["stored_adjoint"] else gradient(mode)
+                    except SolveFailed as error:
+                        yield {**mine, "relative_error": None, "reason": str(error)}
+                    else:
+                        if mode.name == "reverse_adjoint":
+                            mine |= split_error(g, stored, exact)
+                        yield {**mine, "relative_error": relative_error(g, exact)}
                     progress.update()
+
+
+def _reversibility(
+    config: TrainConfig, study: StudyConfig, num_classes: int, batch: tuple[Tensor, Tensor], directory: Path
+) -> Iterator[dict[str, Any]]:
+    images = batch[0]
+    n = config.solver.n_steps
+    grids: dict[str, tuple[str, TimeGrid | Tolerance, TimeGrid | Tolerance]] = {
+        f"{config.solver.name}, {n} steps": (config.solver.name, TimeGrid(n), TimeGrid(n, 1.0, 0.0))
+    }
+    limits = {"max_evaluations": 100_000, "min_step": 1e-9}
+    for solver in study.adaptive_solvers:
+        for tol in study.tolerances:
+            there, back = (Tolerance(tol, tol, t0, 1.0 - t0, **limits) for t0 in (0.0, 1.0))  # type: ignore[arg-type]
+            grids[f"{solver}, adaptive {tol:g}"] = (solver, there, back)
+    pictures = {"input": images}
+    with bar(CASE_ROWS * study.cases + 4 * len(grids), study.name) as progress:
+        for row, found in images_there_and_back(images, study.weight_std, config.seed, grids):
+            for name, tensor in found.items():
+                pictures[f"{row['activation']}|{row['solver']}|{name}"] = tensor
+            yield row
+            progress.update()
+        np.savez_compressed(directory / "images.npz", **{k: v.cpu().numpy() for k, v in pictures.items()})  # type: ignore[arg-type]
+        if study.cases:
+            yield from cases(progress.update)

@@ -1,4 +1,4 @@
-"""The two studies as a user types them, and what they must find."""
+"""The studies as a user types them, and what they must find."""
 
 import json
 import os
@@ -7,10 +7,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from anode_exp.composition import study
 from anode_exp.errors import UserError
-from anode_exp.report.study import growth
+from anode_exp.report.study import growth, order_in_dt
+from anode_exp.studies.reversibility import Flow, fixed, steps_for, to_tolerance
+from anode_exp.study import _gradient_error
 
 
 def run(cwd: Path, *arguments: str) -> subprocess.CompletedProcess:
@@ -52,11 +55,13 @@ def test_memory(tmp_path):
 
 
 def test_gradient_error_at_initialisation_and_for_a_trained_run(tmp_path):
-    small = ["model.width=0.25", "study.n_steps=[1,4]", "study.solvers=[euler,rk2]", "study.batch_size=4"]
+    small = ["model.width=0.25", "study.n_steps=[1,4]", "study.solvers=[euler,rk2]", "study.batch_size=4",
+             "study.adaptive_solvers=[bosh3]", "study.tolerances=[1e-1,1e-3]"]  # fmt: skip
     trained = tmp_path / "trained"
     train = [
         sys.executable, "-m", "anode_exp", "train", "dataset=digits", "dataset.train_size=64", "dataset.test_size=10",
-        "model=squeezenext", "model.width=0.25", "recipe.epochs=1", "recipe.batch_size=32", f"hydra.run.dir={trained}",
+        "model=squeezenext", "model.width=0.25", "recipe.epochs=2", "recipe.batch_size=32",
+        "runtime.keep_every=1", f"hydra.run.dir={trained}",
     ]  # fmt: skip
     subprocess.run(train, check=True, capture_output=True)
     for folder, extra in (("a", []), ("b", [f"run={trained}"])):
@@ -64,14 +69,70 @@ def test_gradient_error_at_initialisation_and_for_a_trained_run(tmp_path):
         done = run(tmp_path / folder, "gradient_error", *small, *extra)
         assert done.returncode == 0, done.stderr
         found = rows(tmp_path / folder)
-        assert len(found) == 2 * 2 * 6
+        assert len(found) == (2 * 2 + 2) * 7
         for row in found:
-            if row["gradient"] == "reverse_adjoint":
-                assert row["relative_error"] > 1e-3
+            if row["gradient"] in ("reverse_adjoint", "stored_adjoint"):
+                assert row["relative_error"] > 1e-4
             else:
                 assert row["relative_error"] <= 1e-14, row
+            if row["gradient"] == "reverse_adjoint":
+                parts = row["reversal_error"], row["inconsistency_error"]
+                assert abs(parts[0] - parts[1]) <= row["relative_error"] <= parts[0] + parts[1]
+                same = ("solver", "n_steps", "tolerance")
+                (stored,) = [
+                    r for r in found if r["gradient"] == "stored_adjoint" and all(r[k] == row[k] for k in same)
+                ]
+                assert stored["relative_error"] == parts[1]
+        assert "reverse_adjoint: reversal" in done.stdout
     first, second = ({json.dumps(r) for r in rows(tmp_path / f) if "reverse" in r["gradient"]} for f in "ab")
     assert first != second, "the trained weights were used"
+
+    (tmp_path / "c").mkdir()
+    done = run(tmp_path / "c", "gradient_error", f"run={trained}", "checkpoint=every", "study.batch_size=4")
+    assert done.returncode == 0, done.stderr
+    found = rows(tmp_path / "c")
+    assert [r["epoch"] for r in found if r["gradient"] == "reverse_adjoint"] == [0, 1, 2]
+    assert {(r["solver"], r["n_steps"]) for r in found} == {("euler", 2)}, "the run's own"
+    assert len({r["relative_error"] for r in found if r["gradient"] == "reverse_adjoint"}) == 3
+
+
+def test_order_in_dt():
+    rows = [{"n_steps": n, "relative_error": 5 / n**3} for n in (2, 4, 8, 16)] + [
+        {"n_steps": 32, "relative_error": 1e-16}
+    ]
+    assert order_in_dt(rows) == pytest.approx(3)
+    assert order_in_dt([{"n_steps": None, "relative_error": 1.0}]) is None
+
+
+def test_an_adaptive_solve_that_fails_is_a_row():
+    table = ["study.solvers=[]", "study.tolerances=[1e-3]", "solver.max_evaluations=3", "model.width=0.25"]
+    config, settings = study("gradient_error", table)
+    batch = torch.randn(2, 3, 32, 32), torch.tensor([1, 2])
+    (row,) = list(_gradient_error(config, settings, 10, batch, Path(".")))
+    assert row["relative_error"] is None and "max_evaluations = 3" in row["reason"]
+
+
+def test_reversibility(tmp_path):
+    done = run(tmp_path, "reversibility", "study.cases=false", "study.tolerances=[1e-5]")
+    assert done.returncode == 0, done.stderr
+    found = rows(tmp_path)
+    assert len(found) == 4 * 2
+    assert all(r["rho"] > 0.1 for r in found), "a field this strong cannot be gone back"
+    mild = run(tmp_path / "outputs", "reversibility", "study.cases=false", "study.weight_std=0.1")
+    assert mild.returncode == 0, mild.stderr
+    assert all(r["rho"] < 1e-3 for r in rows(tmp_path / "outputs"))
+
+
+def test_reversals_in_closed_form():
+    """Euler there and back multiplies by (1 + h)ⁿ(1 − h)ⁿ for dz/dt = z; one step of a·max(0, z) loses a² z0."""
+    one = torch.ones(1, dtype=torch.float64)
+    for n in (1, 4, 10):
+        assert fixed(Flow(lambda y: y), one, n, "euler") == pytest.approx(1 - (1 - 1 / n**2) ** n, rel=1e-10)
+    assert fixed(Flow(lambda y: 0.3 * y.relu()), one, 1, "euler") == pytest.approx(0.09)
+    assert steps_for(Flow(lambda y: y), one, 0.1, "euler", 64) == 16, "1/n for large n"
+    assert steps_for(Flow(lambda y: y), one, 0.1, "euler", 8) is None
+    r, there, back = to_tolerance(Flow(lambda y: -y), one, 1e-8)
+    assert r < 1e-7 and there > 3 and back > 3
 
 
 def test_a_gradient_mode_of_ones_own():
@@ -85,13 +146,15 @@ def test_a_gradient_mode_of_ones_own():
         (
             "memry",
             [],
-            "study memry: there is no such study; choose one of gradient_error, memory; did you mean memory?",
+            "choose one of gradient_error, memory, reversibility; did you mean memory?",
         ),
         ("memory", ["study.n_steps=[0]"], "study.n_steps=[0]: give a list of whole numbers, at least 1"),
         ("memory", ["study.n_steps=[a]"], "study.n_steps[0]=a: give a list of whole numbers"),
         ("memory", ["study.step=[1]"], "study.step: there is no such setting"),
         ("memory", ["solver=rk5"], "solver=rk5: there is no such solver"),
         ("memory", ["solver=rk2,rk4"], "a study takes one"),
+        ("gradient_error", ["study.adaptive_solvers=[rk4]"], "rk4 is none; choose from heun, bosh3, dopri5"),
+        ("gradient_error", ["study.checkpoint=first"], "choose best, last, the number of an epoch, or every"),
         ("gradient_error", ["study.solvers=[rk5]"], "rk5 is no solver; choose from bosh3"),
         ("gradient_error", ["+study.gradients.a={name: sorcery}"], "sorcery is no gradient"),
     ],

@@ -87,23 +87,108 @@ def memory_report(directory: Path) -> str:
     return "\n\n".join(text)
 
 
+def _with_parts(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows, and after each split error a row for either part."""
+    found = []
+    for row in rows:
+        found.append(row)
+        found += [
+            {**row, "gradient": f"{row['gradient']}: {part}", "relative_error": row[f"{part}_error"]}
+            for part in ("reversal", "inconsistency")
+            if f"{part}_error" in row
+        ]
+    return found
+
+
+def order_in_dt(rows: list[dict[str, Any]]) -> float | None:
+    """p of error ~ dt^p: least squares over the finer half of the steps, where there are errors beyond rounding."""
+    points = sorted((r["n_steps"], r["relative_error"]) for r in rows if r["n_steps"] and r["relative_error"])
+    points = [p for p in points[len(points) // 2 :] if p[1] > 1e-12]
+    if len(points) < 2:
+        return None
+    return float(-np.polyfit(np.log([p[0] for p in points]), np.log([p[1] for p in points]), 1)[0])
+
+
 def gradient_error_report(directory: Path) -> str:
-    """Writes ``study.png``; returns the table of ``study.jsonl``."""
-    rows = [json.loads(line) for line in (directory / "study.jsonl").read_text().splitlines()]
-    solvers = list(dict.fromkeys(row["solver"] for row in rows))
-    figure, axes = plt.subplots(1, len(solvers), figsize=(5 * len(solvers), 4.5), squeeze=False, layout="constrained")
-    for ax, name in zip(axes[0], solvers, strict=True):
-        _draw(ax, [r for r in rows if r["solver"] == name], "n_steps", lambda row: max(row["relative_error"], 1e-17))
-        ax.set(title=name, xlabel="n_steps", yscale="log", ylabel="relative gradient error", ylim=(1e-17, 1e2))
-    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=6)
+    """Writes ``study.png``; returns the tables of ``study.jsonl``."""
+    rows = _with_parts([json.loads(line) for line in (directory / "study.jsonl").read_text().splitlines()])
+    over_training = len({row["epoch"] for row in rows}) > 1
+    panels: list[tuple[str, str, list[dict[str, Any]]]] = []
+    for solver, adaptive in dict.fromkeys((row["solver"], row["n_steps"] is None) for row in rows):
+        part = [r for r in rows if r["solver"] == solver and (r["n_steps"] is None) == adaptive]
+        x = "epoch" if over_training else "tolerance" if adaptive else "n_steps"
+        panels.append((f"{solver}, adaptive" if adaptive else solver, x, part))
+    figure, axes = plt.subplots(1, len(panels), figsize=(5 * len(panels), 5), squeeze=False, layout="constrained")
+    text = []
+    for ax, (title, x, part) in zip(axes[0], panels, strict=True):
+        shown = [r for r in part if r["relative_error"] is not None]
+        _draw(ax, shown, x, lambda row: max(row["relative_error"], 1e-17))
+        ax.set(title=title, xlabel=x, yscale="log", ylabel="relative gradient error", ylim=(1e-17, 1e3))
+        if x == "epoch":
+            ax.set_xscale("linear")
+        if x == "tolerance":
+            ax.set_xscale("log")
+            ax.invert_xaxis()
+        table = []
+        for label in _labels(part):
+            mine = [r for r in part if r["gradient"] == label]
+            cells = {f"{x}={r[x]:g}": "failed" if r["relative_error"] is None else r["relative_error"] for r in mine}
+            order = order_in_dt(mine) if x == "n_steps" else None
+            table.append({title: label, **cells, **({"order in dt": f"{order:.2f}"} if order is not None else {})})
+        text.append(tabulate(table, headers="keys", floatfmt=".2e"))
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=5)
     figure.savefig(directory / "study.png", dpi=110)
     plt.close(figure)
-    table = []
-    for name in solvers:
-        for label in _labels(rows):
-            mine = [r for r in rows if r["solver"] == name and r["gradient"] == label]
-            table.append({"solver": name, "gradient": label} | {f"N={r['n_steps']}": r["relative_error"] for r in mine})
-    return tabulate(table, headers="keys", floatfmt=".2e")
+    return "\n\n".join(text)
 
 
-REPORTS = {"memory": memory_report, "gradient_error": gradient_error_report}
+def reversibility_report(directory: Path) -> str:
+    """Writes ``study.png`` from ``images.npz``; returns the tables of ``study.jsonl``."""
+    rows = [json.loads(line) for line in (directory / "study.jsonl").read_text().splitlines()]
+    images = np.load(directory / "images.npz")
+    of_images = [r for r in rows if r["kind"] == "image"]
+    solvers = list(dict.fromkeys(r["solver"] for r in of_images))
+    activations = list(dict.fromkeys(r["activation"] for r in of_images))
+    columns = [("input", None)] + [(what, solver) for solver in solvers for what in ("output", "reversed")]
+    figure, axes = plt.subplots(
+        len(activations), len(columns), figsize=(2.1 * len(columns), 2.4 * len(activations)), layout="constrained"
+    )
+    for row_axes, activation in zip(axes, activations, strict=True):
+        for ax, (what, solver) in zip(row_axes, columns, strict=True):
+            ax.set(xticks=[], yticks=[])
+            key = "input" if what == "input" else f"{activation}|{solver}|{what}"
+            title = what if solver is None else f"{what}\n{solver}"
+            if activation == activations[0]:
+                ax.set_title(title, fontsize=9)
+            if what == "input":
+                ax.set_ylabel(activation)
+            if key not in images:
+                ax.text(0.5, 0.5, "the solve failed", ha="center", va="center", fontsize=8)
+                continue
+            picture = np.nan_to_num(np.moveaxis(images[key][0], 0, -1))
+            if what == "output":  # its values mean nothing in themselves; the reversed one is shown as the input is
+                picture = (picture - picture.min()) / max(picture.max() - picture.min(), 1e-12)
+            ax.imshow(np.clip(picture, 0, 1), interpolation="nearest")
+            if what == "reversed":
+                (row,) = [r for r in of_images if r["activation"] == activation and r["solver"] == solver]
+                ax.set_xlabel(f"ρ = {row['rho_of_images'][0]:.2g}", fontsize=9)
+    figure.savefig(directory / "study.png", dpi=110)
+    plt.close(figure)
+
+    def shown(value: Any) -> str:
+        return "more than tried" if value is None else f"{value:.3g}" if isinstance(value, float) else str(value)
+
+    table = [
+        {"case": r["case"], "solve": r["solver"], "quantity": r["quantity"], "stated": r["stated"],
+         "measured": shown(r["measured"])}
+        for r in rows if r["kind"] == "case"
+    ]  # fmt: skip
+    image_table = [
+        {"activation": r["activation"], "solve": r["solver"],
+         "ρ": "failed" if r["rho"] is None else f"{r['rho']:.3g}", "steps": r.get("steps"), "back": r.get("steps_back")}
+        for r in of_images
+    ]  # fmt: skip
+    return f"{tabulate(image_table, headers='keys')}\n\n{tabulate(table, headers='keys', disable_numparse=True)}"
+
+
+REPORTS = {"memory": memory_report, "gradient_error": gradient_error_report, "reversibility": reversibility_report}
