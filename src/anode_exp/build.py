@@ -60,8 +60,9 @@ def build_model(model: ModelConfig, solver: SolverConfig, gradient: GradientConf
     grid: TimeGrid | Tolerance = TimeGrid(solver.n_steps)
     if solver.adaptive:
         grid = Tolerance(solver.rtol, solver.atol, max_evaluations=solver.max_evaluations, min_step=solver.min_step)
-    chosen = {k: v for k, v in asdict(gradient).items() if k != "name" and v is not None}
-    mode = GRADIENT_MODES[gradient.name](**chosen)
+    chosen = {k: v for k, v in asdict(gradient).items() if k not in ("name", "memory") and v is not None}
+    # A budget's plan needs the network, and replaces the modes of its blocks.
+    mode = GRADIENT_MODES["dto_checkpoint" if gradient.name == "budget" else gradient.name](**chosen)
 
     def make_ode_block(f: nn.Module) -> OdeBlock:
         return OdeBlock(f, ExplicitRungeKutta(TABLEAUX[solver.name]), grid, mode)

@@ -6,6 +6,7 @@ Light on purpose (no torch): a wrong setting is refused before anything slow is 
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar, cast, get_type_hints
@@ -72,6 +73,7 @@ class GradientConfig:
     unit: str | None = field(default=None, metadata={"one_of": ("block", "step", "stage")})
     states: str | None = field(default=None, metadata={"one_of": ("input", "keep", "rebuild")})
     slots: int | None = field(default=None, metadata={"at_least": 1})
+    memory: str | None = None
 
 
 @dataclass(kw_only=True)
@@ -136,6 +138,7 @@ class StudyConfig:
     adaptive_solvers: list[str] = field(default_factory=list)
     tolerances: list[float] = field(default_factory=list, metadata={"at_least": 1e-14})
     cases: bool = True
+    budgets: list[str] = field(default_factory=list)
     weight_std: float = field(default=1.0, metadata={"above": 0})
     run: str | None = None
     checkpoint: str = "best"
@@ -150,6 +153,22 @@ _WORDS = {
     "list[float]": "a list of numbers",
     "list[str]": "a list of words",
 }
+
+
+UNITS = {"": 1, "B": 1, **{f"{p}B": 1000**i for i, p in enumerate("kMGT", 1)}, "KB": 1000,
+         **{f"{p}iB": 1024**i for i, p in enumerate("KMGT", 1)}}  # fmt: skip
+
+
+def parse_bytes(text: str, key: str = "gradient.memory") -> int:
+    """Bytes from ``2GiB``, ``500 MB`` or ``1000000``.
+
+    Raises:
+        UserError: for anything else.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
+    if match is None or match[2] not in UNITS or float(match[1]) <= 0:
+        raise UserError(f"{key}={text}: give a number of bytes above 0 with a unit, such as 2GiB or 500MB")
+    return int(float(match[1]) * UNITS[match[2]])
 
 
 def _expected(annotation: str) -> str:
@@ -231,9 +250,13 @@ def typed_study(config: DictConfig) -> StudyConfig:
     study = _to_object(StudyConfig, config, "study.")
     if study.checkpoint not in ("best", "last", "every") and not study.checkpoint.isdecimal():
         raise UserError(f"checkpoint={study.checkpoint}: choose best, last, the number of an epoch, or every")
+    for budget in study.budgets:
+        parse_bytes(budget, "study.budgets")
     for solver in set(study.adaptive_solvers) - set(EMBEDDED):
         raise UserError(f"study.adaptive_solvers: {solver} is none; choose from {', '.join(EMBEDDED)}")
     for label, gradient in study.gradients.items():
+        if gradient.name == "budget":
+            raise UserError(f"study.gradients.{label}: a budget is no gradient mode to compare; see study budget")
         _check_gradient(gradient, f"study.gradients.{label}.")
     return study
 
@@ -255,6 +278,10 @@ def typed(config: DictConfig) -> TrainConfig:
     if checked.model.width is not None and not (checked.model.width * 8).is_integer():
         raise UserError(f"model.width={checked.model.width}: give a multiple of 1/8, such as 0.5, 1 or 2")
     _check_gradient(checked.gradient, "gradient.")
+    if checked.gradient.memory is not None:
+        parse_bytes(checked.gradient.memory)
+        if checked.solver.adaptive:
+            raise UserError("gradient=budget: plans for a known number of steps; set solver.adaptive=false")
     if checked.solver.adaptive and checked.solver.name not in EMBEDDED:
         raise UserError(
             f"solver.adaptive=true: {checked.solver.name} has no error estimate; choose solver={', '.join(EMBEDDED)}"

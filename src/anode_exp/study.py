@@ -14,9 +14,18 @@ import torch
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 
-from anode_exp.build import build_data, build_device, build_memory_format, build_model, build_normalisation
-from anode_exp.config import GradientConfig, StudyConfig, TrainConfig, read_config, typed
+from anode_exp.budget import RESERVE, Planner
+from anode_exp.build import (
+    build_data,
+    build_device,
+    build_memory_format,
+    build_model,
+    build_normalisation,
+    build_optimizer,
+)
+from anode_exp.config import GradientConfig, StudyConfig, TrainConfig, parse_bytes, read_config, typed
 from anode_exp.data import Normalisation, evaluation_batches
+from anode_exp.models import ode_blocks
 from anode_exp.ode import SolveFailed, TimeGrid, Tolerance
 from anode_exp.report.study import REPORTS
 from anode_exp.runs import load_run
@@ -26,7 +35,7 @@ from anode_exp.studies.reversibility import CASE_ROWS, cases, images_there_and_b
 from anode_exp.training.checkpoints import Checkpoints
 from anode_exp.training.progress import bar
 from anode_exp.training.records import commit, device_name, versions
-from anode_exp.training.train_step import set_float32_precision
+from anode_exp.training.train_step import autocast_for, set_float32_precision
 
 
 def run_study(config: TrainConfig, study: StudyConfig) -> Path:
@@ -50,7 +59,9 @@ def run_study(config: TrainConfig, study: StudyConfig) -> Path:
     (directory / "config.yaml").write_text(text)
     facts = {"device": device_name(device), "versions": versions(), "commit": commit()}
     (directory / "environment.json").write_text(json.dumps(facts, indent=2) + "\n")
-    rows = {"memory": _memory, "gradient_error": _gradient_error, "reversibility": _reversibility}[study.name]
+    rows = {"memory": _memory, "gradient_error": _gradient_error, "budget": _budget, "reversibility": _reversibility}[
+        study.name
+    ]
     with (directory / "study.jsonl").open("w") as file:
         for row in rows(config, study, images.num_classes, batch, directory):
             file.write(json.dumps(row) + "\n")
@@ -95,6 +106,46 @@ def _memory(
                     varied: value,
                     **row,
                 }
+
+
+def _budget(
+    config: TrainConfig, study: StudyConfig, num_classes: int, batch: tuple[Tensor, Tensor], directory: Path
+) -> Iterator[dict[str, Any]]:
+    n_steps, precision = config.solver.n_steps, config.runtime.precision
+
+    def network() -> nn.Module:
+        made = _network(config, GradientConfig(name="dto_checkpoint"), num_classes)
+        layout = build_memory_format(config.runtime, made, batch[0].device)
+        return made.to(batch[0].device, memory_format=layout)  # type: ignore[call-overload]
+
+    measured_network = network()
+    layout = build_memory_format(config.runtime, measured_network, batch[0].device)
+    images, labels = batch[0].contiguous(memory_format=layout), batch[1].clone()
+    count = len(study.budgets) or 8
+    with bar(Planner.dry_runs(n_steps) + count * (1 + study.repeats), study.name) as progress:
+        planner = Planner(
+            measured_network.train(),
+            lambda n: build_optimizer(n, config.recipe),
+            autocast_for(precision, batch[0].device),
+            (images, labels),
+            progress.update,
+        )
+        most = planner.predict(["full_backprop"] * len(planner.blocks)) + RESERVE
+        least = planner.least() + RESERVE
+        budgets = [parse_bytes(b) for b in study.budgets]
+        budgets = budgets or [int(least * (most / least) ** (i / 7)) + (i == 7) for i in range(8)]
+        planner.seconds(max(budgets))
+        planner.tick = lambda: None
+        plans = [(budget, *planner.fitted(budget)) for budget in budgets]
+        networks: dict[str, nn.Module] = {}
+        for i, (_, plan, _) in enumerate(plans):
+            networks[str(i)] = network()
+            for block, name in zip(ode_blocks(networks[str(i)]), plan.policies, strict=True):
+                block.gradient = planner.choices[name]
+        for row in measure(networks, images, labels, precision, study.repeats, progress.update):
+            budget, plan, dry = plans[int(row.pop("gradient"))]
+            facts = {"budget_bytes": budget, "predicted_bytes": plan.predicted_bytes, "dry_step_bytes": dry}
+            yield {**facts, **row, "policies": plan.policies}
 
 
 def _gradient_error(

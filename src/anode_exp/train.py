@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import gc
+import json
 import logging
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
+from anode_exp.budget import Planner, plan_table, policies
 from anode_exp.build import (
     build_augmentation,
     build_data,
@@ -20,16 +23,16 @@ from anode_exp.build import (
     build_optimizer,
     build_schedule,
 )
-from anode_exp.config import TrainConfig
-from anode_exp.data import ImageData
+from anode_exp.config import TrainConfig, parse_bytes
+from anode_exp.data import ImageData, evaluation_batches
 from anode_exp.errors import UserError
-from anode_exp.models import count_parameters
+from anode_exp.models import count_parameters, ode_blocks
 from anode_exp.training.checkpoints import Checkpoints
 from anode_exp.training.fit import Progress, Trainer, total_steps
 from anode_exp.training.peak_memory import PeakMemory
-from anode_exp.training.progress import log_to
-from anode_exp.training.records import RunRecord, commit, device_name, read_results, versions
-from anode_exp.training.train_step import set_float32_precision
+from anode_exp.training.progress import bar, log_to
+from anode_exp.training.records import RunRecord, commit, device_name, read_results, versions, write_atomically
+from anode_exp.training.train_step import autocast_for, set_float32_precision
 
 log = logging.getLogger(__name__)
 
@@ -64,6 +67,9 @@ def train(config: TrainConfig, directory: Path, resume: bool = False) -> dict[st
         _check_can_go_on(directory, config, state, images)
     record = RunRecord(directory, config, (done.epochs, done.steps) if resume else None)
     try:
+        if config.gradient.name == "budget":
+            _plan(config, directory, network, images, memory_format, resume)
+            memory = PeakMemory(device)
         trainer = Trainer(
             network,
             images,
@@ -110,6 +116,44 @@ def train(config: TrainConfig, directory: Path, resume: bool = False) -> dict[st
     if trainer.status == "interrupted":
         log.info(f"go on with: python -m anode_exp train resume={directory}")
     return {**results, "signal": trainer.signal if trainer.status == "interrupted" else None}
+
+
+def _plan(
+    config: TrainConfig,
+    directory: Path,
+    network: nn.Module,
+    images: ImageData,
+    memory_format: torch.memory_format,
+    resume: bool,
+) -> None:
+    """Choose every block's policy for the byte budget, and record it; a resumed run keeps the one it had.
+
+    Raises:
+        UserError: if nothing fits.
+    """
+    path = directory / "plan.json"
+    modes = policies(config.solver.n_steps)
+    if resume and path.exists():
+        plan = json.loads(path.read_text())
+    else:
+        split, device = images.train, images.train.labels.device
+        normalise = build_normalisation(config.dataset, device, memory_format)
+        batch = next(evaluation_batches(split, config.recipe.batch_size, normalise))
+        with bar(Planner.dry_runs(config.solver.n_steps), "planning") as progress:
+            planner = Planner(
+                network.train(),
+                lambda n: build_optimizer(n, config.recipe),
+                autocast_for(config.runtime.precision, device),
+                batch,
+                progress.update,
+            )
+            budget = parse_bytes(str(config.gradient.memory))
+            chosen, measured = planner.fitted(budget)
+        plan = planner.describe(chosen, budget, measured)
+        write_atomically(path, lambda partial: partial.write_text(json.dumps(plan, indent=2) + "\n"))
+    for block, entry in zip(ode_blocks(network), plan["blocks"], strict=True):
+        block.gradient = modes[entry["policy"]]
+    log.info(plan_table(plan))
 
 
 def _check_can_go_on(directory: Path, config: TrainConfig, state: dict[str, Any] | None, images: ImageData) -> None:

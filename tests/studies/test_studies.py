@@ -135,6 +135,17 @@ def test_reversals_in_closed_form():
     assert r < 1e-7 and there > 3 and back > 3
 
 
+def test_budget(tmp_path):
+    done = run(tmp_path, "budget", "model.width=0.5", "solver.n_steps=3", "study.batch_size=4", "study.repeats=1")
+    assert done.returncode == 0, done.stderr
+    found = rows(tmp_path)
+    assert len(found) == 8
+    for row in found:
+        assert row["counted_bytes"] <= row["budget_bytes"]
+        assert row["counted_bytes"] == pytest.approx(row["predicted_bytes"], rel=0.1)
+    assert found[0]["counted_bytes"] < found[-1]["counted_bytes"]
+
+
 def test_a_gradient_mode_of_ones_own():
     _, settings = study("memory", ["+study.gradients.mine={name: revolve, unit: step, slots: 7}"])
     assert settings.gradients["mine"].slots == 7 and len(settings.gradients) == 10
@@ -146,13 +157,19 @@ def test_a_gradient_mode_of_ones_own():
         (
             "memry",
             [],
-            "choose one of gradient_error, memory, reversibility; did you mean memory?",
+            "choose one of budget, gradient_error, memory, reversibility; did you mean memory?",
         ),
         ("memory", ["study.n_steps=[0]"], "study.n_steps=[0]: give a list of whole numbers, at least 1"),
         ("memory", ["study.n_steps=[a]"], "study.n_steps[0]=a: give a list of whole numbers"),
         ("memory", ["study.step=[1]"], "study.step: there is no such setting"),
         ("memory", ["solver=rk5"], "solver=rk5: there is no such solver"),
         ("memory", ["solver=rk2,rk4"], "a study takes one"),
+        (
+            "budget",
+            ["study.budgets=[2G]"],
+            "study.budgets=2G: give a number of bytes above 0 with a unit, such as 2GiB",
+        ),
+        ("memory", ["+study.gradients.a={name: budget, memory: 1GiB}"], "see study budget"),
         ("gradient_error", ["study.adaptive_solvers=[rk4]"], "rk4 is none; choose from heun, bosh3, dopri5"),
         ("gradient_error", ["study.checkpoint=first"], "choose best, last, the number of an epoch, or every"),
         ("gradient_error", ["study.solvers=[rk5]"], "rk5 is no solver; choose from bosh3"),

@@ -135,19 +135,22 @@ class EpochBatches:
 
     def starting_at(self, step: int) -> Iterator[tuple[Tensor, Tensor]]:
         """The batches from the given one on."""
+        for start in range(step * self.batch_size, len(self.split), self.batch_size):
+            yield self._batch(slice(start, start + self.batch_size))
+
+    def _batch(self, batch: slice) -> tuple[Tensor, Tensor]:
+        """A function, not a part of the generator: that would hold what follows while the network trains."""
         size = self.split.images.shape[1]
         pixels = torch.arange(size, device=self.order.device)
-        for start in range(step * self.batch_size, len(self.split), self.batch_size):
-            batch = slice(start, start + self.batch_size)
-            index = self.order[batch]
-            # Source row and column of every output pixel; outside the image means black.
-            rows = self.offsets[0, batch] + pixels
-            columns = torch.where(self.flips[batch], size - 1 - pixels, pixels) if self.flip else pixels
-            columns = self.offsets[1, batch] + columns
-            rows, columns = rows[:, :, None], columns[:, None, :]
-            inside = (rows >= 0) & (rows < size) & (columns >= 0) & (columns < size)
-            images = self.split.images[index[:, None, None], rows.clamp(0, size - 1), columns.clamp(0, size - 1)]
-            yield self.normalise(images * inside.unsqueeze(-1)), self.split.labels[index]
+        index = self.order[batch]
+        # Source row and column of every output pixel; outside the image means black.
+        rows = self.offsets[0, batch] + pixels
+        columns = torch.where(self.flips[batch], size - 1 - pixels, pixels) if self.flip else pixels
+        columns = self.offsets[1, batch] + columns
+        rows, columns = rows[:, :, None], columns[:, None, :]
+        inside = (rows >= 0) & (rows < size) & (columns >= 0) & (columns < size)
+        images = self.split.images[index[:, None, None], rows.clamp(0, size - 1), columns.clamp(0, size - 1)]
+        return self.normalise(images * inside.unsqueeze(-1)), self.split.labels[index]
 
 
 def evaluation_batches(split: Split, batch_size: int, normalise: Normalisation) -> Iterator[tuple[Tensor, Tensor]]:

@@ -85,6 +85,7 @@ class PeakMemory:
         there += [p.grad for p in network.parameters() if p.grad is not None]
         there += [x for state in optimizer.state.values() for x in state.values() if isinstance(x, Tensor)]
         live = LiveTensorBytes(there)
+        there.clear()  # or the gradients would live through the step that drops them
         try:
             with live:
                 yield

@@ -1,0 +1,399 @@
+"""A byte budget for training: for every ODE block the checkpoint policy with which a step is fastest and still fits.
+
+Bytes come from dry steps on two small batches: the same operations run on both, every tensor's size is affine in the
+batch, and so the live bytes after every allocation extrapolate exactly to the batch of the run. Blocks share memory in
+one way alone: while block i is in its forward or backward pass, the blocks before it hold what their policies keep. So
+
+    peak(plan) = max over moments m of  live(m) + Σ_{j before m} kept_j(policy_j),
+
+and the fastest plan below a budget is found exactly, block by block, over the plans that no other betters in both bytes
+and time. Times are those of each block alone, on the run's own batch.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from tabulate import tabulate
+from torch import Tensor, nn
+
+from anode_exp.errors import UserError
+from anode_exp.gradient import (
+    DtoCheckpoint,
+    FullBackprop,
+    GradientMode,
+    Revolve,
+    StageCheckpoint,
+    StepCheckpoint,
+)
+from anode_exp.models import OdeBlock, ode_blocks, take_evaluations
+from anode_exp.training.peak_memory import LiveTensorBytes
+from anode_exp.training.train_step import train_step
+
+SMALL_BATCHES = (2, 4)
+RESERVE = 2**16
+"""Bytes of a budget left to what is not the network's: order, crops and flips of a batch."""
+
+REPEATS = 3  # timed passes of a block under each policy; the fastest counts
+
+
+def policies(n_steps: int) -> dict[str, GradientMode]:
+    """The policies worth choosing from for blocks of so many steps: name → mode."""
+    found: dict[str, GradientMode] = {
+        "full_backprop": FullBackprop(),
+        "dto_checkpoint": DtoCheckpoint(),
+        "stage_checkpoint keep": StageCheckpoint(),
+        "stage_checkpoint rebuild": StageCheckpoint(states="rebuild"),
+    }
+    if n_steps > 1:
+        found["step_checkpoint keep"] = StepCheckpoint()
+        found["step_checkpoint rebuild"] = StepCheckpoint(states="rebuild")
+    slots = 1
+    while slots < n_steps:
+        for unit in ("step", "stage"):
+            found[f"revolve {unit} {slots}"] = Revolve(unit, slots)
+        slots += max(1, slots // 2)
+    return found
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Bytes of a training step with one policy in every block.
+
+    Attributes:
+        kept: what each block holds from its forward pass until its backward pass.
+        inside: the most alive during each block's own passes, less what the blocks before it keep.
+        outside: the most alive elsewhere, less what blocks keep: entry i while the first i blocks hold theirs.
+        evaluations: of f, forward and backward, in each block.
+        shapes: of each block's input, without the batch.
+    """
+
+    kept: list[int]
+    inside: list[int]
+    outside: list[int]
+    evaluations: list[tuple[int, int]]
+    shapes: list[tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A policy for each block, and the predicted bytes of a step and seconds of the blocks' passes."""
+
+    policies: tuple[str, ...]
+    predicted_bytes: int
+    block_seconds: float
+
+
+class _Timeline(LiveTensorBytes):
+    """Live bytes after every allocation, with marks."""
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self.timeline: list[int] = []
+        self.marks: list[tuple[str, int, int, int]] = []  # what, block, position in the timeline, bytes alive
+        super().__init__(tensors)
+
+    def _add(self, tensor: Tensor) -> None:
+        super()._add(tensor)
+        self.timeline.append(self.now)
+
+    def mark(self, what: str, block: int) -> None:
+        self.marks.append((what, block, len(self.timeline), self.now))
+
+
+class Planner:
+    """Measures a network's policies once, and plans for any budget. The network is as it was when it is done.
+
+    Args:
+        network: on its device, in training mode.
+        new_optimizer: makes the optimiser of a dry step; its state is filled, and its learning rate set to 0.
+        batch: images [B, 3, H, W] and labels [B] of the run's shape and layout.
+        tick: called after every dry run, for a progress bar.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        new_optimizer: Callable[[nn.Module], torch.optim.Optimizer],
+        autocast: Callable[[], torch.autocast],
+        batch: tuple[Tensor, Tensor],
+        tick: Callable[[], object] = lambda: None,
+    ) -> None:
+        self.network, self.autocast, self.tick = network, autocast, tick
+        # Copies: a view would count with the whole storage that it looks at.
+        self.batch = (batch[0].clone(), batch[1].clone())
+        self.optimizer = new_optimizer(network)
+        for group in self.optimizer.param_groups:
+            group["lr"] = 0.0
+        for p in network.parameters():  # a run has momentum from its second step on
+            self.optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
+        self.blocks = list(ode_blocks(network))
+        self.device = batch[0].device
+        self.choices = policies(max(block.grid.n_steps for block in self.blocks))  # type: ignore[union-attr]
+        self._seconds: dict[str, list[float]] = {}
+        with self._undone():
+            self.profiles = {name: self._profile(mode) for name, mode in self.choices.items()}
+
+    @staticmethod
+    def dry_runs(n_steps: int) -> int:
+        """How often ``tick`` is called at most."""
+        return 2 * len(policies(n_steps))
+
+    @contextmanager
+    def _undone(self) -> Iterator[None]:
+        """Weights, buffers, gradient modes and counters afterwards as they were."""
+        modes = [block.gradient for block in self.blocks]
+        state = {k: v.detach().cpu().clone() for k, v in self.network.state_dict().items()}
+        try:
+            yield
+        finally:
+            for block, mode in zip(self.blocks, modes, strict=True):
+                block.gradient = mode
+            self.network.load_state_dict(state)
+            self.network.zero_grad(set_to_none=True)
+            take_evaluations(self.network)
+
+    @property
+    def _own(self) -> list[Tensor]:
+        """What the network and its optimiser hold between steps."""
+        state = [x for s in self.optimizer.state.values() for x in s.values() if isinstance(x, Tensor)]
+        return [*self.network.parameters(), *self.network.buffers(), *state]
+
+    def use(self, names: Sequence[str]) -> None:
+        """Set each block's policy."""
+        for block, name in zip(self.blocks, names, strict=True):
+            block.gradient = self.choices[name]
+
+    def _profile(self, mode: GradientMode) -> Profile:
+        for block in self.blocks:
+            block.gradient = mode
+        (b1, first), (b2, second) = ((b, self._dry_step(b)) for b in SMALL_BATCHES)
+        evaluations = [(e.forward // 2, e.backward // 2) for e in take_evaluations(self.network)]
+        if [m[:3] for m in first.marks] != [m[:3] for m in second.marks]:
+            raise RuntimeError("two batches of different size took different operations")
+
+        def at_full_batch(pair: tuple[int, int]) -> int:
+            return pair[0] + (pair[1] - pair[0]) * (len(self.batch[1]) - b1) // (b2 - b1)
+
+        live = [at_full_batch(pair) for pair in zip(first.timeline, second.timeline, strict=True)]
+        marked = [at_full_batch((m1[3], m2[3])) for m1, m2 in zip(first.marks, second.marks, strict=True)]
+        at = {(what, j): now for (what, j, *_), now in zip(first.marks, marked, strict=True)}
+        n = len(self.blocks)
+        kept = [at["leave", j] - at["enter", j] for j in range(n)]
+        inside, outside = [0] * n, [0] * (n + 1)
+        # Between two marks: the most alive, the block whose pass it is if any, and how many blocks before hold theirs.
+        position, holding = 0, 0
+        own: int | None = None
+        for (what, j, end, _), now in [*zip(first.marks, marked, strict=True), (("end", n, len(live), 0), 0)]:
+            most = max([*live[position:end], now]) - sum(kept[:holding])
+            if own is None:
+                outside[holding] = max(outside[holding], most)
+            else:
+                inside[own] = max(inside[own], most)
+            if what != "done" or own == j:  # of two blocks in a row, one begins before the other is said to be done
+                own = j if what in ("enter", "backward") else None
+                holding = j + 1 if what == "leave" else j
+            position = end
+        self.tick()
+        return Profile(kept, inside, outside, evaluations, [tuple(shape[1:]) for shape in self._shapes])
+
+    def _dry_step(self, size: int) -> _Timeline:
+        some = torch.arange(size, device=self.device) % len(self.batch[1])
+        images, labels = self.batch[0][some], self.batch[1][some]
+        if self.batch[0].is_contiguous(memory_format=torch.channels_last):
+            images = images.contiguous(memory_format=torch.channels_last)
+        self._shapes: list[torch.Size] = [torch.Size()] * len(self.blocks)
+        handles = []
+        self.network.zero_grad(set_to_none=True)
+        with _Timeline([*self._own, images, labels]) as line:
+            for i, block in enumerate(self.blocks):
+                handles += [
+                    block.register_forward_pre_hook(lambda _, args, i=i: self._enter(line, i, args[0])),
+                    block.register_forward_hook(lambda _, args, out, i=i: self._leave(line, i, out)),
+                ]
+            train_step(self.network, self.optimizer, self.autocast, images, labels)
+        for handle in handles:
+            handle.remove()
+        self.network.zero_grad(set_to_none=True)
+        return line
+
+    def _enter(self, line: _Timeline, i: int, y: Tensor) -> None:
+        self._shapes[i] = y.shape
+        if y.requires_grad:
+            y.register_hook(lambda _: line.mark("done", i))
+        line.mark("enter", i)
+
+    def _leave(self, line: _Timeline, i: int, y: Tensor) -> None:
+        y.register_hook(lambda _: line.mark("backward", i))
+        line.mark("leave", i)
+
+    @property
+    def constant_bytes(self) -> int:
+        """What CUDA holds beside the step's own tensors: the data set, mostly. Not counted elsewhere."""
+        if self.device.type != "cuda":
+            return 0
+        return torch.cuda.memory_allocated(self.device) - sum(x.nbytes for x in [*self._own, *self.batch])
+
+    def predict(self, names: Sequence[str]) -> int:
+        """Peak bytes of a training step with these policies."""
+        kept = [self.profiles[name].kept[i] for i, name in enumerate(names)]
+        inside = [sum(kept[:i]) + self.profiles[name].inside[i] for i, name in enumerate(names)]
+        outside = [sum(kept[:i]) + most for i, most in enumerate(self._outside)]
+        return max(*inside, *outside) + self.constant_bytes
+
+    @property
+    def _outside(self) -> list[int]:
+        return next(iter(self.profiles.values())).outside
+
+    def least(self) -> int:
+        """The smallest budget that a plan fits."""
+        low, high = 0, self.predict(["full_backprop"] * len(self.blocks))
+        high = min([high, *(self.predict([name] * len(self.blocks)) for name in self.choices)])
+        while high - low > 1:
+            middle = (low + high) // 2
+            fits = self._fastest(middle, {name: [0.0] * len(self.blocks) for name in self.choices}) is not None
+            low, high = (low, middle) if fits else (middle, high)
+        return high
+
+    def seconds(self, budget: int) -> dict[str, list[float]]:
+        """Seconds of each block's forward and backward pass under every policy that could fit the budget; inf else."""
+        lightest = [min(p.kept[i] for p in self.profiles.values()) for i in range(len(self.blocks))]
+        with self._undone():
+            for name in self.choices:
+                times = self._seconds.setdefault(name, [float("inf")] * len(self.blocks))
+                for i, block in enumerate(self.blocks):
+                    needed = sum(lightest[:i]) + self.profiles[name].inside[i] + self.constant_bytes
+                    if needed <= budget and times[i] == float("inf"):
+                        block.gradient = self.choices[name]
+                        times[i] = self._time(block, self.profiles[name].shapes[i])
+                self.tick()
+        return self._seconds
+
+    def _time(self, block: OdeBlock, shape: tuple[int, ...]) -> float:
+        generator = torch.Generator().manual_seed(0)
+        y = torch.randn(len(self.batch[1]), *shape, generator=generator).to(self.device)
+        if y.dim() == 4 and self.batch[0].is_contiguous(memory_format=torch.channels_last):
+            y = y.contiguous(memory_format=torch.channels_last)
+        y.requires_grad_()
+        best = float("inf")
+        for _ in range(REPEATS):
+            self._wait()
+            started = time.perf_counter()
+            with self.autocast():
+                out = block(y)
+            out.backward(torch.ones_like(out))
+            self._wait()
+            best = min(best, time.perf_counter() - started)
+            y.grad = None
+        return best
+
+    def _wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def _fastest(self, budget: int, seconds: dict[str, list[float]]) -> tuple[str, ...] | None:
+        budget -= self.constant_bytes
+        outside = self._outside
+        if outside[0] > budget:
+            return None
+        plans: list[tuple[int, float, tuple[str, ...]]] = [(0, 0.0, ())]  # bytes kept, seconds, policies
+        for i in range(len(self.blocks)):
+            longer = [
+                (kept + profile.kept[i], taken + seconds[name][i], (*names, name))
+                for kept, taken, names in plans
+                for name, profile in self.profiles.items()
+                if kept + profile.inside[i] <= budget
+                and kept + profile.kept[i] + outside[i + 1] <= budget
+                and seconds[name][i] < float("inf")
+            ]
+            plans = []
+            for candidate in sorted(longer, key=lambda plan: plan[:2]):  # more bytes only where that is faster
+                if not plans or candidate[1] < plans[-1][1]:
+                    plans.append(candidate)
+        return plans[-1][2] if plans else None
+
+    def plan(self, budget: int) -> Plan:
+        """The fastest plan whose predicted peak is at most the budget.
+
+        Raises:
+            UserError: if there is none.
+        """
+        if self._fastest(budget, {name: [0.0] * len(self.blocks) for name in self.choices}) is None:
+            raise UserError(f"no plan fits {budget} bytes; the least is {self.least()}")
+        seconds = self.seconds(budget)
+        names = self._fastest(budget, seconds)
+        assert names is not None
+        return Plan(names, self.predict(names), sum(seconds[name][i] for i, name in enumerate(names)))
+
+    def measure(self, plan: Plan) -> int:
+        """Peak bytes of one real training step on the whole batch: the allocator's on CUDA, counted elsewhere."""
+        with self._undone():
+            self.use(plan.policies)
+            if self.device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats(self.device)
+                train_step(self.network, self.optimizer, self.autocast, *self.batch)
+                return torch.cuda.max_memory_allocated(self.device)
+            with LiveTensorBytes([*self._own, *self.batch]) as live:
+                train_step(self.network, self.optimizer, self.autocast, *self.batch)
+            return live.peak
+
+    def fitted(self, budget: int) -> tuple[Plan, int]:
+        """A plan whose measured peak is below the budget too, and that peak.
+
+        What a kernel allocates for itself is in no prediction; where the measured peak shows it, it comes off the
+        budget, and the plan is made anew.
+
+        Raises:
+            UserError: if nothing fits; names the smallest budget that does.
+        """
+        target = budget - RESERVE
+        while target >= self.least():
+            plan = self.plan(target)
+            measured = self.measure(plan)
+            if measured <= budget - RESERVE:
+                return plan, measured
+            target -= max(measured - (budget - RESERVE), 2**20)
+        least = -(-(self.least() + budget - target) // 2**20)
+        raise UserError(
+            f"gradient.memory: a training step does not fit {budget / 2**20:.1f} MiB with any checkpoint policy; "
+            f"give {least}MiB or more, a smaller recipe.batch_size, or a smaller network"
+        )
+
+    def describe(self, plan: Plan, budget: int, measured: int) -> dict[str, Any]:
+        """The plan as a record."""
+        return {
+            "budget_bytes": budget,
+            "predicted_bytes": plan.predicted_bytes,
+            "measured_bytes": measured,
+            "blocks": [
+                {
+                    "policy": name,
+                    "evaluations_forward": self.profiles[name].evaluations[i][0],
+                    "evaluations_backward": self.profiles[name].evaluations[i][1],
+                    "kept_bytes": self.profiles[name].kept[i],
+                    "seconds": self._seconds[name][i],
+                }
+                for i, name in enumerate(plan.policies)
+            ],
+        }
+
+
+def plan_table(plan: dict[str, Any]) -> str:
+    """A recorded plan, a line a block."""
+    rows = [
+        {
+            "block": i,
+            "policy": b["policy"],
+            "evaluations of f": f"{b['evaluations_forward']} + {b['evaluations_backward']}",
+            "kept, MB": f"{b['kept_bytes'] / 1e6:,.1f}",
+            "both passes, ms": f"{b['seconds'] * 1e3:,.1f}",
+        }
+        for i, b in enumerate(plan["blocks"], 1)
+    ]
+    budget, predicted, measured = (plan[f"{k}_bytes"] / 2**20 for k in ("budget", "predicted", "measured"))
+    head = f"plan for {budget:,.1f} MiB: peak {predicted:,.1f} MiB predicted, {measured:,.1f} MiB in a dry step"
+    return f"{head}\n{tabulate(rows, headers='keys')}"

@@ -1,0 +1,171 @@
+"""Plans for a byte budget: what they predict is what is measured, and no other plan that fits is faster."""
+
+import itertools
+import json
+
+import pytest
+import torch
+from conftest import make_ode_block
+
+from anode_exp.budget import RESERVE, Plan, Planner
+from anode_exp.composition import jobs
+from anode_exp.config import parse_bytes
+from anode_exp.errors import UserError
+from anode_exp.gradient import DtoCheckpoint
+from anode_exp.models import MODELS, ode_blocks, take_evaluations
+from anode_exp.runs import load_run
+from anode_exp.train import train
+from anode_exp.training.train_step import autocast_for
+
+
+def planner(model="squeezenext", n_steps=4, batch=6, precision="fp32", **settings) -> Planner:
+    torch.manual_seed(0)
+    if model == "squeezenext":
+        settings.setdefault("width", 0.5)
+    network = MODELS[model](10, make_ode_block(DtoCheckpoint(), "rk2", n_steps), **settings)
+    images, labels = torch.randn(batch, 3, 32, 32), torch.arange(batch) % 10
+
+    def optimizer(n):
+        return torch.optim.SGD(n.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
+
+    return Planner(network, optimizer, autocast_for(precision, torch.device("cpu")), (images, labels))
+
+
+def by_evaluations(p: Planner) -> Planner:
+    """Times that do not depend on the machine: what each policy evaluates."""
+    p._seconds = {name: [sum(e) * (1 + 0.1 * i) for i, e in enumerate(x.evaluations)] for name, x in p.profiles.items()}
+    return p
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"precision": "bf16"},
+        {"blocks_per_stage": 2, "n_steps": 2},
+        {"norm": "group", "activation": "gelu", "n_steps": 1},
+        {"model": "resnet18", "n_steps": 2, "batch": 3},
+    ],
+    ids=str,
+)
+def test_the_predicted_peak_is_the_measured_one(settings):
+    p = planner(**settings)
+    # Autocast's cache of weights in bfloat16 belongs to no block.
+    accuracy = 0.01 if settings.get("precision") == "bf16" else 1e-4
+    n = len(p.blocks)
+    plans = [[name] * n for name in p.choices]
+    names = list(p.choices)
+    plans += [[names[(i * step + step) % len(names)] for i in range(n)] for step in (1, 2, 3)]
+    for names in plans[:: 4 if "model" in settings else 1]:
+        assert p.predict(names) == pytest.approx(p.measure(Plan(tuple(names), 0, 0.0)), rel=accuracy), names
+
+
+def test_dry_runs_leave_no_trace():
+    torch.manual_seed(0)
+    p = planner()
+    state = {k: v.clone() for k, v in p.network.state_dict().items()}
+    random = torch.get_rng_state()
+    p.seconds(10**12)
+    p.measure(p.plan(10**12))
+    assert all(torch.equal(v, state[k]) for k, v in p.network.state_dict().items())
+    assert torch.equal(random, torch.get_rng_state())
+    assert all(x.grad is None for x in p.network.parameters())
+    assert all(e.forward == e.backward == 0 for e in take_evaluations(p.network))
+    assert all(isinstance(b.gradient, DtoCheckpoint) for b in ode_blocks(p.network))
+
+
+def test_no_plan_that_fits_is_faster():
+    p = by_evaluations(planner())
+    # Few policies, so that every plan there is can be tried
+    kept = ("full_backprop", "dto_checkpoint", "stage_checkpoint keep", "stage_checkpoint rebuild")
+    p.choices = {k: p.choices[k] for k in kept}
+    p.profiles = {k: p.profiles[k] for k in kept}
+    every = [(p.predict(names), sum(p._seconds[k][i] for i, k in enumerate(names)))
+             for names in itertools.product(kept, repeat=4)]  # fmt: skip
+    least, most = p.least(), p.predict(["full_backprop"] * 4)
+    assert least == min(peak for peak, _ in every)
+    for share in (0, 0.03, 0.1, 0.2, 0.4, 0.7, 1):
+        budget = int(least + share * (most - least))
+        plan = p.plan(budget)
+        assert plan.predicted_bytes <= budget
+        assert plan.block_seconds == pytest.approx(min(s for peak, s in every if peak <= budget))
+    assert p.plan(most).policies == ("full_backprop",) * 4
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_from_nothing_fits_to_everything_kept(model):
+    p = by_evaluations(planner(model, n_steps=3, batch=4))
+    least, most = p.least() + RESERVE, p.predict(["full_backprop"] * 4) + RESERVE
+    with pytest.raises(
+        UserError, match=r"does not fit .* MiB with any checkpoint policy; give \d+MiB or more"
+    ) as error:
+        p.fitted(least - 1)
+    offered = int(str(error.value).partition("give ")[2].partition("MiB")[0])
+    assert 0 <= offered * 2**20 - least < 2**20
+    times = []
+    for budget in (least, int((least * most) ** 0.5), most):
+        plan, measured = p.fitted(budget)
+        assert measured <= budget and measured == pytest.approx(plan.predicted_bytes, rel=0.1)
+        times.append(plan.block_seconds)
+    assert times == sorted(times, reverse=True) and times[0] > times[-1]
+
+
+def test_a_kernel_that_takes_more_comes_off_the_budget(monkeypatch):
+    p = by_evaluations(planner(n_steps=3, batch=4))
+    most = p.predict(["full_backprop"] * 4) + RESERVE
+    counted = p.measure
+    monkeypatch.setattr(p, "measure", lambda plan: counted(plan) + 3 * 2**20)
+    plan, measured = p.fitted(most)
+    assert measured <= most and plan.policies != ("full_backprop",) * 4
+    with pytest.raises(UserError, match="does not fit"):
+        p.fitted(p.least() + RESERVE)
+
+
+SMALL = ["dataset=fake", "dataset.train_size=40", "dataset.test_size=20", "model=squeezenext", "model.width=0.5",
+         "solver=rk2", "solver.n_steps=3", "recipe.batch_size=16", "gradient=budget", "runtime.device=cpu"]  # fmt: skip
+
+
+def test_a_run_in_a_budget(tmp_path):
+    (config,) = jobs([*SMALL, "gradient.memory=30MiB", "recipe.epochs=1"], multirun=False).configs
+    results = train(config, tmp_path / "run")
+    plan = json.loads((tmp_path / "run" / "plan.json").read_text())
+    assert results["peak_memory_bytes"] <= plan["budget_bytes"] == 30 * 2**20
+    assert results["peak_memory_bytes"] == pytest.approx(plan["predicted_bytes"], rel=0.1)
+    for block, measured in zip(plan["blocks"], results["nfe"]["blocks"], strict=True):
+        found = {k: block[f"evaluations_{k}"] for k in ("forward", "backward")}
+        assert found == measured and block["seconds"] > 0 and block["kept_bytes"] > 0
+    assert "predicted" in (tmp_path / "run" / "train.log").read_text()
+    assert load_run(tmp_path / "run").epoch == 1
+
+    # A resumed run keeps its plan, whatever would be planned now.
+    plan["blocks"][0]["policy"], plan["blocks"][1]["policy"] = "full_backprop", "stage_checkpoint keep"
+    (tmp_path / "run" / "plan.json").write_text(json.dumps(plan))
+    config.recipe.epochs = 2
+    results = train(config, tmp_path / "run", resume=True)
+    assert results["nfe"]["blocks"][0] == {"forward": 6, "backward": 0}
+    assert results["nfe"]["blocks"][1] == {"forward": 6, "backward": 6}
+
+
+def test_a_run_that_nothing_fits(tmp_path):
+    (config,) = jobs([*SMALL, "gradient.memory=1MB"], multirun=False).configs
+    with pytest.raises(UserError, match=r"does not fit 1.0 MiB .* give \d+MiB"):
+        train(config, tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("2GiB", 2**31), ("500 MB", 500_000_000), ("1.5KiB", 1536), ("4096", 4096), ("7kB", 7000)],
+)
+def test_bytes(text, expected):
+    assert parse_bytes(text) == expected
+
+
+@pytest.mark.parametrize("text", ["2G", "GiB", "-1GiB", "0MB", "two", "1e9B"])
+def test_no_bytes(text):
+    with pytest.raises(UserError, match="such as 2GiB or 500MB"):
+        parse_bytes(text)
+
+
+def test_budgets_and_adaptive_steps_do_not_mix():
+    with pytest.raises(UserError, match="plans for a known number of steps"):
+        jobs([*SMALL, "solver=dopri5", "solver.adaptive=true"], multirun=False)
