@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What is still to be measured on a CUDA device: the tests that need one, the memory study there, and 30 epochs of the
+# What is still to be measured on a CUDA device: the tests that need one, the studies of memory and of budgets there, and 30 epochs of the
 # paper's network by the three gradient modes. Needs CIFAR-10 under ANODE_DATA, or the network to fetch it.
 #
 #   bash scripts/on_a_gpu.sh [FOLDER]      results go to FOLDER (outputs/gpu)
@@ -9,5 +9,6 @@ python=${PYTHON:-.venv/bin/python}
 mkdir -p "$out"
 "$python" -m pytest tests/test_cuda.py | tee "$out/cuda-tests.txt"
 "$python" -m anode_exp study memory study.batch_size=256 | tee "$out/study-memory.txt"
+"$python" -m anode_exp study budget study.batch_size=256 | tee "$out/study-budget.txt"
 "$python" -m anode_exp train -m model=squeezenext solver=rk2 recipe.epochs=30 \
   gradient=full_backprop,dto_checkpoint,reverse_adjoint "hydra.sweep.dir=$out/squeezenext-rk2"

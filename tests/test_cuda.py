@@ -1,5 +1,7 @@
 """What only a CUDA device can show; skipped without one."""
 
+import json
+
 import pytest
 import torch
 from conftest import make_ode_block
@@ -33,7 +35,7 @@ def test_a_step_never_waits_for_the_device(mode, precision):
         torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.parametrize("mode", sorted(set(GRADIENT_MODES) - {"reverse_adjoint"}))
+@pytest.mark.parametrize("mode", sorted(set(GRADIENT_MODES) - {"reverse_adjoint", "stored_adjoint"}))
 def test_exact_modes_agree_in_float64(mode):
     def gradient(mode):
         torch.manual_seed(0)
@@ -51,3 +53,26 @@ def test_a_run_measures_the_allocators_peak(tmp_path):
     results = train(jobs(settings, multirun=False).configs[0], tmp_path)
     assert results["status"] == "completed" and results["peak_memory_kind"] == "cuda_max_allocated"
     assert results["reserved_memory_bytes"] >= results["peak_memory_bytes"] > results["dataset_bytes"]
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5])
+def test_a_run_stays_within_its_budget(tmp_path, share):
+    """The allocator's peak, data set included, within 10 % of the predicted one."""
+    settings = ["dataset=digits", "model=squeezenext", "solver=rk2", "solver.n_steps=8", "recipe.max_steps=6",
+                "recipe.batch_size=128", "runtime.device=cuda"]  # fmt: skip
+
+    def peak(name, *overrides):
+        return train(jobs([*settings, *overrides], multirun=False).configs[0], tmp_path / name)["peak_memory_bytes"]
+
+    most, least = peak("most", "gradient=full_backprop"), peak("least", "gradient=revolve", "gradient.unit=stage")
+    budget = int(least + share * (most - least))
+    used = peak("budget", "gradient=budget", f"gradient.memory={budget}")
+    plan = json.loads((tmp_path / "budget" / "plan.json").read_text())
+    assert used <= budget and used == pytest.approx(plan["predicted_bytes"], rel=0.1)
+
+
+def test_adaptive_steps(tmp_path):
+    settings = ["dataset=digits", "model=squeezenext", "solver=dopri5", "solver.adaptive=true", "recipe.max_steps=3",
+                "gradient=reverse_adjoint", "runtime.device=cuda"]  # fmt: skip
+    results = train(jobs(settings, multirun=False).configs[0], tmp_path / "run")
+    assert results["nfe"]["accepted"] > 0 and results["nfe"]["backward_accepted"] > 0

@@ -21,6 +21,7 @@ MAY_IMPORT = {
     "errors": set(),
     "report": {"config", "errors"},
     "studies": {"models", "ode", "training"},
+    "bench": {"build", "config", "data", "models", "ode", "studies", "training"},
     "budget": {"errors", "gradient", "models", "ode", "training"},
     "study": {"budget", "build", "config", "data", "models", "ode", "report", "runs", "studies", "training"},
     "composition": {"config", "errors"},
@@ -29,7 +30,7 @@ MAY_IMPORT = {
     "train": {"budget", "build", "config", "data", "errors", "models", "training"},
     "evaluate": {"build", "config", "data", "errors", "models", "ode", "runs", "training"},
     "job": {"composition", "config", "errors", "train"},
-    "__main__": {"composition", "errors", "evaluate", "job", "report", "study", "train"},
+    "__main__": {"bench", "composition", "errors", "evaluate", "job", "report", "study", "train"},
     "__init__": set(),
 }
 CORE = ("ode", "gradient", "models")

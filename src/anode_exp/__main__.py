@@ -23,7 +23,8 @@ usage: python -m anode_exp VERB [settings]
   train -m             a sweep over the values that settings list: gradient=dto_checkpoint,reverse_adjoint
   train resume=DIR     go on with a run that was interrupted, or for more epochs
   evaluate run=DIR     accuracy of a trained run, also under another solver, steps and data set
-  study NAME           memory, or gradient_error: every gradient mode measured, with table and plot
+  study NAME           memory, budget, gradient_error, reversibility: a measurement with table and plot
+  bench compare=[…]    time training steps of several compositions in turn, and of usual ways to train
   list                 models, solvers, gradient modes, data sets and presets
 
   python -m anode_exp train experiment=digits                  a small real run, no download
@@ -123,6 +124,16 @@ def run_study(arguments: list[str]) -> None:
     run_study(config, settings)
 
 
+def run_bench(arguments: list[str]) -> None:
+    from anode_exp.composition import bench_entries
+
+    entries, rounds = bench_entries(arguments)
+
+    from anode_exp.bench import run_bench  # imports torch
+
+    run_bench(entries, rounds)
+
+
 def run_list(arguments: list[str]) -> None:
     from anode_exp.composition import catalogue
 
@@ -135,6 +146,7 @@ VERBS: dict[str, Callable[[list[str]], None]] = {
     "train": run_train,
     "evaluate": run_evaluate,
     "study": run_study,
+    "bench": run_bench,
     "list": run_list,
 }
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+import yaml
 from hydra import compose, initialize_config_dir
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -122,6 +123,56 @@ def study(name: str, overrides: list[str]) -> tuple[TrainConfig, StudyConfig]:
         for unknown in set(names) - set(options(group)):
             raise UserError(f"study {name}: {unknown} is no {group}; choose from {', '.join(options(group))}")
     return config, checked
+
+
+BASELINES = ("eager", "dataloader", "torch_checkpoint")
+
+
+def bench_entries(arguments: list[str]) -> tuple[list[tuple[str, TrainConfig, str | None]], int]:
+    """What ``bench`` compares: (label, configuration, baseline) each, and how many rounds.
+
+    ``compare=[…]`` lists overrides, several in one entry separated by spaces, beside those that all entries share;
+    ``baseline=NAME`` among them is one of ``BASELINES``. Without it the project's step stands beside all of those.
+
+    Raises:
+        UserError: for the first thing wrong, in one line.
+    """
+    shared = [a for a in arguments if a.partition("=")[0] not in ("compare", "rounds")]
+    given = {a.partition("=")[0]: a.partition("=")[2] for a in arguments if a not in shared}
+    for argument in shared:
+        if argument.startswith("-"):
+            raise UserError(f"{argument}: bench takes no flags")
+    try:
+        compare = yaml.safe_load(given.get("compare", "[]"))
+    except yaml.YAMLError:
+        compare = None
+    if not isinstance(compare, list) or not all(isinstance(entry, str) for entry in compare):
+        raise UserError(
+            f"compare={given.get('compare')}: give a list of settings, such as "
+            "compare='[gradient=dto_checkpoint, gradient=full_backprop solver=rk4]'"
+        )
+    rounds = given.get("rounds", "15")
+    if not rounds.isdecimal() or int(rounds) < 1:
+        raise UserError(f"rounds={rounds}: give a whole number, at least 1")
+    entries: list[tuple[str, TrainConfig, str | None]] = []
+    for label in compare or ["", *(f"baseline={name}" for name in BASELINES)]:
+        own = label.split()
+        named = [word.partition("=")[2] for word in own if word.startswith("baseline=")]
+        for name in named:
+            if name not in BASELINES:
+                raise UserError(f"baseline={name}: choose one of {', '.join(BASELINES)}" + near(name, BASELINES))
+        overrides = [*shared, *(word for word in own if not word.startswith("baseline="))]
+        (line,) = _lines(overrides, _parse(overrides), False, "list them in compare")
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            config = _typed(_compose(line))
+        if config.gradient.name == "budget":
+            raise UserError("gradient=budget: its plan is no step of its own; see study budget")
+        entries.append((label or "as composed", config, named[-1] if named else None))
+    if len({label for label, *_ in entries}) < len(entries):
+        raise UserError("compare: names the same entry twice")
+    if len({(c.runtime.device, c.runtime.precision == "tf32") for _, c, _ in entries}) > 1:
+        raise UserError("compare: one process runs on one device, with TF32 or without; compare those in two runs")
+    return entries, int(rounds)
 
 
 MAY_CHANGE_ON_RESUME = (

@@ -1,0 +1,160 @@
+"""The verb ``bench``: training steps of several compositions, and of usual ways to train, timed in turn."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from tabulate import tabulate
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from anode_exp.build import (
+    build_augmentation,
+    build_data,
+    build_device,
+    build_memory_format,
+    build_model,
+    build_normalisation,
+    build_optimizer,
+)
+from anode_exp.config import TrainConfig
+from anode_exp.data import EpochBatches, ImageData
+from anode_exp.data.torchvision_loader import torchvision_loader
+from anode_exp.models import ode_blocks
+from anode_exp.ode import ExplicitRungeKutta, Theta, TimeGrid, Tolerance, VectorField, solve_forward
+from anode_exp.studies.throughput import Contestant, measure
+from anode_exp.training.progress import bar
+from anode_exp.training.records import commit, device_name, versions
+from anode_exp.training.train_step import autocast_for, set_float32_precision, train_step
+
+
+class TorchCheckpoint:
+    """A baseline for ``dto_checkpoint``: ``torch.utils.checkpoint`` around each block's solve."""
+
+    def solve(
+        self, field: VectorField, y0: Tensor, theta: Theta, grid: TimeGrid | Tolerance, solver: ExplicitRungeKutta
+    ) -> Tensor:
+        def run(y: Tensor) -> Tensor:
+            return solve_forward(field, y, theta, grid, solver)[0]
+
+        return checkpoint(run, y0, use_reentrant=False)
+
+
+def run_bench(entries: list[tuple[str, TrainConfig, str | None]], rounds: int) -> Path:
+    """Time every entry, print the table, and leave both in a folder under ``outputs/``, which is returned.
+
+    Args:
+        entries: label, configuration, and baseline: None for the project's own step, ``eager`` for a plain loop
+            (contiguous layout, data on the device), ``dataloader`` for that fed by torchvision's DataLoader with 4
+            workers, ``torch_checkpoint`` for the project's step with torch.utils.checkpoint in place of its gradient.
+    """
+    device = build_device(entries[0][1].runtime)
+    # One process, one setting of the global flags: that of the first entry.
+    precision = entries[0][1].runtime.precision
+    set_float32_precision(precision)
+    images: dict[str, ImageData] = {}
+    contestants = []
+    for label, config, baseline in entries:
+        key = json.dumps(vars(config.dataset), sort_keys=True)
+        if key not in images:
+            images[key] = build_data(config.dataset, device)
+        contestants.append(_contestant(label, config, baseline, images[key], device))
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    with bar(len(contestants) * (1 + rounds), "bench") as progress:
+        rows, limits = measure(contestants, device, dtype, rounds, progress.update)
+    directory = Path("outputs") / f"{datetime.now():%Y-%m-%d/%H-%M-%S-%f}-bench"
+    directory.mkdir(parents=True)
+    facts = {"device": device_name(device), "limits": limits, "versions": versions(), "commit": commit()}
+    (directory / "bench.json").write_text(json.dumps({**facts, "rounds": rounds, "rows": rows}, indent=2) + "\n")
+    text = (
+        f"{device_name(device)}: copies {limits['copy_bytes_per_s'] / 1e9:,.1f} GB/s, matrix products "
+        f"{limits['matrix_flops_per_s'] / 1e12:,.3f} TFLOP/s\n\n{bench_table(rows)}"
+    )
+    (directory / "table.txt").write_text(text + "\n")
+    print(f"{text}\n\n{directory}")
+    return directory
+
+
+def _contestant(
+    label: str, config: TrainConfig, baseline: str | None, images: ImageData, device: torch.device
+) -> Contestant:
+    torch.manual_seed(config.seed)
+    plain = baseline in ("eager", "dataloader")
+    network = build_model(config.model, config.solver, config.gradient, images.num_classes)
+    if baseline == "torch_checkpoint":
+        for block in ode_blocks(network):
+            block.gradient = TorchCheckpoint()
+    layout = torch.contiguous_format if plain else build_memory_format(config.runtime, network, device)
+    network = network.to(device, memory_format=layout)  # type: ignore[call-overload]
+    optimizer = build_optimizer(network, config.recipe)
+    for group in optimizer.param_groups:
+        group["lr"] = 1e-4  # weights must stay finite, and not matter
+    autocast = autocast_for(config.runtime.precision, device)
+    size = min(config.recipe.batch_size, len(images.train))
+    if baseline == "dataloader":
+        source = _loaded(config, images, size, device)
+    else:
+        source = _on_device(config, images, size, device, layout)
+
+    def step() -> None:
+        batch, labels = next(source)
+        train_step(network, optimizer, autocast, batch, labels)
+
+    def own() -> list[Tensor]:
+        state = [x for s in optimizer.state.values() for x in s.values() if isinstance(x, Tensor)]
+        return [*network.parameters(), *network.buffers(), *state]
+
+    return Contestant(label, step, size, -(-len(images.train) // size), own, alone=baseline == "dataloader")
+
+
+def _on_device(
+    config: TrainConfig, images: ImageData, size: int, device: torch.device, layout: torch.memory_format
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Whole batches for ever."""
+    normalise = build_normalisation(config.dataset, device, layout)
+    epoch = 0
+    while True:
+        epoch += 1
+        batches = EpochBatches(
+            images.train, size, build_augmentation(config.dataset), normalise, config.seed, epoch
+        ).starting_at(0)
+        for batch, labels in batches:
+            if len(labels) == size:
+                yield batch, labels
+
+
+def _loaded(config: TrainConfig, images: ImageData, size: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+    data = config.dataset
+    loader = torchvision_loader(images.train, size, build_augmentation(data), data.mean, data.std)
+    while True:
+        for batch, labels in loader:
+            yield batch.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+
+
+def bench_table(rows: list[dict[str, Any]]) -> str:
+    """A line for each contestant."""
+    table = []
+    for r in rows:
+        low, high = r["step_s_quartiles"]
+        launched = {} if r["kernels_per_step"] is None else {"kernels": r["kernels_per_step"]}
+        table.append(
+            {
+                "": r["label"],
+                "ms a step": f"{r['step_s'] * 1e3:,.1f} ({low * 1e3:,.1f}–{high * 1e3:,.1f})",
+                "over the first": f"×{r['ratio']:.3f}",
+                "images/s": f"{r['images_per_s']:,.0f}",
+                "epoch, s": f"{r['epoch_s']:,.1f}",
+                "peak, MB": f"{r['peak_bytes'] / 1e6:,.0f}",
+                "operators": r["operators_per_step"],
+                **launched,
+                "copy rate": f"{r['bandwidth_share']:.0%}",
+                "matrix rate": f"{r['matrix_share']:.0%}",
+                "floor, ms": f"{r['floor_s'] * 1e3:,.1f}",
+            }
+        )
+    return tabulate(table, headers="keys", disable_numparse=True)

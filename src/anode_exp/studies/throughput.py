@@ -1,0 +1,189 @@
+"""Training steps of several contestants in turn, and what the device could do at best, measured in the same run."""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+from anode_exp.training.peak_memory import LiveTensorBytes
+
+LEAST_ROUND_S = 0.05
+"""A contestant's turn takes as many steps as fill this time, so that waiting for a device at its end weighs little."""
+
+
+@dataclass
+class Contestant:
+    """A training step to be timed.
+
+    Attributes:
+        step: takes the next batch and trains on it.
+        images: a step.
+        epoch_steps: of the data set whole.
+        own: tensors held between steps, for the count of live bytes.
+        alone: timed after all others, a step after the other: its worker processes would slow those, and fetch ahead
+            while they run.
+    """
+
+    label: str
+    step: Callable[[], object]
+    images: int
+    epoch_steps: int
+    own: Callable[[], list[Tensor]]
+    alone: bool = False
+
+
+class Traffic(TorchDispatchMode):
+    """Counts operators, the bytes that each would read and write if nothing stayed in a cache, and their arithmetic.
+
+    ``FlopCounterMode`` counts the same arithmetic, but not under a backward pass that calls autograd itself.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operators, self.bytes, self.flops = 0, 0, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if not func.is_view:
+            self.operators += 1
+            tensors = [x for x in tree_leaves((args, kwargs, out)) if isinstance(x, Tensor)]
+            self.bytes += sum(x.numel() * x.element_size() for x in tensors)
+            if func._overloadpacket in flop_registry:
+                self.flops += flop_registry[func._overloadpacket](*args, **(kwargs or {}), out_val=out)
+        return out
+
+
+def wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _best_seconds(run: Callable[[], object], device: torch.device, repeats: int = 7) -> float:
+    run()
+    best = float("inf")
+    for _ in range(repeats):
+        wait(device)
+        started = time.perf_counter()
+        run()
+        wait(device)
+        best = min(best, time.perf_counter() - started)
+    return best
+
+
+def device_limits(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
+    """Bytes a second of a copy (read and written), and floating-point operations a second of a matrix product."""
+    on_cuda = device.type == "cuda"
+    source = torch.zeros(2**30 if on_cuda else 2**28, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    n = 8192 if on_cuda else 1024
+    a = torch.randn(n, n, device=device).to(dtype)
+    return {
+        "copy_bytes_per_s": 2 * source.nbytes / _best_seconds(lambda: target.copy_(source), device),
+        "matrix_flops_per_s": 2 * n**3 / _best_seconds(lambda: a @ a, device),
+    }
+
+
+def kernels_per_step(contestant: Contestant, device: torch.device) -> int | None:
+    """CUDA kernels launched by one step; None without CUDA."""
+    if device.type != "cuda":
+        return None
+    activities = [torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profile:
+        contestant.step()
+        wait(device)
+    return sum(e.count for e in profile.key_averages() if e.device_type == torch.autograd.DeviceType.CUDA)
+
+
+def _inspect(c: Contestant, device: torch.device) -> tuple[dict[str, Any], int]:
+    """A contestant's counts, and how many steps make a turn; after a warm-up, with the optimiser's state there."""
+    for _ in range(2):
+        c.step()
+    gc.collect()
+    traffic = Traffic()
+    with traffic:
+        c.step()
+    if device.type == "cuda":
+        before = torch.cuda.memory_allocated(device) - sum(x.nbytes for x in c.own())
+        torch.cuda.reset_peak_memory_stats(device)
+        c.step()
+        peak = torch.cuda.max_memory_allocated(device) - before
+    else:
+        with LiveTensorBytes(c.own()) as live:
+            c.step()
+        peak = live.peak
+    wait(device)
+    started = time.perf_counter()
+    c.step()
+    wait(device)
+    turn = max(1, round(LEAST_ROUND_S / (time.perf_counter() - started)))
+    counts = {
+        "label": c.label,
+        "peak_bytes": peak,
+        "operators_per_step": traffic.operators,
+        "kernels_per_step": kernels_per_step(c, device),
+        "bytes_per_step": traffic.bytes,
+        "flops_per_step": traffic.flops,
+    }
+    return counts, turn
+
+
+def measure(
+    contestants: list[Contestant], device: torch.device, dtype: torch.dtype, rounds: int, tick: Callable[[], object]
+) -> tuple[list[dict[str, Any]], dict[str, float]]:
+    """A row for each contestant, and the device's limits.
+
+    Contestants take turns, ``rounds`` of them; ``ratio`` is the median over turns of their time over the first one's
+    (the ratio of medians for those timed alone).
+    ``floor_s`` is the larger of bytes over copy bandwidth and operations over matrix rate, and ``of_floor`` its share
+    of the measured step.
+    """
+    limits = device_limits(device, dtype)
+    rows: dict[str, dict[str, Any]] = {}
+    seconds: dict[str, list[float]] = {c.label: [] for c in contestants}
+    together = [c for c in contestants if not c.alone]
+    for group in [together, *([c] for c in contestants if c.alone)]:
+        turn: dict[str, int] = {}
+        for c in group:
+            rows[c.label], turn[c.label] = _inspect(c, device)
+            tick()
+        for _ in range(rounds):
+            for c in group:
+                wait(device)
+                started = time.perf_counter()
+                for _ in range(turn[c.label]):
+                    c.step()
+                wait(device)
+                seconds[c.label].append((time.perf_counter() - started) / turn[c.label])
+                tick()
+    first = seconds[contestants[0].label]
+    for c in contestants:
+        row, mine = rows[c.label], seconds[c.label]
+        quartiles = statistics.quantiles(mine, n=4) if len(mine) > 1 else [mine[0]] * 3
+        median = statistics.median(mine)
+        floor = max(
+            row["bytes_per_step"] / limits["copy_bytes_per_s"], row["flops_per_step"] / limits["matrix_flops_per_s"]
+        )
+        row |= {
+            "step_s": median,
+            "step_s_quartiles": [quartiles[0], quartiles[2]],
+            "ratio": median / statistics.median(first)
+            if c.alone
+            else statistics.median(a / b for a, b in zip(mine, first, strict=True)),
+            "images_per_s": c.images / median,
+            "epoch_s": c.epoch_steps * median,
+            "bandwidth_share": row["bytes_per_step"] / median / limits["copy_bytes_per_s"],
+            "matrix_share": row["flops_per_step"] / median / limits["matrix_flops_per_s"],
+            "floor_s": floor,
+            "of_floor": floor / median,
+        }
+    return [rows[c.label] for c in contestants], limits

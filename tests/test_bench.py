@@ -1,0 +1,120 @@
+"""The verb bench: what it counts, what it compares, and what it refuses."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import Field, solver
+
+from anode_exp.bench import TorchCheckpoint
+from anode_exp.composition import bench_entries
+from anode_exp.data import Augmentation, Split
+from anode_exp.data.torchvision_loader import torchvision_loader
+from anode_exp.errors import UserError
+from anode_exp.gradient import FullBackprop
+from anode_exp.ode import TimeGrid, VectorField
+from anode_exp.studies.throughput import Contestant, Traffic, measure
+
+SMALL = ["dataset=fake", "dataset.train_size=40", "model=squeezenext", "model.width=0.5", "recipe.batch_size=8"]
+
+
+def test_traffic_in_closed_form():
+    a, b = torch.randn(4, 8), torch.randn(8, 16)
+    with Traffic() as traffic:
+        (a @ b).t().add_(1.0)
+    assert traffic.operators == 2, "a view is no operator"
+    assert traffic.flops == 2 * 4 * 8 * 16
+    product = 4 * (4 * 8 + 8 * 16 + 4 * 16)
+    assert traffic.bytes == product + 4 * 2 * 4 * 16, "the sum reads and writes its one operand"
+
+
+def test_contestants_take_turns_and_those_alone_come_last():
+    order = []
+
+    def contestant(label, alone=False):
+        def step():
+            order.append(label)
+            torch.ones(10).sum()
+
+        return Contestant(label, step, images=5, epoch_steps=3, own=list, alone=alone)
+
+    rows, limits = measure(
+        [contestant("a"), contestant("b", alone=True), contestant("c")],
+        torch.device("cpu"), torch.float32, rounds=3, tick=lambda: None,
+    )  # fmt: skip
+    assert [r["label"] for r in rows] == ["a", "b", "c"] and rows[0]["ratio"] == 1.0
+    assert "b" not in order[: order.index("c") + 1] and order.index("b") > max(
+        i for i, label in enumerate(order) if label == "c"
+    )
+    for row in rows:
+        assert row["images_per_s"] == pytest.approx(5 / row["step_s"]) and row["epoch_s"] == 3 * row["step_s"]
+        assert row["peak_bytes"] >= 44 and row["kernels_per_step"] is None
+    assert limits["copy_bytes_per_s"] > 1e8 and limits["matrix_flops_per_s"] > 1e8
+
+
+def test_torch_checkpoint_is_exact():
+    def gradient(mode):
+        module = Field()
+        field = VectorField(module)
+        y0 = torch.tensor([[0.3, -0.2, 0.9]], dtype=torch.float64, requires_grad=True)
+        mode.solve(field, y0, field.theta, TimeGrid(3), solver("rk4")).sum().backward()
+        return [y0.grad, module.w.grad, module.v.grad], field.evaluations
+
+    ours, evaluations = gradient(TorchCheckpoint())
+    truth, _ = gradient(FullBackprop())
+    assert all(torch.equal(a, b) for a, b in zip(ours, truth, strict=True))
+    assert evaluations.forward == 2 * 12, "evaluated again"
+
+
+def test_torchvision_loader_gives_the_images():
+    images = torch.arange(20, dtype=torch.uint8).view(20, 1, 1, 1).expand(20, 32, 32, 3).contiguous()
+    loader = torchvision_loader(Split(images, torch.arange(20)), 6, Augmentation(0, True), [0.0] * 3, [1.0] * 3, 0)
+    batches = list(loader)
+    assert len(batches) == 3, "the last is dropped"
+    for batch, labels in batches:
+        torch.testing.assert_close(batch[:, 0, 5, 5] * 255, labels.float())
+
+
+def test_the_command(tmp_path):
+    compare = "compare=[gradient=full_backprop, gradient=dto_checkpoint solver=rk2, baseline=dataloader]"
+    command = [sys.executable, "-m", "anode_exp", "bench", *SMALL, compare, "rounds=2"]
+    done = subprocess.run(
+        command, cwd=tmp_path, capture_output=True, text=True, timeout=200, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    assert done.returncode == 0, done.stderr
+    (file,) = tmp_path.glob("outputs/*/*/bench.json")
+    rows = json.loads(file.read_text())["rows"]
+    assert [r["label"] for r in rows] == compare[9:-1].split(", ")
+    assert rows[1]["flops_per_step"] > rows[0]["flops_per_step"] > 10**6
+    assert all(r["peak_bytes"] > 10**6 and r["step_s"] > 0 and r["of_floor"] > 0 for r in rows)
+    assert "ms a step" in done.stdout and "copy rate" in (file.parent / "table.txt").read_text()
+
+
+def test_what_is_compared_by_default():
+    entries, rounds = bench_entries([*SMALL, "rounds=3"])
+    assert [baseline for *_, baseline in entries] == [None, "eager", "dataloader", "torch_checkpoint"] and rounds == 3
+    assert {config.model.width for _, config, _ in entries} == {0.5}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["compare=gradient=full_backprop"], "compare=gradient=full_backprop: give a list of settings"),
+        (["compare=[{a: 1}]"], "give a list of settings"),
+        (["compare=[baseline=eger]"], "baseline=eger: choose one of eager, dataloader, torch_checkpoint; did you mean"),
+        (["compare=[solver=rk5]"], "solver=rk5: there is no such solver"),
+        (["compare=[solver=rk2, solver=rk2]"], "names the same entry twice"),
+        (["compare=[runtime.precision=tf32, runtime.precision=fp32]"], "compare those in two runs"),
+        (["gradient=budget"], "see study budget"),
+        (["solver=rk2,rk4"], "list them in compare"),
+        (["rounds=0"], "rounds=0: give a whole number, at least 1"),
+        (["--fast"], "--fast: bench takes no flags"),
+    ],
+)
+def test_mistakes(arguments, message):
+    with pytest.raises(UserError) as raised:
+        bench_entries(arguments)
+    assert message in str(raised.value)
