@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
+from contextlib import redirect_stdout
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -59,8 +61,14 @@ def run_train(arguments: list[str]) -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises what a job raised, for `main` to report
     sys.argv = [parser.prog, *ours, *parsed.overrides, *flags]
     rows: list[dict[str, Any]] = []
+    task = hydra.main(version_base="1.3", config_path=str(CONF), config_name="train")(run_job)
+    if parsed.help:
+        with redirect_stdout(StringIO()) as text:
+            task()
+        print(text.getvalue().replace("_common, ", ""), end="")  # what options share is none of them
+        return
     try:
-        hydra.main(version_base="1.3", config_path=str(CONF), config_name="train")(run_job)()
+        task()
     finally:
         if parsed.multirun and not parsed.hydra_help and asked.directory.is_dir():
             from anode_exp.report.sweep import sweep_rows, sweep_table

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from anode_exp.data.torchvision_loader import torchvision_loader
 from anode_exp.models import ode_blocks
 from anode_exp.ode import ExplicitRungeKutta, Theta, TimeGrid, Tolerance, VectorField, solve_forward
 from anode_exp.studies.throughput import Contestant, measure
+from anode_exp.training.graphed_step import set_learning_rate, training_step
 from anode_exp.training.progress import bar
 from anode_exp.training.records import commit, device_name, versions
 from anode_exp.training.train_step import autocast_for, set_float32_precision, train_step
@@ -92,8 +94,7 @@ def _contestant(
     layout = torch.contiguous_format if plain else build_memory_format(config.runtime, network, device)
     network = network.to(device, memory_format=layout)  # type: ignore[call-overload]
     optimizer = build_optimizer(network, config.recipe)
-    for group in optimizer.param_groups:
-        group["lr"] = 1e-4  # weights must stay finite, and not matter
+    set_learning_rate(optimizer, 1e-4)  # weights must stay finite, and not matter
     autocast = autocast_for(config.runtime.precision, device)
     size = min(config.recipe.batch_size, len(images.train))
     if baseline == "dataloader":
@@ -101,9 +102,13 @@ def _contestant(
     else:
         source = _on_device(config, images, size, device, layout)
 
+    if baseline is None:
+        take = training_step(network, optimizer, autocast, config.runtime, device)
+    else:
+        take = partial(train_step, network, optimizer, autocast)
+
     def step() -> None:
-        batch, labels = next(source)
-        train_step(network, optimizer, autocast, batch, labels)
+        take(*next(source))
 
     def own() -> list[Tensor]:
         state = [x for s in optimizer.state.values() for x in s.values() if isinstance(x, Tensor)]

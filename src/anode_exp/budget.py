@@ -32,6 +32,7 @@ from anode_exp.gradient import (
     StepCheckpoint,
 )
 from anode_exp.models import OdeBlock, ode_blocks, take_evaluations
+from anode_exp.training.graphed_step import set_learning_rate
 from anode_exp.training.peak_memory import LiveTensorBytes
 from anode_exp.training.train_step import train_step
 
@@ -127,8 +128,7 @@ class Planner:
         # Copies: a view would count with the whole storage that it looks at.
         self.batch = (batch[0].clone(), batch[1].clone())
         self.optimizer = new_optimizer(network)
-        for group in self.optimizer.param_groups:
-            group["lr"] = 0.0
+        set_learning_rate(self.optimizer, 0.0)
         for p in network.parameters():  # a run has momentum from its second step on
             self.optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
         self.blocks = list(ode_blocks(network))

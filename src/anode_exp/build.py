@@ -80,8 +80,15 @@ def build_model(model: ModelConfig, solver: SolverConfig, gradient: GradientConf
 
 
 def build_optimizer(network: nn.Module, recipe: RecipeConfig) -> torch.optim.Optimizer:
+    """SGD; on CUDA one fused kernel, and a learning rate on the device, for captured steps to read."""
+    device = next(network.parameters()).device
+    on_cuda = device.type == "cuda"
     return torch.optim.SGD(
-        network.parameters(), lr=recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay
+        network.parameters(),
+        lr=torch.tensor(recipe.lr, device=device) if on_cuda else recipe.lr,
+        momentum=recipe.momentum,
+        weight_decay=recipe.weight_decay,
+        fused=on_cuda or None,
     )
 
 

@@ -181,6 +181,8 @@ MAY_CHANGE_ON_RESUME = (
     "dataset.download",
     "runtime.check_every",
     "runtime.keep_every",
+    "runtime.cuda_graph",
+    "runtime.sync_debug",
 )
 """Settings that change no number of the epochs already done, or of those to come."""
 

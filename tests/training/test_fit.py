@@ -16,7 +16,7 @@ from anode_exp.composition import jobs
 from anode_exp.errors import UserError
 from anode_exp.runs import load_run
 from anode_exp.train import train
-from anode_exp.training import fit as fit_module
+from anode_exp.training import graphed_step as step_module
 
 SMALL = [
     "dataset=fake", "dataset.train_size=40", "dataset.test_size=20", "model=squeezenext", "model.width=0.25",
@@ -118,7 +118,7 @@ def test_divergence_is_a_result(tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_the_run_after_its_step(tmp_path, monkeypatch, number):
-    whole_step = fit_module.train_step
+    whole_step = step_module.train_step
     taken = []
 
     def step(*args):
@@ -127,7 +127,7 @@ def test_a_signal_ends_the_run_after_its_step(tmp_path, monkeypatch, number):
             os.kill(os.getpid(), number)
         return whole_step(*args)
 
-    monkeypatch.setattr(fit_module, "train_step", step)
+    monkeypatch.setattr(step_module, "train_step", step)
     before = signal.getsignal(number)
     results = run(tmp_path)
     monkeypatch.undo()

@@ -16,7 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from anode_exp.composition import jobs, resumed
 from anode_exp.errors import UserError
 from anode_exp.train import train
-from anode_exp.training import fit as fit_module
+from anode_exp.training import graphed_step as step_module
 from anode_exp.training.checkpoints import Checkpoints
 
 SMALL = [
@@ -63,7 +63,7 @@ def truth(tmp_path_factory) -> Path:
 
 
 def interrupted(directory: Path, monkeypatch, at_step: int) -> None:
-    whole_step, taken = fit_module.train_step, []
+    whole_step, taken = step_module.train_step, []
 
     def step(*args):
         taken.append(1)
@@ -71,7 +71,7 @@ def interrupted(directory: Path, monkeypatch, at_step: int) -> None:
             os.kill(os.getpid(), signal.SIGTERM)
         return whole_step(*args)
 
-    monkeypatch.setattr(fit_module, "train_step", step)
+    monkeypatch.setattr(step_module, "train_step", step)
     results = train(config_of(), directory)
     monkeypatch.undo()
     assert (results["status"], results["steps"], results["signal"]) == ("interrupted", at_step, signal.SIGTERM)
@@ -87,7 +87,7 @@ def test_a_run_stopped_within_an_epoch_goes_on_from_its_step(tmp_path, monkeypat
 
 def test_a_run_stopped_and_resumed_at_every_step(tmp_path, monkeypatch, truth):
     interrupted(tmp_path, monkeypatch, 1)
-    whole_step = fit_module.train_step
+    whole_step = step_module.train_step
     for _ in range(20):
         taken = []
 
@@ -96,7 +96,7 @@ def test_a_run_stopped_and_resumed_at_every_step(tmp_path, monkeypatch, truth):
             os.kill(os.getpid(), signal.SIGINT)
             return whole_step(*args)
 
-        monkeypatch.setattr(fit_module, "train_step", step)
+        monkeypatch.setattr(step_module, "train_step", step)
         results = go_on(tmp_path)
         if results["status"] == "completed":
             break

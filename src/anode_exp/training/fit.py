@@ -22,10 +22,11 @@ from anode_exp.data import Augmentation, EpochBatches, ImageData, Normalisation,
 from anode_exp.models import take_evaluations
 from anode_exp.ode import SolveFailed
 from anode_exp.training.checkpoints import Checkpoints
+from anode_exp.training.graphed_step import set_learning_rate, training_step
 from anode_exp.training.peak_memory import PeakMemory
 from anode_exp.training.progress import bar
 from anode_exp.training.records import RunRecord
-from anode_exp.training.train_step import autocast_for, evaluate, train_step
+from anode_exp.training.train_step import autocast_for, evaluate
 
 log = logging.getLogger(__name__)
 
@@ -98,6 +99,7 @@ class Trainer:
         self.memory, self.record, self.checkpoints = memory, record, checkpoints
         self.device = images.train.labels.device
         self.autocast = autocast_for(runtime.precision, self.device)
+        self.step = training_step(network, optimizer, self.autocast, runtime, self.device)
         self.status = "completed"
         self.reason: str | None = None
         self.signal: int | None = None
@@ -121,7 +123,10 @@ class Trainer:
         self.progress = Progress(**state["progress"])
         self._part = None if state["epoch_part"] is None else EpochPart(**state["epoch_part"])
         self.network.load_state_dict(state["network"])
+        learning_rates = [group["lr"] for group in self.optimizer.param_groups]  # on the device, where there is one
         self.optimizer.load_state_dict(state["optimizer"])
+        for group, lr in zip(self.optimizer.param_groups, learning_rates, strict=True):
+            group["lr"] = lr
         torch.set_rng_state(state["random_state"])
         if self.device.type == "cuda":
             torch.cuda.set_rng_state(state["cuda_random_state"], self.device)
@@ -157,8 +162,7 @@ class Trainer:
     def _epoch(self) -> None:
         progress = self.progress
         lr = self.schedule(progress.epochs)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+        set_learning_rate(self.optimizer, lr)
         part = self._train_epoch(progress.epochs + 1)
         if self.status == "interrupted":
             self.checkpoints.save(self.state())
@@ -202,6 +206,17 @@ class Trainer:
             if self.signal is not None and progress.steps < self.total_steps:
                 self.status = "interrupted"
 
+    @contextmanager
+    def _sync_debug(self) -> Iterator[None]:
+        if not self.runtime.sync_debug or self.device.type != "cuda":
+            yield
+            return
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            yield
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
     def _batch_sizes(self, n_steps: int) -> list[int]:
         size, n = self.recipe.batch_size, len(self.images.train)
         return [min(size, n - i * size) for i in range(n_steps)]
@@ -229,9 +244,9 @@ class Trainer:
                 end = i + 1
                 progress.steps += 1
                 try:
-                    with self.memory.step(self.network, self.optimizer):
+                    with self.memory.step(self.network, self.optimizer), self._sync_debug():
                         images, labels = next(source)
-                        losses[i], right = train_step(self.network, self.optimizer, self.autocast, images, labels)
+                        losses[i], right = self.step(images, labels)
                         del images
                 except SolveFailed as error:
                     self.status, self.reason = "diverged", str(error)
