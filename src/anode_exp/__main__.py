@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
-from contextlib import redirect_stdout
+from contextlib import redirect_stdout, suppress
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -63,7 +63,7 @@ def run_train(arguments: list[str]) -> None:
     rows: list[dict[str, Any]] = []
     task = hydra.main(version_base="1.3", config_path=str(CONF), config_name="train")(run_job)
     if parsed.help:
-        with redirect_stdout(StringIO()) as text:
+        with redirect_stdout(StringIO()) as text, suppress(SystemExit):
             task()
         print(text.getvalue().replace("_common, ", ""), end="")  # what options share is none of them
         return
