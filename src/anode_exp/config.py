@@ -110,6 +110,7 @@ class RuntimeConfig:
     precision: str = _one_of("fp32", "tf32", "bf16")
     channels_last: bool
     check_every: int = _at_least(1)
+    compile: bool = False
     cuda_graph: bool = True
     sync_debug: bool = False
     keep_every: int | None = field(default=None, metadata={"at_least": 1})

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import FunctionType
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.dropout import _DropoutNd
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 Theta = tuple[Tensor, ...]
 """θ, one entry a parameter of f: of the parameter's own shape (constant in time), or with a leading axis of n_steps."""
@@ -54,6 +56,7 @@ class VectorField:
         self.module = module
         self.evaluations = Evaluations()
         self._re_evaluating = False
+        self._forward: Callable[[float, Tensor], Tensor] = module
 
     @property
     def theta(self) -> Theta:
@@ -85,14 +88,14 @@ class VectorField:
                 f"theta has {len(theta)} entries, the vector field {len(own)} parameters; pass one for each"
             )
         if all(given is p for given, p in zip(theta, own, strict=True)):
-            dy = self.module(t, y)
+            dy = self._forward(t, y)
         else:
             # torch.func.functional_call does the same in several times the time, which a small f notices.
             given_for = dict(zip(own, theta, strict=True))
             try:
                 for owner, name, p in places:
                     owner[name] = None if p is None else given_for[p]  # type: ignore[assignment]
-                dy = self.module(t, y)
+                dy = self._forward(t, y)
             finally:
                 for owner, name, p in places:
                     owner[name] = p
@@ -103,6 +106,28 @@ class VectorField:
             )
         # Under autocast a norm may return float32 for a bfloat16 state; the state's dtype decides.
         return dy.to(y.dtype)
+
+    def compile(self, backend: str = "inductor") -> None:
+        """Compile the module's forward, for this field alone, as one graph or not at all.
+
+        Compiled variants are kept by code object, so fields of one class would use up the limit of recompilations
+        together; each gets a copy of the code. A graph break, or a limit reached, is an error in its first evaluation.
+
+        Args:
+            backend: of ``torch.compile``.
+        """
+        forward = type(self.module).forward
+        own = FunctionType(
+            forward.__code__.replace(), forward.__globals__, forward.__name__, forward.__defaults__, forward.__closure__
+        )
+        compiled = torch.compile(own, fullgraph=True, backend=backend)
+
+        def forward_of(t: float, y: Tensor) -> Tensor:
+            # Under a dispatch mode (one that counts bytes, say) torch would skip compilation, then and ever after.
+            function = own if is_in_torch_dispatch_mode() else compiled
+            return function(self.module, t, y)
+
+        self._forward = forward_of
 
     def theta_per_step(self, theta: Theta, n_steps: int) -> list[Theta]:
         """θ of each time step: constants repeated, entries with a leading axis of n_steps taken apart.

@@ -161,7 +161,10 @@ def training_step(
     runtime: RuntimeConfig,
     device: torch.device,
 ) -> Step:
-    """The step that a configuration asks for: captured on CUDA, eager elsewhere and with adaptive steps."""
+    """The step that a configuration asks for: captured on CUDA, eager elsewhere and with adaptive steps; f compiled."""
+    if runtime.compile:
+        for block in ode_blocks(network):
+            block.field.compile()
     if device.type == "cuda" and runtime.cuda_graph:
         if all(isinstance(block.grid, TimeGrid) for block in ode_blocks(network)):
             return GraphedStep(network, optimizer, autocast)

@@ -1,0 +1,51 @@
+"""A compiled field gives the same gradients in every mode, and says so when it cannot be compiled."""
+
+import pytest
+import torch
+from conftest import make_ode_block
+from torch import nn
+
+from anode_exp.models import ode_blocks
+from anode_exp.models.layers import Autonomous
+from anode_exp.ode import VectorField
+
+
+def network(mode: str) -> nn.Sequential:
+    """Two blocks of one class and different sizes."""
+    torch.manual_seed(0)
+
+    def block(c):
+        f = Autonomous(nn.Conv2d(c, c, 3, padding=1), nn.BatchNorm2d(c), nn.ReLU(inplace=True))
+        return make_ode_block(mode, "rk2", 3)(f)
+
+    return nn.Sequential(block(3), nn.Conv2d(3, 5, 1), block(5)).double()
+
+
+@pytest.mark.parametrize("mode", ["full_backprop", "dto_checkpoint", "stage_checkpoint", "revolve", "reverse_adjoint"])
+def test_the_same_gradients_and_buffers(mode):
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    images = torch.randn(4, 3, 8, 8, dtype=torch.float64)
+    eager, compiled = network(mode), network(mode)
+    for block in ode_blocks(compiled):
+        block.field.compile(backend="aot_eager")
+    for _ in range(2):
+        for n in (eager, compiled):
+            n.zero_grad()
+            n(images).square().sum().backward()
+    for ours, theirs in zip(compiled.parameters(), eager.parameters(), strict=True):
+        assert (ours.grad - theirs.grad).norm() <= 1e-13 * (1 + theirs.grad.norm())
+    for ours, theirs in zip(compiled.buffers(), eager.buffers(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-13, atol=1e-13)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 2, "nothing was compiled"
+
+
+def test_what_cannot_be_one_graph_is_an_error():
+    class Reads(nn.Module):
+        def forward(self, t, y):
+            return y * float(y.sum().item() > 0) if bool(y.sum() > 0) else y
+
+    field = VectorField(Reads())
+    field.compile(backend="aot_eager")
+    with pytest.raises(Exception, match=r"(?i)graph|data-dependent|unsupported"):
+        field(0.0, torch.ones(3), ())
