@@ -33,6 +33,7 @@ from checkpoint_schedules import Copy, EndReverse, Forward, Move, Reverse
 from checkpoint_schedules import Revolve as BinomialSchedule
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.autograd.graph import get_gradient_edge
 
 from anode_exp.gradient.base import ThetaGradient, current_autocast
 from anode_exp.ode import ExplicitRungeKutta, Steps, Theta, TimeGrid, Tolerance, VectorField, integrate, solve_forward
@@ -175,9 +176,10 @@ def _block_adjoint(ctx: Any, kept: list[Tensor], theta: Theta, grad_y1: Tensor) 
     # Detached, or the hooks of a θ that is no leaf would fire once in here and once outside.
     y0, *copies = (x.detach().requires_grad_(need) for x, need in zip((kept[0], *theta), needed, strict=True))
     with torch.enable_grad():
-        y1 = integrate(ctx.field, y0, tuple(copies), ctx.grid, ctx.solver)
+        # Where in the graph y1 is, not its value: that would be held all through the backward pass.
+        y1 = get_gradient_edge(integrate(ctx.field, y0, tuple(copies), ctx.grid, ctx.solver))
     # y0 and θ in one pass over the graph
-    grads = iter(torch.autograd.grad(y1, [x for x in (y0, *copies) if x.requires_grad], grad_y1, allow_unused=True))
+    grads = iter(torch.autograd.grad([y1], [x for x in (y0, *copies) if x.requires_grad], grad_y1, allow_unused=True))
     return [next(grads) if need else None for need in needed]
 
 
@@ -219,9 +221,9 @@ def _step_adjoint(
     """α_n from α_{n+1} through the graph of one step."""
     with torch.enable_grad():
         y = y.detach().requires_grad_()
-        y1 = solver.step(field, theta, t, h, y)
+        y1 = get_gradient_edge(solver.step(field, theta, t, h, y))
         wanted = (y, *(p for p in theta if p.requires_grad))
-        grad_y, *grad_theta = torch.autograd.grad(y1, wanted, a, materialize_grads=True)
+        grad_y, *grad_theta = torch.autograd.grad([y1], wanted, a, materialize_grads=True)
     add(grad_theta)
     return grad_y
 
