@@ -79,6 +79,7 @@ def _fixed(
         end = _augmented_step(field, per_step[n], grid.time(n + 1), -grid.step_size(n), y, a, table)
         y, a = end.y, end.a
         gradient.add(n, end.g)
+        del end  # its slopes are not to live through the next step
     return a
 
 
@@ -108,6 +109,7 @@ def _adaptive(
             gradient.add(0, end.g)
         else:
             first = end.first
+        del end, after
     return a
 
 
