@@ -1,6 +1,7 @@
 """What only a CUDA device can show; skipped without one."""
 
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from anode_exp.data import Augmentation, EpochBatches, Normalisation, Split
 from anode_exp.gradient import GRADIENT_MODES
 from anode_exp.models import MODELS
 from anode_exp.train import train
+from anode_exp.training.graphed_step import GraphedStep, set_learning_rate
 from anode_exp.training.train_step import autocast_for, train_step
 
 pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
@@ -76,3 +78,54 @@ def test_adaptive_steps(tmp_path):
                 "gradient=reverse_adjoint", "runtime.device=cuda"]  # fmt: skip
     results = train(jobs(settings, multirun=False).configs[0], tmp_path / "run")
     assert results["nfe"]["accepted"] > 0 and results["nfe"]["backward_accepted"] > 0
+
+
+@pytest.mark.parametrize("mode", GRADIENT_MODES)
+def test_the_captured_step_trains_as_the_eager_one(mode):
+    """Bit for bit over 50 steps with deterministic cuDNN, through a smaller batch and a change of learning rate."""
+    device = torch.device("cuda")
+    torch.backends.cudnn.deterministic, before = True, torch.backends.cudnn.deterministic
+
+    def trained(graphed):
+        torch.manual_seed(0)
+        network = MODELS["squeezenext"](10, make_ode_block(mode)).to(device, memory_format=torch.channels_last)
+        lr = torch.tensor(0.05, device=device)
+        optimizer = torch.optim.SGD(network.parameters(), lr=lr, momentum=0.9, weight_decay=5e-4, fused=True)
+        autocast = autocast_for("fp32", device)
+        step = (
+            GraphedStep(network, optimizer, autocast) if graphed else partial(train_step, network, optimizer, autocast)
+        )
+        generator, losses = torch.Generator().manual_seed(1), []
+        for i in range(50):
+            set_learning_rate(optimizer, 0.05 if i < 25 else 0.005)
+            size = 12 if i % 10 == 9 else 32
+            images = torch.randn(size, 3, 32, 32, generator=generator).to(device, memory_format=torch.channels_last)
+            losses.append(step(images, torch.arange(size, device=device) % 10)[0].clone())
+        return [*losses, *network.parameters(), *network.buffers()]
+
+    try:
+        pairs = list(zip(trained(True), trained(False), strict=True))
+    finally:
+        torch.backends.cudnn.deterministic = before
+    assert all(torch.equal(ours, theirs) for ours, theirs in pairs)
+
+
+def test_a_captured_run_needs_the_eager_ones_memory_and_never_waits(tmp_path):
+    settings = ["dataset=digits", "model=squeezenext", "solver=rk2", "recipe.epochs=1", "recipe.batch_size=128",
+                "runtime.device=cuda"]  # fmt: skip
+
+    def run(name, *overrides):
+        return train(jobs([*settings, *overrides], multirun=False).configs[0], tmp_path / name)
+
+    eager = run("eager", "runtime.cuda_graph=false", "runtime.sync_debug=true")
+    graphed = run("graphed", "runtime.sync_debug=true")
+    assert graphed["peak_memory_bytes"] == pytest.approx(eager["peak_memory_bytes"], rel=0.05)
+    assert graphed["nfe"] == eager["nfe"]
+
+
+def test_a_captured_run_goes_on_after_an_interruption(tmp_path):
+    settings = ["dataset=digits", "model=squeezenext", "recipe.epochs=1", "recipe.batch_size=128",
+                "runtime.device=cuda"]  # fmt: skip
+    train(jobs(settings, multirun=False).configs[0], tmp_path / "run")
+    (config,) = jobs([*settings[:2], "recipe.epochs=2", *settings[3:]], multirun=False).configs
+    assert train(config, tmp_path / "run", resume=True)["epochs"] == 2
