@@ -2,6 +2,7 @@
 
 import json
 import os
+import runpy
 import subprocess
 import sys
 
@@ -118,3 +119,26 @@ def test_mistakes(arguments, message):
     with pytest.raises(UserError) as raised:
         bench_entries(arguments)
     assert message in str(raised.value)
+
+
+def test_several_seeds_are_one_contestant(tmp_path):
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "anode_exp", "bench", *SMALL, "compare=[seeds=1, seeds=2]", "rounds=1"]
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    one, two = json.loads(next(tmp_path.rglob("bench.json")).read_text())["rows"]
+    assert two["operators_per_step"] == 2 * one["operators_per_step"]
+    assert two["images_per_s"] * two["step_s"] == pytest.approx(2 * one["images_per_s"] * one["step_s"])
+    assert two["peak_bytes"] > 1.01 * one["peak_bytes"], "the weights of both"
+
+
+def test_the_script_for_a_gpu_composes_its_entries():
+    script = runpy.run_path("scripts/speed_on_a_gpu.py")
+    entries, _ = bench_entries(["dataset=cifar10", f"compare={json.dumps(script['ENTRIES'])}"])
+    row = {"epoch_s": 1.0, "bytes_per_step": 1e9, "operators_per_step": 1, "of_floor": 0.5}
+    table = script["figures"]({label: row for label, *_ in entries})
+    assert [what for what, *_, reached in table if not reached] == [
+        "times the DataLoader loop",
+        "times the eager loop on the device",
+        "fp32: step over the floor of its bytes",
+    ]

@@ -11,7 +11,7 @@ from anode_exp.composition import jobs
 from anode_exp.data import Augmentation, EpochBatches, Normalisation, Split
 from anode_exp.gradient import GRADIENT_MODES
 from anode_exp.models import MODELS
-from anode_exp.train import train
+from anode_exp.train import train, train_together
 from anode_exp.training.graphed_step import GraphedStep, set_learning_rate
 from anode_exp.training.train_step import autocast_for, train_step
 
@@ -129,3 +129,19 @@ def test_a_captured_run_goes_on_after_an_interruption(tmp_path):
     train(jobs(settings, multirun=False).configs[0], tmp_path / "run")
     (config,) = jobs([*settings[:2], "recipe.epochs=2", *settings[3:]], multirun=False).configs
     assert train(config, tmp_path / "run", resume=True)["epochs"] == 2
+
+
+def test_seeds_at_once_train_as_alone(tmp_path):
+    """Streams of one device: each run's losses are those it has alone, and so is its peak memory."""
+    settings = ["dataset=digits", "model=squeezenext", "recipe.epochs=1", "recipe.batch_size=128",
+                "runtime.device=cuda"]  # fmt: skip
+    torch.backends.cudnn.deterministic, before = True, torch.backends.cudnn.deterministic
+    try:
+        configs = [jobs([*settings, f"seed={seed}"], multirun=False).configs[0] for seed in (0, 1)]
+        alone = [train(config, tmp_path / f"alone-{config.seed}") for config in configs]
+        together = train_together([(config, tmp_path / f"together-{config.seed}") for config in configs])
+    finally:
+        torch.backends.cudnn.deterministic = before
+    for ours, truth in zip(together, alone, strict=True):
+        assert ours["train_loss"] == truth["train_loss"] and ours["test_accuracy"] == truth["test_accuracy"]
+        assert ours["peak_memory_bytes"] == pytest.approx(truth["peak_memory_bytes"], rel=0.1)

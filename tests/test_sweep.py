@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from torch.utils._pytree import tree_leaves
 
 from anode_exp.report.sweep import over_seeds, sweep_rows, sweep_table
 
@@ -141,3 +143,54 @@ def test_a_table_from_records_alone(tmp_path):
     assert rk2["test_accuracy_std"] == pytest.approx(0.1414, abs=1e-4)
     assert rk4["seeds"] == "0 of 1" and rk4["test_accuracy_mean"] is None
     assert "60.00% ± 14.14%" in sweep_table(tmp_path, found)
+
+
+def test_seeds_at_once_are_the_seeds_alone(tmp_path):
+    """Losses, weights, buffers, momentum and peak memory, bit for bit; in a folder each, and summed up in a table."""
+    small = [a for a in SMALL if not a.startswith("hydra")] + ["recipe.epochs=2"]
+    command = [sys.executable, "-m", "anode_exp", "train", *small]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    runs = [["seed=3", "seeds=2", "hydra.run.dir=both"], ["seed=3", "hydra.run.dir=a"], ["seed=4", "hydra.run.dir=b"]]
+    for run in runs:
+        done = subprocess.run([*command, *run], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        if "seeds=2" in run:
+            assert "1 of 1" not in done.stdout and "2 of 2" in done.stdout
+    for together, alone in (("both/0_seed-3", "a"), ("both/1_seed-4", "b")):
+        ours, truth = (
+            torch.load(tmp_path / d / "checkpoints" / "last.pt", weights_only=True) for d in (together, alone)
+        )
+        for part in ("network", "optimizer"):
+            ours_leaves, true_leaves = (tree_leaves(x[part]) for x in (ours, truth))
+            assert len(ours_leaves) > 10
+            assert all(
+                torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+                for a, b in zip(ours_leaves, true_leaves, strict=True)
+            )
+        lines = [(tmp_path / d / "metrics.jsonl").read_text().splitlines() for d in (together, alone)]
+        for mine, line in zip(*[map(json.loads, x) for x in lines], strict=True):
+            assert {k: v for k, v in mine.items() if "time" not in k and "per_s" not in k} == {
+                k: v for k, v in line.items() if "time" not in k and "per_s" not in k
+            }
+        assert (tmp_path / together / "config.yaml").read_text() == (tmp_path / alone / "config.yaml").read_text()
+        log = (tmp_path / together / "train.log").read_text()
+        assert log.count("epoch 2/2") == 1 and f"seed {together[-1]}" in log, "its own lines alone"
+        results = json.loads((tmp_path / together / "results.json").read_text())
+        assert results["runs_at_once"] == 2
+
+
+def test_seeds_at_once_go_on_together(tmp_path):
+    small = [a for a in SMALL if not a.startswith("hydra")]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+    def train(*arguments):
+        command = [sys.executable, "-m", "anode_exp", "train", *arguments]
+        done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    train(*small, "seeds=2", "hydra.run.dir=both")
+    train("resume=both/0_seed-0", "recipe.epochs=2")
+    train("resume=both", "recipe.epochs=2")
+    for folder in ("both/0_seed-0", "both/1_seed-1"):
+        assert len((tmp_path / folder / "metrics.jsonl").read_text().splitlines()) == 2

@@ -23,6 +23,7 @@ usage: python -m anode_exp VERB [settings]
 
   train                one run, on CUDA where there is one
   train -m             a sweep over the values that settings list: gradient=dto_checkpoint,reverse_adjoint
+  train seeds=5        so many seeds at once on one device
   train resume=DIR     go on with a run that was interrupted, or for more epochs
   evaluate run=DIR     accuracy of a trained run, also under another solver, steps and data set
   study NAME           memory, budget, gradient_error, reversibility: a measurement with table and plot
@@ -70,7 +71,8 @@ def run_train(arguments: list[str]) -> None:
     try:
         task()
     finally:
-        if parsed.multirun and not parsed.hydra_help and asked.directory.is_dir():
+        several = not parsed.hydra_help and (parsed.multirun or asked.configs[0].seeds > 1)
+        if several and asked.directory.is_dir():
             from anode_exp.report.sweep import sweep_rows, sweep_table
 
             rows = sweep_rows(asked.directory)
@@ -93,16 +95,21 @@ def _take(arguments: list[str], *names: str) -> tuple[dict[str, str], list[str]]
 
 def run_resume(arguments: list[str]) -> None:
     from anode_exp.composition import resumed
+    from anode_exp.report.sweep import runs_of_seeds, sweep_rows, sweep_table
 
     taken, overrides = _take(arguments, "resume")
     directory = Path(taken["resume"])
-    config = resumed(directory, overrides)
+    folders = runs_of_seeds(directory) or [directory]
+    runs = [(resumed(folder, overrides), folder) for folder in folders]
 
-    from anode_exp.train import train  # imports torch
+    from anode_exp.train import train_together  # imports torch
 
-    results = train(config, directory, resume=True)
-    if results["signal"] is not None:
-        sys.exit(128 + results["signal"])
+    results = train_together(runs, resume=True)
+    if len(runs) > 1:
+        print(f"\n{sweep_table(directory, sweep_rows(directory))}")
+    for result in results:
+        if result["signal"] is not None:
+            sys.exit(128 + result["signal"])
 
 
 def run_evaluate(arguments: list[str]) -> None:

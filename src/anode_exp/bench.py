@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -85,6 +86,31 @@ def run_bench(entries: list[tuple[str, TrainConfig, str | None]], rounds: int) -
 def _contestant(
     label: str, config: TrainConfig, baseline: str | None, images: ImageData, device: torch.device
 ) -> Contestant:
+    """A step of each of the configuration's seeds, several on a stream each."""
+    several = config.seeds > 1 and device.type == "cuda"
+    streams = [torch.cuda.Stream(device) if several else None for _ in range(config.seeds)]
+    networks = []
+    for seed, stream in enumerate(streams, config.seed):
+        with torch.cuda.stream(stream):
+            networks.append(_network(replace(config, seed=seed), baseline, images, device))
+    size = min(config.recipe.batch_size, len(images.train))
+
+    def step() -> None:
+        for stream, (take, _) in zip(streams, networks, strict=True):
+            with torch.cuda.stream(stream):
+                take()
+
+    def own() -> list[Tensor]:
+        return [x for _, tensors in networks for x in tensors()]
+
+    epoch_steps = -(-len(images.train) // size)
+    return Contestant(label, step, config.seeds * size, epoch_steps, own, alone=baseline == "dataloader")
+
+
+def _network(
+    config: TrainConfig, baseline: str | None, images: ImageData, device: torch.device
+) -> tuple[Callable[[], object], Callable[[], list[Tensor]]]:
+    """What takes one training step, and what gives the tensors held between steps."""
     torch.manual_seed(config.seed)
     plain = baseline in ("eager", "dataloader")
     network = build_model(config.model, config.solver, config.gradient, images.num_classes)
@@ -101,20 +127,16 @@ def _contestant(
         source = _loaded(config, images, size, device)
     else:
         source = _on_device(config, images, size, device, layout)
-
     if baseline is None:
         take = training_step(network, optimizer, autocast, config.runtime, device)
     else:
         take = partial(train_step, network, optimizer, autocast)
 
-    def step() -> None:
-        take(*next(source))
-
     def own() -> list[Tensor]:
         state = [x for s in optimizer.state.values() for x in s.values() if isinstance(x, Tensor)]
         return [*network.parameters(), *network.buffers(), *state]
 
-    return Contestant(label, step, size, -(-len(images.train) // size), own, alone=baseline == "dataloader")
+    return lambda: take(*next(source)), own
 
 
 def _on_device(

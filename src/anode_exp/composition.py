@@ -118,6 +118,8 @@ def study(name: str, overrides: list[str]) -> tuple[TrainConfig, StudyConfig]:
     with initialize_config_dir(str(CONF), version_base="1.3"):
         composed = _compose([f"+study={name}", *overrides])
     config = _typed(composed, without=("hydra", "study"))
+    if config.seeds > 1:
+        raise UserError(f"seeds={config.seeds}: a study takes one; only train and bench run several at once")
     checked = typed_study(composed.study)
     for group, names in (("solver", checked.solvers), ("gradient", [g.name for g in checked.gradients.values()])):
         for unknown in set(names) - set(options(group)):
@@ -167,6 +169,8 @@ def bench_entries(arguments: list[str]) -> tuple[list[tuple[str, TrainConfig, st
             config = _typed(_compose(line))
         if config.gradient.name == "budget":
             raise UserError("gradient=budget: its plan is no step of its own; see study budget")
+        if config.seeds > 1 and named:
+            raise UserError(f"baseline={named[-1]}: takes one seed; set seeds=1")
         entries.append((label or "as composed", config, named[-1] if named else None))
     if len({label for label, *_ in entries}) < len(entries):
         raise UserError("compare: names the same entry twice")

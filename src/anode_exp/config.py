@@ -125,6 +125,7 @@ class TrainConfig:
     recipe: RecipeConfig
     runtime: RuntimeConfig
     seed: int = _at_least(0)
+    seeds: int = field(default=1, metadata={"at_least": 1})
 
 
 @dataclass(kw_only=True)
@@ -276,7 +277,7 @@ def typed(config: DictConfig) -> TrainConfig:
     checked = _to_object(TrainConfig, config)
     if len(checked.dataset.mean) != 3 or len(checked.dataset.std) != 3 or min(checked.dataset.std) <= 0:
         raise UserError("dataset.mean and dataset.std: give three numbers each, one a channel, std above 0")
-    if checked.seed >= 2**31:
+    if checked.seed + checked.seeds > 2**31:
         raise UserError(f"seed={checked.seed}: give a whole number below 2147483648")
     if checked.model.width is not None and not (checked.model.width * 8).is_integer():
         raise UserError(f"model.width={checked.model.width}: give a multiple of 1/8, such as 0.5, 1 or 2")

@@ -6,6 +6,8 @@ import gc
 import json
 import logging
 import time
+from collections.abc import Generator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +30,16 @@ from anode_exp.data import ImageData, evaluation_batches
 from anode_exp.errors import UserError
 from anode_exp.models import count_parameters, ode_blocks
 from anode_exp.training.checkpoints import Checkpoints
-from anode_exp.training.fit import Progress, Trainer, total_steps
+from anode_exp.training.fit import Progress, StopRequest, Trainer, stop_requests, total_steps
 from anode_exp.training.peak_memory import PeakMemory
-from anode_exp.training.progress import bar, log_to
+from anode_exp.training.progress import bar, log_to, logging_for
 from anode_exp.training.records import RunRecord, commit, device_name, read_results, versions, write_atomically
 from anode_exp.training.train_step import autocast_for, set_float32_precision
 
 log = logging.getLogger(__name__)
+
+ALONE_STEPS = 3
+"""Steps that each of several runs takes before the next begins: one eager, one that records a graph, one replayed."""
 
 
 def train(config: TrainConfig, directory: Path, resume: bool = False) -> dict[str, Any]:
@@ -47,13 +52,80 @@ def train(config: TrainConfig, directory: Path, resume: bool = False) -> dict[st
         UserError: if the data are missing, the device is, or the directory holds a run already (to resume: none, or
             one that has ended).
     """
+    return train_together([(config, directory)], resume)[0]
+
+
+def train_together(runs: list[tuple[TrainConfig, Path]], resume: bool = False) -> list[dict[str, Any]]:
+    """Several runs that share a data set, a step of each in turn; on CUDA each on a stream of its own.
+
+    Networks this small leave most of a GPU idle. Every run computes what it would alone, and its peak memory is that of
+    its first steps, which it takes alone; its times are those of a shared device.
+
+    Returns, raises:
+        As ``train``, for each run.
+    """
     started = time.perf_counter()
-    log_to(directory)
-    device = build_device(config.runtime)
-    set_float32_precision(config.runtime.precision)
-    images = build_data(config.dataset, device)
+    log_to(*(directory for _, directory in runs))
+    first = runs[0][0]
+    device = build_device(first.runtime)
+    set_float32_precision(first.runtime.precision)
+    images = build_data(first.dataset, device)
     gc.collect()  # an earlier job of this process, failed perhaps, is no part of this one's memory
-    memory = PeakMemory(device)
+    shared = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+    results: dict[Path, dict[str, Any]] = {}
+    active: list[tuple[Path, Generator[Trainer, None, dict[str, Any]], Any]] = []
+
+    def advance(directory: Path, run: Generator[Trainer, None, dict[str, Any]], stream: Any) -> Trainer | None:
+        with logging_for(directory), torch.cuda.stream(stream):
+            try:
+                return next(run)
+            except StopIteration as end:
+                results[directory] = {
+                    **end.value,
+                    "signal": stop.signal if end.value["status"] == "interrupted" else None,
+                }
+                return None
+
+    with stop_requests() as stop, ExitStack() as closing:
+        for config, directory in runs:
+            others = torch.cuda.memory_allocated(device) - shared if device.type == "cuda" else 0
+            run = _run(config, directory, images, PeakMemory(device, others), stop, resume, len(runs), started)
+            closing.callback(run.close)
+            stream = torch.cuda.Stream(device) if device.type == "cuda" and len(runs) > 1 else None
+            # Its first steps alone: warm-up, recording, and memory are then what they are without the others.
+            try:
+                trainer = advance(directory, run, stream)
+            except UserError as error:
+                ended = read_results(directory) if resume and len(runs) > 1 else None
+                if ended is None:
+                    raise
+                log.info(str(error))
+                results[directory] = {**ended, "signal": None}
+                continue
+            for _ in range(ALONE_STEPS - 1 if len(runs) > 1 else 0):
+                trainer = trainer and advance(directory, run, stream)
+            if trainer is None:
+                continue
+            if len(runs) > 1:
+                trainer.memory.alone()
+            active.append((directory, run, stream))
+        while active:
+            active = [entry for entry in active if advance(*entry) is not None]
+    return [results[directory] for _, directory in runs]
+
+
+def _run(
+    config: TrainConfig,
+    directory: Path,
+    images: ImageData,
+    memory: PeakMemory,
+    stop: StopRequest,
+    resume: bool,
+    together: int,
+    started: float,
+) -> Generator[Trainer, None, dict[str, Any]]:
+    """One run, a step at a time."""
+    device = images.train.labels.device
     torch.manual_seed(config.seed)
     network = build_model(config.model, config.solver, config.gradient, images.num_classes)
     memory_format = build_memory_format(config.runtime, network, device)
@@ -69,7 +141,7 @@ def train(config: TrainConfig, directory: Path, resume: bool = False) -> dict[st
     try:
         if config.gradient.name == "budget":
             _plan(config, directory, network, images, memory_format, resume)
-            memory = PeakMemory(device)
+            memory = PeakMemory(device, memory.others)
         trainer = Trainer(
             network,
             images,
@@ -83,6 +155,7 @@ def train(config: TrainConfig, directory: Path, resume: bool = False) -> dict[st
             memory,
             record,
             checkpoints,
+            stop,
         )
         if state is not None:
             trainer.restore(state)
@@ -93,7 +166,8 @@ def train(config: TrainConfig, directory: Path, resume: bool = False) -> dict[st
         )
         if resume:
             log.info(f"going on after epoch {done.epochs}, step {done.steps}")
-        trainer.fit()
+        for _ in trainer.steps():
+            yield trainer
         results = {
             "status": trainer.status,
             "reason": trainer.reason,
@@ -103,6 +177,7 @@ def train(config: TrainConfig, directory: Path, resume: bool = False) -> dict[st
             "dataset_bytes": images.nbytes,
             "parameters": count_parameters(network),
             "device": device_name(device),
+            "runs_at_once": together,
             "versions": versions(),
             "commit": commit(),
             "seed": config.seed,
@@ -115,7 +190,7 @@ def train(config: TrainConfig, directory: Path, resume: bool = False) -> dict[st
     log.info(_table(results))
     if trainer.status == "interrupted":
         log.info(f"go on with: python -m anode_exp train resume={directory}")
-    return {**results, "signal": trainer.signal if trainer.status == "interrupted" else None}
+    return results
 
 
 def _plan(

@@ -16,8 +16,15 @@ def _group_norm(channels: int) -> nn.Module:
     return nn.GroupNorm(math.gcd(32, max(1, channels // 8)), channels)
 
 
+def _batch_norm(channels: int) -> nn.Module:
+    """BatchNorm without its count of batches, which only averages without a momentum read: a kernel less a call."""
+    norm = nn.BatchNorm2d(channels)
+    norm.num_batches_tracked = None
+    return norm
+
+
 NORMS: dict[str, Callable[[int], nn.Module]] = {
-    "batch": nn.BatchNorm2d,
+    "batch": _batch_norm,
     "group": _group_norm,
     "layer": lambda channels: nn.GroupNorm(1, channels),  # over C, H and W of each image
     "none": lambda channels: nn.Identity(),

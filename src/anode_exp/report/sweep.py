@@ -14,10 +14,12 @@ from tabulate import tabulate
 MEASURES = ("test_accuracy", "best_test_accuracy", "train_loss", "peak_memory_bytes", "train_time_s")
 
 
-def _job(directory: Path) -> tuple[dict[str, str], dict[str, Any]]:
-    """Overrides and results of one job; a job that never wrote results counts as failed."""
-    overrides = OmegaConf.to_container(OmegaConf.load(directory / ".hydra" / "overrides.yaml"))
+def _job(directory: Path, given: Path) -> tuple[dict[str, str], dict[str, Any]]:
+    """Overrides, those of a folder above, and results of one job; one that never wrote results counts as failed."""
+    overrides = OmegaConf.to_container(OmegaConf.load(given / ".hydra" / "overrides.yaml"))
     settings = dict(str(line).lstrip("+").split("=", 1) for line in cast(list[str], overrides))
+    if directory != given:  # one of several seeds at once
+        settings["seed"] = directory.name.rpartition("-")[2]
     results = directory / "results.json"
     found: dict[str, Any] = {"status": "failed", "error": "ended unrecorded"}
     if results.exists():
@@ -26,23 +28,36 @@ def _job(directory: Path) -> tuple[dict[str, str], dict[str, Any]]:
     return settings, found
 
 
+def _number_of(folder: Path) -> int:
+    return int(folder.name.partition("_")[0])
+
+
+def runs_of_seeds(directory: Path) -> list[Path]:
+    """The folders of a job that ran several seeds at once, in order; none if it ran one."""
+    return sorted(directory.glob("*_seed-*/"), key=_number_of)
+
+
 def sweep_rows(directory: Path) -> list[dict[str, Any]]:
-    """A row for each job below a sweep's folder: job, the settings that vary, status, measures, error."""
-    folders = [f for f in directory.iterdir() if (f / ".hydra" / "overrides.yaml").exists()]
-    folders.sort(key=lambda f: int(f.name.partition("_")[0]))
-    jobs = [_job(folder) for folder in folders]
+    """A row for each job below a sweep's folder, or below one of several seeds at once: job, the settings that vary,
+    status, measures, error."""
+    if (directory / ".hydra" / "overrides.yaml").exists():
+        folders = [directory]
+    else:
+        folders = sorted((f for f in directory.iterdir() if (f / ".hydra" / "overrides.yaml").exists()), key=_number_of)
+    places = [(run, folder) for folder in folders for run in runs_of_seeds(folder) or [folder]]
+    jobs = [_job(*place) for place in places]
     keys = dict.fromkeys(key for settings, _ in jobs for key in settings)
     varied = [k for k in keys if len({settings.get(k) for settings, _ in jobs}) > 1]
     return [
         {
-            "job": folder.name.partition("_")[0],
+            "job": ".".join(part.partition("_")[0] for part in run.relative_to(directory).parts),
             **{k: settings.get(k) for k in varied},
             "status": results["status"],
             **{m: results.get(m) for m in MEASURES},
             "error": results.get("error"),
             "mistake": results.get("mistake", False),
         }
-        for folder, (settings, results) in zip(folders, jobs, strict=True)
+        for (run, _), (settings, results) in zip(places, jobs, strict=True)
     ]
 
 

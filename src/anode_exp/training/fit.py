@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from types import FrameType
@@ -66,6 +66,36 @@ def total_steps(recipe: RecipeConfig, images: int) -> int:
     return steps if recipe.max_steps is None else min(steps, recipe.max_steps)
 
 
+@dataclass
+class StopRequest:
+    """The signal that asked to stop, or None."""
+
+    signal: int | None = None
+
+
+@contextmanager
+def stop_requests() -> Iterator[StopRequest]:
+    """SIGINT and SIGTERM become a request, for training to end after its step; a second one ends at once."""
+    stop = StopRequest()
+
+    def request(number: int, frame: FrameType | None) -> None:
+        if stop.signal is not None:
+            sys.stdout.flush()
+            os._exit(128 + number)
+        stop.signal = number
+
+    try:
+        before = {s: signal.signal(s, request) for s in (signal.SIGINT, signal.SIGTERM)}
+    except ValueError:  # not in the main thread, where the interpreter allows no handlers
+        yield stop
+        return
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 class Trainer:
     """Trains until the recipe ends, the loss is no longer finite, or a signal asks to stop.
 
@@ -75,7 +105,6 @@ class Trainer:
     Attributes:
         status: completed, diverged or interrupted.
         reason: why it diverged, where that is known.
-        signal: the signal that interrupted, or None.
         progress: how far the run is.
     """
 
@@ -93,16 +122,16 @@ class Trainer:
         memory: PeakMemory,
         record: RunRecord,
         checkpoints: Checkpoints,
+        stop: StopRequest,
     ) -> None:
         self.network, self.images, self.normalise, self.augmentation = network, images, normalise, augmentation
         self.optimizer, self.schedule, self.recipe, self.runtime, self.seed = optimizer, schedule, recipe, runtime, seed
-        self.memory, self.record, self.checkpoints = memory, record, checkpoints
+        self.memory, self.record, self.checkpoints, self.stop = memory, record, checkpoints, stop
         self.device = images.train.labels.device
         self.autocast = autocast_for(runtime.precision, self.device)
         self.step = training_step(network, optimizer, self.autocast, runtime, self.device)
         self.status = "completed"
         self.reason: str | None = None
-        self.signal: int | None = None
         self.progress = Progress()
         self._part: EpochPart | None = None
         self.total_steps = total_steps(recipe, len(images.train))
@@ -131,39 +160,19 @@ class Trainer:
         if self.device.type == "cuda":
             torch.cuda.set_rng_state(state["cuda_random_state"], self.device)
 
-    def fit(self) -> None:
+    def steps(self) -> Iterator[None]:
+        """Train, pausing after every step and every epoch, for what drives this to do something else meanwhile."""
         self.network.train()
         take_evaluations(self.network)
-        with self._stop_requests():
-            while self.status == "completed" and (self._part is not None or self.progress.steps < self.total_steps):
-                self._epoch()
-
-    @contextmanager
-    def _stop_requests(self) -> Iterator[None]:
-        """SIGINT and SIGTERM set ``self.signal``, for the loop to end after its step; a second one ends at once."""
-
-        def request(number: int, frame: FrameType | None) -> None:
-            if self.signal is not None:
-                sys.stdout.flush()
-                os._exit(128 + number)
-            self.signal = number
-
-        try:
-            before = {s: signal.signal(s, request) for s in (signal.SIGINT, signal.SIGTERM)}
-        except ValueError:  # not in the main thread, where the interpreter allows no handlers
+        while self.status == "completed" and (self._part is not None or self.progress.steps < self.total_steps):
+            yield from self._epoch()
             yield
-            return
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
-    def _epoch(self) -> None:
+    def _epoch(self) -> Iterator[None]:
         progress = self.progress
         lr = self.schedule(progress.epochs)
         set_learning_rate(self.optimizer, lr)
-        part = self._train_epoch(progress.epochs + 1)
+        part = yield from self._train_epoch(progress.epochs + 1)
         if self.status == "interrupted":
             self.checkpoints.save(self.state())
             return
@@ -203,7 +212,7 @@ class Trainer:
             every = self.runtime.keep_every
             keep = progress.epochs if every is not None and progress.epochs % every == 0 else None
             self.checkpoints.save(self.state(), best, keep)
-            if self.signal is not None and progress.steps < self.total_steps:
+            if self.stop.signal is not None and progress.steps < self.total_steps:
                 self.status = "interrupted"
 
     @contextmanager
@@ -221,8 +230,8 @@ class Trainer:
         size, n = self.recipe.batch_size, len(self.images.train)
         return [min(size, n - i * size) for i in range(n_steps)]
 
-    def _train_epoch(self, number: int) -> EpochPart:
-        """The steps of one epoch that are still to take. ``self._part`` holds them if a signal interrupts."""
+    def _train_epoch(self, number: int) -> Generator[None, None, EpochPart]:
+        """The steps of one epoch that are still to take. ``self._part`` holds them if a request to stop interrupts."""
         progress, device = self.progress, self.device
         batches = EpochBatches(
             self.images.train, self.recipe.batch_size, self.augmentation, self.normalise, self.seed, number
@@ -257,7 +266,7 @@ class Trainer:
                         torch.cuda.synchronize(device)
                     progress.first_step_s = time.perf_counter() - started
                 shown.update()
-                if self.signal is not None:
+                if self.stop.signal is not None:
                     self.status = "interrupted"
                     break
                 check = end % self.runtime.check_every == 0
@@ -271,6 +280,7 @@ class Trainer:
                         acc=f"{int(correct) / seen:.1%}",
                         images_per_s=f"{sum(sizes[taken:end]) / (time.perf_counter() - started):.0f}",
                     )
+                yield
         if end > taken:
             steps = end - taken
             blocks = [{k: n / steps for k, n in asdict(e).items()} for e in take_evaluations(self.network)]

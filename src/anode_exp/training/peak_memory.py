@@ -61,12 +61,17 @@ class PeakMemory:
     On CUDA the largest allocated (``torch.cuda.max_memory_allocated``), data set included, since the job began. On the
     CPU the live tensor bytes of the first instrumented steps, parameters, gradients and optimiser state included, the
     data set not. Two steps are instrumented: the optimiser's state is there from the second on.
+
+    Args:
+        others: bytes allocated on the device that are no part of this job, which ``alone`` takes off.
     """
 
     INSTRUMENTED_STEPS = 2
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, others: int = 0) -> None:
         self.device = device
+        self.others = others
+        self._alone: int | None = None
         self.kind = "cuda_max_allocated" if device.type == "cuda" else "live_tensor_bytes"
         self._counted = 0
         self._steps = 0
@@ -92,11 +97,21 @@ class PeakMemory:
         finally:
             self._counted = max(self._counted, live.peak)
 
+    def alone(self) -> None:
+        """What comes from here on shares the device with other jobs: the peak stays what it is."""
+        self._alone = self.peak_bytes
+
     @property
     def peak_bytes(self) -> int:
-        return torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else self._counted
+        if self._alone is not None:
+            return self._alone
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device) - self.others
+        return self._counted
 
     @property
     def reserved_bytes(self) -> int | None:
-        """The most the CUDA caching allocator reserved; None elsewhere."""
-        return torch.cuda.max_memory_reserved(self.device) if self.device.type == "cuda" else None
+        """The most the CUDA caching allocator reserved; None elsewhere, and beside other jobs."""
+        if self.device.type != "cuda" or self._alone is not None:
+            return None
+        return torch.cuda.max_memory_reserved(self.device)

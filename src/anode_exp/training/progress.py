@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,14 +32,38 @@ class OneLine(logging.Formatter):
         return record.getMessage()
 
 
-def log_to(directory: Path) -> None:
-    """Send log lines to the terminal and, with times and tracebacks, to ``train.log`` in a run's directory."""
-    directory.mkdir(parents=True, exist_ok=True)
+_run: ContextVar[Path | None] = ContextVar("run", default=None)
+
+
+def log_to(*directories: Path) -> None:
+    """Send log lines to the terminal and, with times and tracebacks, to ``train.log`` in a run's directory.
+
+    Of several runs each file gets the lines logged under ``logging_for`` its own, and those outside of any.
+    """
     terminal = BarSafeHandler()
     terminal.setFormatter(OneLine())
-    file = logging.FileHandler(directory / "train.log")
-    file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    logging.basicConfig(level=logging.INFO, handlers=[terminal, file], force=True)
+    handlers: list[logging.Handler] = [terminal]
+    for directory in directories:
+        directory.mkdir(parents=True, exist_ok=True)
+        file = logging.FileHandler(directory / "train.log")
+        file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        file.addFilter(partial(_is_of, directory))
+        handlers.append(file)
+    logging.basicConfig(level=logging.INFO, handlers=handlers, force=True)
+
+
+def _is_of(directory: Path, record: logging.LogRecord) -> bool:
+    return _run.get() in (None, directory)
+
+
+@contextmanager
+def logging_for(directory: Path) -> Iterator[None]:
+    """Log lines inside are of the run in that directory."""
+    token = _run.set(directory)
+    try:
+        yield
+    finally:
+        _run.reset(token)
 
 
 def bar(total: int, description: str, done: int = 0, iterable: Iterable[Any] | None = None) -> tqdm[Any]:
