@@ -28,6 +28,7 @@ usage: python -m anode_exp VERB [settings]
   evaluate run=DIR     accuracy of a trained run, also under another solver, steps and data set
   study NAME           memory, budget, gradient_error, reversibility: a measurement with table and plot
   bench compare=[…]    time training steps of several compositions in turn, and of usual ways to train
+  reproduce anode      a paper's figures and table, run by run; goes on where it stopped
   list                 models, solvers, gradient modes, data sets and presets
 
   python -m anode_exp train experiment=digits                  a small real run, no download
@@ -149,6 +150,19 @@ def run_bench(arguments: list[str]) -> None:
     run_bench(entries, rounds)
 
 
+def run_reproduce(arguments: list[str]) -> None:
+    from anode_exp.composition import options
+    from anode_exp.reproduction import cells
+
+    if not arguments or "=" in arguments[0] or arguments[0].startswith("-"):
+        raise UserError(f"reproduce: needs the name of a paper; there are {', '.join(options('reproduce'))}")
+    asked = cells(arguments[0], arguments[1:])
+
+    from anode_exp.reproduce import reproduce  # imports torch
+
+    sys.exit(reproduce(asked))
+
+
 def run_list(arguments: list[str]) -> None:
     from anode_exp.composition import catalogue
 
@@ -162,6 +176,7 @@ VERBS: dict[str, Callable[[list[str]], None]] = {
     "evaluate": run_evaluate,
     "study": run_study,
     "bench": run_bench,
+    "reproduce": run_reproduce,
     "list": run_list,
 }
 

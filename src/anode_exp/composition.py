@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -43,15 +43,19 @@ def options(group: str) -> list[str]:
     return sorted(f.relative_to(CONF / group).with_suffix("").as_posix() for f in (CONF / group).rglob("[!_]*.yaml"))
 
 
+PRESETS = ("experiment", "length")
+"""Groups that change settings of other groups, and may be left out."""
+
+
 def groups() -> list[str]:
-    return sorted(d.name for d in CONF.iterdir() if d.is_dir() and d.name not in ("hydra", "study"))
+    return sorted(d.name for d in CONF.iterdir() if d.is_dir() and d.name not in ("hydra", "study", "reproduce"))
 
 
 def catalogue() -> str:
     """Every group's choices, each with the first line of its file."""
     lines = []
-    for group in [*groups(), "study"]:
-        lines.append(f"{group} " if group == "study" else f"{group}=")
+    for group in [*groups(), "study", "reproduce"]:
+        lines.append(f"{group}=" if group in groups() else f"{group} ")
         for option in options(group):
             text = (CONF / group / f"{option}.yaml").read_text().splitlines()
             about = next(line.lstrip("# ") for line in text if line.startswith("# ") and "@package" not in line)
@@ -164,9 +168,7 @@ def bench_entries(arguments: list[str]) -> tuple[list[tuple[str, TrainConfig, st
             if name not in BASELINES:
                 raise UserError(f"baseline={name}: choose one of {', '.join(BASELINES)}" + near(name, BASELINES))
         overrides = [*shared, *(word for word in own if not word.startswith("baseline="))]
-        (line,) = _lines(overrides, _parse(overrides), False, "list them in compare")
-        with initialize_config_dir(str(CONF), version_base="1.3"):
-            config = _typed(_compose(line))
+        config = composed(overrides)
         if config.gradient.name == "budget":
             raise UserError("gradient=budget: its plan is no step of its own; see study budget")
         if config.seeds > 1 and named:
@@ -191,6 +193,24 @@ MAY_CHANGE_ON_RESUME = (
 """Settings that change no number of the epochs already done, or of those to come."""
 
 MAY_CHANGE_TO_EVALUATE = ("solver", "dataset", "runtime", "recipe.test_batch_size")
+
+
+def composed(overrides: list[str]) -> TrainConfig:
+    """The checked configuration of one run.
+
+    Raises:
+        UserError: for the first thing wrong, in one line.
+    """
+    (line,) = _lines(overrides, _parse(overrides), False, "a run takes one")
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return _typed(_compose(line))
+
+
+def differing(recorded: TrainConfig, asked: TrainConfig) -> list[str]:
+    """Settings in which two runs differ that change a number of them."""
+    mine, theirs = (_flat(asdict(config)) for config in (recorded, asked))
+    free = (*(k for k in MAY_CHANGE_ON_RESUME if k != "recipe.epochs"), "runtime.device")
+    return sorted(k for k in mine.keys() | theirs.keys() if k not in free and mine.get(k) != theirs.get(k))
 
 
 def resumed(directory: Path, overrides: list[str]) -> TrainConfig:
@@ -231,6 +251,8 @@ def _recomposed(base: DictConfig, overrides: list[str], may_change: tuple[str, .
     parsed = _parse(overrides)
     for override in parsed:
         key = override.get_key_element()
+        if key in PRESETS:
+            raise UserError(f"{override.input_line}: a preset is for a new run; give the settings to change")
         if key in groups():
             with initialize_config_dir(str(CONF), version_base="1.3"):
                 whole = OmegaConf.to_container(compose("train", [f"{key}={override.value()}"]), resolve=True)
@@ -282,7 +304,7 @@ def _values(override: Override) -> list[str]:
 
 def _check_group(override: Override) -> None:
     group = override.key_or_group
-    if group not in groups() or (group == "experiment" and override.value() is None):
+    if group not in groups() or (group in PRESETS and override.value() is None):
         return
     if override.is_delete():
         raise UserError(f"{override.input_line}: a run needs a {group}; choose one of {', '.join(options(group))}")

@@ -8,6 +8,10 @@ class UserError(Exception):
     """What was got, what is allowed, what to do next."""
 
 
+class InUse(UserError):
+    """Another process is at it; it may be left to that."""
+
+
 def fail(message: str) -> NoReturn:
     """Answer a user's mistake: one line, exit code 2."""
     sys.stdout.flush()

@@ -38,8 +38,8 @@ from anode_exp.training.records import commit, device_name, versions
 from anode_exp.training.train_step import autocast_for, set_float32_precision
 
 
-def run_study(config: TrainConfig, study: StudyConfig) -> Path:
-    """Measure, print the table, and leave everything in a folder under ``outputs/``, which is returned."""
+def run_study(config: TrainConfig, study: StudyConfig, directory: Path | None = None) -> Path:
+    """Measure, print the table, and leave everything in a folder, by default under ``outputs/``, which is returned."""
     if study.run is not None:
         of_run = typed(read_config(Path(study.run)))
         config = dataclasses.replace(config, model=of_run.model, dataset=of_run.dataset, seed=of_run.seed)
@@ -52,8 +52,9 @@ def run_study(config: TrainConfig, study: StudyConfig) -> Path:
     if study.name == "reversibility":  # pictures, to be looked at
         normalise = Normalisation([0.0] * 3, [1.0] * 3, device)
     batch = next(evaluation_batches(images.train, study.batch_size, normalise))
-    directory = Path("outputs") / f"{datetime.now():%Y-%m-%d/%H-%M-%S-%f}-{study.name}"
-    directory.mkdir(parents=True)
+    if directory is None:
+        directory = Path("outputs") / f"{datetime.now():%Y-%m-%d/%H-%M-%S-%f}-{study.name}"
+    directory.mkdir(parents=True, exist_ok=True)
     setting = {"train": config, "study": study}
     text = "".join(OmegaConf.to_yaml({k: OmegaConf.structured(v)}) for k, v in setting.items())
     (directory / "config.yaml").write_text(text)

@@ -6,7 +6,7 @@ import gc
 import json
 import logging
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -55,11 +55,16 @@ def train(config: TrainConfig, directory: Path, resume: bool = False) -> dict[st
     return train_together([(config, directory)], resume)[0]
 
 
-def train_together(runs: list[tuple[TrainConfig, Path]], resume: bool = False) -> list[dict[str, Any]]:
+def train_together(
+    runs: list[tuple[TrainConfig, Path]], resume: bool = False, tick: Callable[[], object] = lambda: None
+) -> list[dict[str, Any]]:
     """Several runs that share a data set, a step of each in turn; on CUDA each on a stream of its own.
 
     Networks this small leave most of a GPU idle. Every run computes what it would alone, and its peak memory is that of
     its first steps, which it takes alone; its times are those of a shared device.
+
+    Args:
+        tick: called after every epoch of every run.
 
     Returns, raises:
         As ``train``, for each run.
@@ -73,12 +78,18 @@ def train_together(runs: list[tuple[TrainConfig, Path]], resume: bool = False) -
     gc.collect()  # an earlier job of this process, failed perhaps, is no part of this one's memory
     shared = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
     results: dict[Path, dict[str, Any]] = {}
+    epochs: dict[Path, int] = {}
     active: list[tuple[Path, Generator[Trainer, None, dict[str, Any]], Any]] = []
 
     def advance(directory: Path, run: Generator[Trainer, None, dict[str, Any]], stream: Any) -> Trainer | None:
         with logging_for(directory), torch.cuda.stream(stream):
             try:
-                return next(run)
+                before = epochs.get(directory)
+                trainer = next(run)
+                epochs[directory] = trainer.progress.epochs
+                if before not in (None, epochs[directory]):
+                    tick()
+                return trainer
             except StopIteration as end:
                 results[directory] = {
                     **end.value,

@@ -9,12 +9,19 @@ from anode_exp.models import ACTIVATIONS, MODELS, NORMS, OdeBlock, count_paramet
 
 
 @pytest.mark.parametrize(
-    ("name", "total", "in_blocks"), [("squeezenext", 461_466, 199_800), ("resnet18", 11_173_962, 6_270_720)]
+    ("name", "total", "in_blocks", "blocks"),
+    [
+        ("squeezenext", 461_466, 199_800, 4),
+        ("resnet18", 11_173_962, 6_270_720, 4),
+        ("resnet10", 44_186, 2 * 16 * (9 * 16 + 2) + 2 * 32 * (9 * 32 + 2), 2),
+        ("resnet4", 7_706, 2 * 16 * (9 * 16 + 2), 1),
+        ("alexnet", 1_756_682, 64 * (25 * 64 + 1 + 2), 1),
+    ],
 )
-def test_parameter_counts_of_the_published_code(name, total, in_blocks):
+def test_parameter_counts_of_the_published_code(name, total, in_blocks, blocks):
     network = MODELS[name](10, make_ode_block())
     assert count_parameters(network) == {"total": total, "ode_blocks": in_blocks}
-    assert len(list(ode_blocks(network))) == 4
+    assert len(list(ode_blocks(network))) == blocks
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -28,8 +35,9 @@ def test_output_shape(name, classes):
 @pytest.mark.parametrize("blocks", [0, 1, 3])
 def test_blocks_per_stage(name, blocks):
     network = MODELS[name](10, make_ode_block(), blocks_per_stage=blocks)
-    assert len(list(ode_blocks(network))) == 4 * blocks
-    one = count_parameters(MODELS[name](10, make_ode_block()))["ode_blocks"]
+    single = MODELS[name](10, make_ode_block())
+    assert len(list(ode_blocks(network))) == blocks * len(list(ode_blocks(single)))
+    one = count_parameters(single)["ode_blocks"]
     assert count_parameters(network)["ode_blocks"] == blocks * one
     assert network(torch.randn(2, 3, 32, 32)).shape == (2, 10)
 
@@ -110,6 +118,6 @@ def test_f_has_the_layers_of_the_reference(name):
     block = next(ode_blocks(network))
     assert isinstance(block, OdeBlock)
     kernels = [tuple(m.kernel_size) for m in block.modules() if isinstance(m, nn.Conv2d)]
-    expected = {"squeezenext": [(1, 1), (1, 1), (1, 3), (3, 1), (1, 1)], "resnet18": [(3, 3), (3, 3)]}
-    assert kernels == expected[name]
+    expected = {"squeezenext": [(1, 1), (1, 1), (1, 3), (3, 1), (1, 1)], "alexnet": [(5, 5)]}
+    assert kernels == expected.get(name, [(3, 3), (3, 3)])
     assert isinstance(list(block.f)[-1], nn.ReLU), "f ends in its ReLU"

@@ -4,20 +4,28 @@ from collections.abc import Callable
 
 from torch import nn
 
+from anode_exp.models.alexnet import AlexNet
 from anode_exp.models.layers import ACTIVATIONS, NORMS, MakeOdeBlock
 from anode_exp.models.ode_block import OdeBlock, count_parameters, ode_blocks, take_evaluations
-from anode_exp.models.resnet import ResNet18
+from anode_exp.models.resnet import RESNET4, RESNET10, RESNET18, ResNet
 from anode_exp.models.squeezenext import SqueezeNext
 
-MODELS: dict[str, Callable[..., nn.Module]] = {"resnet18": ResNet18, "squeezenext": SqueezeNext}
+MODELS: dict[str, Callable[..., nn.Module]] = {
+    "alexnet": AlexNet,
+    "resnet4": RESNET4,
+    "resnet10": RESNET10,
+    "resnet18": RESNET18,
+    "squeezenext": SqueezeNext,
+}
 
 __all__ = [
     "ACTIVATIONS",
     "MODELS",
     "NORMS",
+    "AlexNet",
     "MakeOdeBlock",
     "OdeBlock",
-    "ResNet18",
+    "ResNet",
     "SqueezeNext",
     "count_parameters",
     "ode_blocks",

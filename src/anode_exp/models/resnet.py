@@ -1,15 +1,14 @@
-"""The ResNet-18 variant with ODE blocks, as in ANODE's published code."""
+"""Residual networks with ODE blocks: the variants of ANODE's and ANODEV2's published figures and tables."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 
 from torch import Tensor, nn
 
 from anode_exp.models.layers import ACTIVATIONS, NORMS, Autonomous, MakeOdeBlock, conv_norm, initialise
-
-STAGES = ((64, 1), (128, 2), (256, 2), (512, 2))
-"""(channels, stride of the basic block) of each stage."""
 
 
 def _conv3x3(c_in: int, c_out: int, stride: int = 1) -> nn.Conv2d:
@@ -42,15 +41,24 @@ class BasicBlock(nn.Module):
         return self.activation(self.branch(y) + self.shortcut(y))
 
 
-class ResNet18(nn.Sequential):
-    """The ResNet-18 variant: stem, four stages of one basic block and ODE blocks, pooling, linear.
+@dataclass(frozen=True)
+class Stage:
+    """One resolution: its channels, and the stride of its first basic block; without a stride it has none."""
 
-    11,173,962 parameters at ten classes, 6,270,720 of them in the ODE blocks, whose
-    f = act(norm(conv3×3(act(norm(conv3×3(y)))))).
+    channels: int
+    stride: int | None
+
+
+class ResNet(nn.Sequential):
+    """Stem, stages of one basic block and ODE blocks, average pooling, linear.
+
+    The ODE blocks' f = act(norm(conv3×3(act(norm(conv3×3(y)))))): it ends in its activation, as in the published code.
 
     Args:
+        stages: from the first to the last; the stem has the channels of the first.
+        pool: edge of the pooled squares, in pixels of the last stage.
         make_ode_block: turns f into a layer.
-        blocks_per_stage: ODE blocks after each basic block.
+        blocks_per_stage: ODE blocks of each stage.
         norm, field_norm: names in ``NORMS``; of the network, and of f alone.
         activation: name in ``ACTIVATIONS``.
 
@@ -67,16 +75,31 @@ class ResNet18(nn.Sequential):
         norm: str = "batch",
         field_norm: str = "batch",
         activation: str = "relu",
+        *,
+        stages: tuple[Stage, ...],
+        pool: int,
     ) -> None:
         make_norm, make_field_norm, act = NORMS[norm], NORMS[field_norm], ACTIVATIONS[activation]
-        c = STAGES[0][0]
+        c, pixels = stages[0].channels, 32
         layers: list[nn.Module] = conv_norm(_conv3x3(3, c), make_norm, act)
-        for channels, stride in STAGES:
-            c_in, c = c, channels
-            layers.append(BasicBlock(c_in, c, stride, make_norm, act))
+        for stage in stages:
+            c_in, c = c, stage.channels
+            if stage.stride is not None:
+                pixels //= stage.stride
+                layers.append(BasicBlock(c_in, c, stage.stride, make_norm, act))
             for _ in range(blocks_per_stage):
                 f = [layer for _ in range(2) for layer in conv_norm(_conv3x3(c, c), make_field_norm, act)]
                 layers.append(make_ode_block(Autonomous(*f)))
-        layers += [nn.AvgPool2d(4), nn.Flatten(), nn.Linear(c, num_classes)]
+        layers += [nn.AvgPool2d(pool), nn.Flatten(), nn.Linear(c * (pixels // pool) ** 2, num_classes)]
         super().__init__(*layers)
         initialise(self)
+
+
+RESNET18 = partial(ResNet, stages=(Stage(64, 1), Stage(128, 2), Stage(256, 2), Stage(512, 2)), pool=4)
+"""The ResNet-18 variant of ANODE's Figs. 4 and 5: 11,173,962 parameters at ten classes, 6,270,720 in 4 ODE blocks."""
+
+RESNET10 = partial(ResNet, stages=(Stage(16, 1), Stage(32, 2)), pool=8)
+"""ResNet-10 of ANODE's table: 44,186 parameters at ten classes, 23,232 in 2 ODE blocks."""
+
+RESNET4 = partial(ResNet, stages=(Stage(16, None),), pool=8)
+"""ResNet-4 of ANODE's table: 7,706 parameters at ten classes, 4,672 in its ODE block."""

@@ -29,7 +29,7 @@ from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
 from anode_exp.config import TrainConfig
-from anode_exp.errors import UserError
+from anode_exp.errors import InUse, UserError
 
 
 def _finite(value: Any) -> Any:
@@ -134,7 +134,7 @@ class RunRecord:
         except FileExistsError as error:
             raise UserError(f"{directory}: already holds a run; choose another hydra.run.dir") from error
         except BlockingIOError as error:
-            raise UserError(f"{directory}: another process is writing this run; wait for it, or stop it") from error
+            raise InUse(f"{directory}: another process is writing this run; wait for it, or stop it") from error
         except OSError as error:
             raise UserError(f"{directory}: {error.strerror}; choose a writable hydra.run.dir") from error
         self._events = SummaryWriter(str(directory), purge_step=None if resume_after is None else resume_after[1] + 1)

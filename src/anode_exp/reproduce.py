@@ -1,0 +1,147 @@
+"""The verb ``reproduce``: the runs of a paper that are still missing, one after the other."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import statistics
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterable
+
+from anode_exp.composition import differing, study
+from anode_exp.config import read_config, typed
+from anode_exp.errors import InUse, UserError
+from anode_exp.reproduction import Cell
+from anode_exp.study import run_study
+from anode_exp.train import train_together
+from anode_exp.training.progress import bar
+from anode_exp.training.records import read_metrics, read_results
+
+log = logging.getLogger(__name__)
+
+
+def is_done(cell: Cell) -> bool:
+    """Whether a cell's run is recorded whole: completed, or diverged.
+
+    Raises:
+        UserError: if its folder holds a run of other settings.
+    """
+    if cell.config is None:
+        return (cell.directory / "table.txt").exists()
+    if not (cell.directory / "config.yaml").exists():
+        return False
+    other = differing(typed(read_config(cell.directory)), cell.config)
+    if other:
+        raise UserError(
+            f"{cell.directory}: holds a run with another {', '.join(other[:3])}; give directory= for a new reproduction"
+        )
+    results = read_results(cell.directory)
+    return results is not None and results["status"] in ("completed", "diverged")
+
+
+def reproduce(cells: list[Cell], tick: Callable[[], object] | None = None) -> int:
+    """Run what is missing, go on with what was interrupted, skip what is recorded with the same settings.
+
+    On CUDA the seeds of one figure and method run at once. A run that another process is writing is left to it. A
+    failed one does not stop the others.
+
+    Returns:
+        The exit code: 0, 1 where a run failed, 128 and the signal that interrupted.
+    """
+    todo = [cell for cell in cells if not is_done(cell)]
+    print(f"{len(cells) - len(todo)} of {len(cells)} runs are recorded, {len(todo)} to go")
+    failed: list[str] = []
+    groups = _together(todo)
+    done_epochs = sum(_epochs(cell) for cell in cells)
+    with bar(sum(c.config.recipe.epochs for c in cells if c.config is not None), "all runs", done_epochs) as progress:
+        for position, group in enumerate(groups, 1):
+            group = [cell for cell in group if not is_done(cell)]  # another process may have run some meanwhile
+            if not group:
+                continue
+            left = [cell for later in groups[position - 1 :] for cell in later]
+            names = "; ".join(cell.name for cell in group)
+            progress.write(f"\n[{position} of {len(groups)}] {names}{_time_to_go(cells, left)}", file=sys.stdout)
+            sys.stdout.flush()
+            code = _run(group, failed, progress.update)
+            if code:
+                return code
+    for line in failed:
+        print(line, file=sys.stderr)
+    return 1 if failed else 0
+
+
+def _together(cells: list[Cell]) -> list[list[Cell]]:
+    import torch
+
+    if not torch.cuda.is_available():
+        return [[cell] for cell in cells]
+    cells = sorted(cells, key=lambda c: (c.figure, c.method or ""))
+    return [list(group) for _, group in itertools.groupby(cells, key=lambda c: (c.figure, c.method))]
+
+
+def _epochs(cell: Cell) -> int:
+    return len(read_metrics(cell.directory)) if cell.config is not None else 0
+
+
+def _run(group: list[Cell], failed: list[str], tick: Callable[[], object]) -> int:
+    """Train the cells of a group, or do the study; a signal's exit code, or 0."""
+    try:
+        for cell in group:
+            if cell.study is not None:
+                run_study(*study(cell.study, cell.settings), cell.directory)
+                (cell.directory / "cell.json").write_text(cell.describe())
+                return 0
+            cell.directory.mkdir(parents=True, exist_ok=True)
+            (cell.directory / "cell.json").write_text(cell.describe())
+        runs = [(cell.config, cell.directory) for cell in group if cell.config is not None]
+        for result in train_together(runs, resume=True, tick=tick):
+            if result["signal"] is not None:
+                return 128 + int(result["signal"])
+    except InUse as error:
+        print(error)
+        return 0
+    except UserError as error:
+        failed.append(str(error))
+    except Exception as error:
+        traceback.print_exc()
+        failed.append(f"{group[0].name}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
+    if failed:
+        log.info(failed[-1])
+    return 0
+
+
+def _epoch_seconds(cells: Iterable[Cell]) -> dict[tuple[str, str], float]:
+    """Median seconds of a recorded epoch, evaluation included, of each figure and method."""
+    seconds: dict[tuple[str, str], list[float]] = {}
+    for cell in cells:
+        if cell.config is not None and cell.method is not None:
+            for line in read_metrics(cell.directory):
+                taken = line["train_time_s"] + line.get("evaluation_time_s", 0.0)
+                seconds.setdefault((cell.figure, cell.method), []).append(taken)
+    return {key: statistics.median(values) for key, values in seconds.items()}
+
+
+def _time_to_go(cells: list[Cell], left: list[Cell]) -> str:
+    """From recorded epochs: those of the same figure and method, else of the figure's others."""
+    measured = _epoch_seconds(cells)
+    total, unknown = 0.0, False
+    for cell in left:
+        if cell.config is None or cell.method is None:
+            continue
+        others = [s for (figure, _), s in measured.items() if figure == cell.figure]
+        second = measured.get((cell.figure, cell.method), max(others, default=None))
+        if second is None:
+            unknown = True
+        else:
+            total += second * (cell.config.recipe.epochs - _epochs(cell))
+    if not total:
+        return ""
+    ends = time.strftime("%a %H:%M", time.localtime(time.time() + total))
+    return f"; {'more than ' if unknown else 'about '}{_duration(total)} to go, until {ends}"
+
+
+def _duration(seconds: float) -> str:
+    minutes = round(seconds / 60)
+    return f"{minutes // 60} h {minutes % 60:02d} min" if minutes >= 60 else f"{max(1, minutes)} min"

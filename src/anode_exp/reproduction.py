@@ -1,0 +1,128 @@
+"""What a paper's reproduction consists of: figures, methods, seeds, and the run that each combination stands for."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import yaml
+
+from anode_exp.composition import CONF, composed, near, options
+from anode_exp.config import TrainConfig
+from anode_exp.errors import UserError
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of a reproduction, or a study, which has no method, seed and configuration.
+
+    Attributes:
+        settings: the overrides that compose it, for ``train``.
+    """
+
+    paper: str
+    length: str
+    figure: str
+    directory: Path
+    settings: list[str]
+    method: str | None = None
+    seed: int | None = None
+    config: TrainConfig | None = None
+    study: str | None = None
+
+    @property
+    def name(self) -> str:
+        return self.figure if self.method is None else f"{self.figure}, {self.method}, seed {self.seed}"
+
+    @property
+    def command(self) -> str:
+        verb = "train" if self.study is None else f"study {self.study}"
+        return f"python -m anode_exp {verb} {shlex.join(self.settings)}".rstrip()
+
+    def describe(self) -> str:
+        """What ``cell.json`` holds: enough for a report to place the run."""
+        keys = ("paper", "length", "figure", "method", "seed", "settings")
+        return json.dumps({**{k: getattr(self, k) for k in keys}, "command": self.command}, indent=2) + "\n"
+
+
+def specification(paper: str) -> dict[str, Any]:
+    """A paper's methods, figures and published numbers, from ``conf/reproduce``.
+
+    Raises:
+        UserError: for a paper that is not there.
+    """
+    if paper not in options("reproduce"):
+        raise UserError(
+            f"{paper}: no such reproduction; choose one of {', '.join(options('reproduce'))}"
+            + near(paper, options("reproduce"))
+        )
+    return cast(dict[str, Any], yaml.safe_load((CONF / "reproduce" / f"{paper}.yaml").read_text()))
+
+
+def _chosen(what: str, given: str | None, allowed: list[str]) -> list[str]:
+    names = allowed if given is None else given.strip("[]").replace(" ", "").split(",")
+    for name in names:
+        if name not in allowed:
+            raise UserError(f"{what}={name}: choose from {', '.join(allowed)}" + near(name, allowed))
+    return [name for name in allowed if name in names]
+
+
+def _seeds(given: str) -> list[int]:
+    """``3`` is seeds 0, 1 and 2; ``[4]`` or ``[0,7]`` names them."""
+    listed = given.startswith("[") and given.endswith("]")
+    words = given.strip("[]").replace(" ", "").split(",")
+    if not all(word.isdecimal() for word in words) or (not listed and (len(words) > 1 or int(words[0]) < 1)):
+        raise UserError(f"seeds={given}: give how many, such as 3 for 0, 1 and 2, or list them, such as [0,7]")
+    return list(dict.fromkeys(int(word) for word in words)) if listed else list(range(int(words[0])))
+
+
+def cells(paper: str, arguments: list[str]) -> list[Cell]:
+    """The runs of a reproduction, seed after seed, so that every method has one before any has two.
+
+    Args:
+        arguments: ``figure=``, ``method=`` (several separated by commas), ``seeds=``, ``length=``, ``directory=``, and
+            settings for every run.
+
+    Raises:
+        UserError: for the first thing wrong, in one line.
+    """
+    spec = specification(paper)
+    own = ("figure", "method", "seeds", "length", "directory")
+    given = {a.partition("=")[0]: a.partition("=")[2] for a in arguments if a.partition("=")[0] in own}
+    shared = [a for a in arguments if a.partition("=")[0] not in own]
+    for argument in shared:
+        if argument.startswith("-"):
+            raise UserError(f"{argument}: reproduce takes no flags")
+        if argument.partition("=")[0] in ("seed", "hydra.run.dir", "experiment"):
+            raise UserError(f"{argument}: chosen by reproduce; give seeds=, directory= or figure=")
+    figures = _chosen("figure", given.get("figure"), list(spec["figures"]))
+    methods = _chosen("method", given.get("method"), list(spec["methods"]))
+    (length,) = _chosen("length", given.get("length", "paper"), options("length"))
+    root = Path(given.get("directory") or f"outputs/{paper}/{length}")
+    found: list[Cell] = []
+    for seed in _seeds(given.get("seeds", "3")):
+        for name in figures:
+            figure = spec["figures"][name]
+            if "study" in figure:
+                if "method" not in given and not any(cell.figure == name for cell in found):
+                    found.append(Cell(paper, length, name, root / name, [], study=figure["study"]))
+                continue
+            for method in figure["methods"]:
+                if method not in methods:
+                    continue
+                settings = [
+                    f"experiment={paper}/{name}",
+                    f"length={length}",
+                    *spec["methods"][method]["settings"],
+                    *shared,
+                    f"seed={seed}",
+                ]
+                directory = root / name / f"{method}_seed-{seed}"
+                config = composed(settings)
+                found.append(Cell(paper, length, name, directory, settings, method, seed, config))
+    if not found:
+        raise UserError(f"method={given.get('method')}: none of the chosen figures has it")
+    return found
