@@ -29,6 +29,7 @@ usage: python -m anode_exp VERB [settings]
   study NAME           memory, budget, gradient_error, reversibility: a measurement with table and plot
   bench compare=[…]    time training steps of several compositions in turn, and of usual ways to train
   reproduce anode      a paper's figures and table, run by run; goes on where it stopped
+  report anode         curves and tables of those runs beside the paper's, as one page
   list                 models, solvers, gradient modes, data sets and presets
 
   python -m anode_exp train experiment=digits                  a small real run, no download
@@ -163,6 +164,37 @@ def run_reproduce(arguments: list[str]) -> None:
     sys.exit(reproduce(asked))
 
 
+def run_report(arguments: list[str]) -> None:
+    from anode_exp.composition import composed, options
+    from anode_exp.reproduction import cells, default_directory, specification
+
+    taken = {a.partition("=")[0]: a.partition("=")[2] for a in arguments[1:]}
+    if not arguments or "=" in arguments[0] or arguments[0].startswith("-"):
+        raise UserError(f"report: needs the name of a paper; there are {', '.join(options('reproduce'))}")
+    for key in taken.keys() - {"length", "directory", "to", "seeds"}:
+        raise UserError(f"{key}: report takes length=, directory=, to= and seeds=")
+    paper, length = arguments[0], taken.get("length", "paper")
+    expected = cells(paper, [f"{k}={taken[k]}" for k in ("length", "seeds") if k in taken])
+    directory = Path(taken.get("directory") or default_directory(paper, length))
+
+    from anode_exp.report.paper import copy_records, read_records, write_report
+
+    records = [r for r in read_records(directory) if (r.cell["paper"], r.cell["length"]) == (paper, length)]
+    if not records:
+        raise UserError(
+            f"{directory}: holds no runs of {paper} at length={length}; make some with: python -m anode_exp reproduce "
+            f"{paper} length={length}"
+        )
+    target = Path(taken.get("to") or directory / "report")
+    commands = {(c.figure, c.method, c.seed): c.command for c in expected if c.method is not None}
+    epochs = f"{composed([f'length={length}']).recipe.epochs} epochs"
+    page = write_report(specification(paper), length, epochs, records, commands, target)
+    if "to" in taken:
+        copy_records(records, target / "records")
+    print((target / "README.md").read_text())
+    print(page)
+
+
 def run_list(arguments: list[str]) -> None:
     from anode_exp.composition import catalogue
 
@@ -177,6 +209,7 @@ VERBS: dict[str, Callable[[list[str]], None]] = {
     "study": run_study,
     "bench": run_bench,
     "reproduce": run_reproduce,
+    "report": run_report,
     "list": run_list,
 }
 

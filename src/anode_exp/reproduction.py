@@ -62,6 +62,11 @@ def specification(paper: str) -> dict[str, Any]:
     return cast(dict[str, Any], yaml.safe_load((CONF / "reproduce" / f"{paper}.yaml").read_text()))
 
 
+def default_directory(paper: str, length: str) -> Path:
+    """Where a reproduction's runs lie."""
+    return Path("outputs") / paper / length
+
+
 def _chosen(what: str, given: str | None, allowed: list[str]) -> list[str]:
     names = allowed if given is None else given.strip("[]").replace(" ", "").split(",")
     for name in names:
@@ -101,7 +106,7 @@ def cells(paper: str, arguments: list[str]) -> list[Cell]:
     figures = _chosen("figure", given.get("figure"), list(spec["figures"]))
     methods = _chosen("method", given.get("method"), list(spec["methods"]))
     (length,) = _chosen("length", given.get("length", "paper"), options("length"))
-    root = Path(given.get("directory") or f"outputs/{paper}/{length}")
+    root = Path(given.get("directory") or default_directory(paper, length))
     found: list[Cell] = []
     for seed in _seeds(given.get("seeds", "3")):
         for name in figures:
