@@ -36,7 +36,7 @@ def test_defaults():
 def test_every_option_composes_and_builds(group, name):
     config = one(f"{group}={name}")
     network = build_model(config.model, config.solver, config.gradient, num_classes=10)
-    assert len(list(ode_blocks(network))) == 4
+    assert len(list(ode_blocks(network))) == {"alexnet": 1, "resnet4": 1, "resnet10": 2}.get(config.model.name, 4)
     build_optimizer(network, config.recipe)
 
 
@@ -85,6 +85,30 @@ def test_a_residual_block_says_that_it_is_one_euler_step():
     assert (config.solver.name, config.solver.n_steps, config.gradient.name) == ("euler", 1, "full_backprop")
 
 
+def test_the_cosine_schedule_after_a_warm_up():
+    schedule = build_schedule(
+        one("recipe=modern", "recipe.epochs=20", "recipe.warmup_epochs=3", "recipe.lr=0.4").recipe
+    )
+    assert [schedule(e) for e in (0, 1, 2, 10, 15)] == pytest.approx([0.1, 0.2, 0.3, 0.2, 0.2 - 0.2 * 2**-0.5])
+
+
+def test_norms_and_biases_may_go_without_decay():
+    config = one("model=squeezenext", "recipe=modern")
+    network = build_model(config.model, config.solver, config.gradient, 10)
+    decayed, free = build_optimizer(network, config.recipe).param_groups
+    assert decayed["weight_decay"] == 5e-4 and free["weight_decay"] == 0
+    assert all(p.ndim > 1 for p in decayed["params"]) and all(p.ndim == 1 for p in free["params"])
+    assert len(decayed["params"]) + len(free["params"]) == len(list(network.parameters()))
+    assert len(build_optimizer(network, one("model=squeezenext").recipe).param_groups) == 1
+
+
+def test_the_gain_of_f():
+    config = one("model=resnet10", "model.field_gain=0.25")
+    for block in ode_blocks(build_model(config.model, config.solver, config.gradient, 10)):
+        first, last = (m for m in block.modules() if isinstance(m, torch.nn.BatchNorm2d))
+        assert (first.weight == 1).all() and (last.weight == 0.25).all()
+
+
 def test_the_papers_schedule():
     schedule = build_schedule(one().recipe)
     assert [schedule(e) for e in (0, 149, 150, 249, 250, 349)] == pytest.approx([0.1, 0.1, 0.01, 0.01, 0.001, 0.001])
@@ -109,14 +133,14 @@ def test_a_sweep_is_the_product_of_its_values():
 
 
 WRONG = {
-    "model=resnet19": "there is no such model; choose one of resnet18, squeezenext; did you mean resnet18?",
+    "model=resnet19": "resnet4, squeezenext; did you mean resnet18?",
     "solver=rk5": "choose one of bosh3, dopri5, euler, heun, rk2, rk4",
     "gradient.memory=1GiB": "gradient.memory: there is no such setting",
     "solver.adaptive=true": "solver.adaptive=true: euler has no error estimate; choose solver=heun",
     "gradient=adjoint": "step_checkpoint, stored_adjoint; did you mean stored_adjoint?",
     "dataset=cifar": "choose one of cifar10, cifar100, digits, fake; did you mean cifar10",
-    "recipe=": "recipe=: there is no such recipe; choose one of paper",
-    "experiment=digit": "there is no such experiment; choose one of digits; did you mean digits?",
+    "recipe=": "recipe=: there is no such recipe; choose one of modern, paper",
+    "experiment=digit": "there is no such experiment; choose one of anode/fig3_euler, ",
     "solver.n_steps=abc": "solver.n_steps=abc: give a whole number",
     "solver.n_steps=2.5": "solver.n_steps=2.5: give a whole number",
     "solver.n_steps=0": "solver.n_steps=0: give a whole number, at least 1",
@@ -128,7 +152,7 @@ WRONG = {
     "+solver.n_steps=4": "settings can be changed, not added or removed; write solver.n_steps=VALUE",
     "~solver.n_steps": "settings can be changed, not added or removed",
     "+model.width=2": "model.width: there is no such setting",
-    "~model": "~model: a run needs a model; choose one of resnet18",
+    "~model": "~model: a run needs a model; choose one of alexnet, resnet10",
     "model=null": "model=None: there is no such model",
     "model.norm=${nowhere}": "model.norm: Interpolation key 'nowhere' not found",
     "hydra/launcher=none": "Could not find 'hydra/launcher/none'",
@@ -143,7 +167,7 @@ WRONG = {
     "model.norm=instance": "model.norm=instance: choose one of batch, group, layer, none",
     "model.activation=tanh": "choose one of relu, leaky_relu, softplus, gelu",
     "model.width=2": "model.width: there is no such setting",
-    "model.name=vgg": "model.name=vgg: choose one of resnet18, squeezenext, as model=NAME",
+    "model.name=vgg": "model.name=vgg: choose one of alexnet, resnet10, resnet18, resnet4, squeezenext, as model=NAME",
     "runtime.device=tpu": "runtime.device=tpu: choose one of auto, cuda, cpu",
     "runtime.precision=fp16": "choose one of fp32, tf32, bf16",
     "dataset.train_size=-5": "dataset.train_size=-5: give a whole number or null, at least 1",

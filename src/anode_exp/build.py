@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -13,7 +15,7 @@ from anode_exp import data
 from anode_exp.config import DatasetConfig, GradientConfig, ModelConfig, RecipeConfig, RuntimeConfig, SolverConfig
 from anode_exp.errors import UserError
 from anode_exp.gradient import GRADIENT_MODES
-from anode_exp.models import MODELS, OdeBlock
+from anode_exp.models import MODELS, OdeBlock, ode_blocks
 from anode_exp.ode import TABLEAUX, ExplicitRungeKutta, TimeGrid, Tolerance
 
 
@@ -65,10 +67,12 @@ def build_model(model: ModelConfig, solver: SolverConfig, gradient: GradientConf
     mode = GRADIENT_MODES["dto_checkpoint" if gradient.name == "budget" else gradient.name](**chosen)
 
     def make_ode_block(f: nn.Module) -> OdeBlock:
-        return OdeBlock(f, ExplicitRungeKutta(TABLEAUX[solver.name]), grid, mode)
+        block = OdeBlock(f, ExplicitRungeKutta(TABLEAUX[solver.name]), grid, mode)
+        block.field.leaves_trace = model.statistics == "every_evaluation"
+        return block
 
     width = {} if model.width is None else {"width": model.width}
-    return MODELS[model.name](
+    network = MODELS[model.name](
         num_classes,
         make_ode_block,
         blocks_per_stage=model.blocks_per_stage,
@@ -77,24 +81,47 @@ def build_model(model: ModelConfig, solver: SolverConfig, gradient: GradientConf
         activation=model.activation,
         **width,
     )
+    for block in ode_blocks(network):
+        norms = [m for m in block.modules() if isinstance(m, nn.BatchNorm2d | nn.GroupNorm)]
+        if norms:
+            nn.init.constant_(norms[-1].weight, model.field_gain)
+    return network
 
 
 def build_optimizer(network: nn.Module, recipe: RecipeConfig) -> torch.optim.Optimizer:
     """SGD; on CUDA one fused kernel, and a learning rate on the device, for captured steps to read."""
     device = next(network.parameters()).device
     on_cuda = device.type == "cuda"
+    free = [] if recipe.decay_all else [p for p in network.parameters() if p.ndim < 2]  # norms and biases
+    decayed = [p for p in network.parameters() if all(p is not q for q in free)]
+    groups: list[dict[str, Any]] = [{"params": decayed}]
+    if free:
+        groups.append({"params": free, "weight_decay": 0.0})
     return torch.optim.SGD(
-        network.parameters(),
+        groups,
         lr=torch.tensor(recipe.lr, device=device) if on_cuda else recipe.lr,
         momentum=recipe.momentum,
         weight_decay=recipe.weight_decay,
+        nesterov=recipe.nesterov,
         fused=on_cuda or None,
     )
 
 
 def build_schedule(recipe: RecipeConfig) -> Callable[[int], float]:
-    """The learning rate after so many epochs: lr·gamma for every milestone passed."""
-    return lambda epochs: recipe.lr * recipe.gamma ** sum(epochs >= m for m in recipe.milestones)
+    """The learning rate after so many epochs.
+
+    ``steps``: lr·gamma for every milestone passed. ``cosine``: lr·(1 + cos(π·epochs/recipe.epochs))/2. Before, it rises
+    in equal steps over ``warmup_epochs``.
+    """
+
+    def rate(epochs: int) -> float:
+        if epochs < recipe.warmup_epochs:
+            return recipe.lr * (epochs + 1) / (recipe.warmup_epochs + 1)
+        if recipe.schedule == "cosine":
+            return recipe.lr * (1 + math.cos(math.pi * epochs / recipe.epochs)) / 2
+        return recipe.lr * recipe.gamma ** sum(epochs >= m for m in recipe.milestones)
+
+    return rate
 
 
 def build_normalisation(

@@ -43,7 +43,7 @@ def options(group: str) -> list[str]:
     return sorted(f.relative_to(CONF / group).with_suffix("").as_posix() for f in (CONF / group).rglob("[!_]*.yaml"))
 
 
-PRESETS = ("experiment", "length")
+PRESETS = ("experiment", "length", "compat")
 """Groups that change settings of other groups, and may be left out."""
 
 

@@ -45,6 +45,8 @@ class ModelConfig:
     field_norm: str = _one_of(*NORM_NAMES)
     activation: str = _one_of(*ACTIVATION_NAMES)
     width: float | None = field(default=None, metadata={"above": 0})
+    field_gain: float = 1.0
+    statistics: str = field(default="forward", metadata={"one_of": ("forward", "every_evaluation")})
 
 
 @dataclass(kw_only=True)
@@ -74,6 +76,7 @@ class GradientConfig:
     states: str | None = field(default=None, metadata={"one_of": ("input", "keep", "rebuild")})
     slots: int | None = field(default=None, metadata={"at_least": 1})
     memory: str | None = None
+    passes: int | None = field(default=None, metadata={"at_least": 1})
 
 
 @dataclass(kw_only=True)
@@ -102,6 +105,13 @@ class RecipeConfig:
     weight_decay: float = _at_least(0)
     milestones: list[int]
     gamma: float = _above(0)
+    nesterov: bool = False
+    restart_momentum: bool = False
+    decay_all: bool = True
+    schedule: str = field(default="steps", metadata={"one_of": ("steps", "cosine")})
+    warmup_epochs: int = field(default=0, metadata={"at_least": 0})
+    label_smoothing: float = field(default=0.0, metadata={"at_least": 0})
+    moving_average: float = field(default=0.0, metadata={"at_least": 0})
 
 
 @dataclass(kw_only=True)
@@ -282,6 +292,16 @@ def typed(config: DictConfig) -> TrainConfig:
     if checked.model.width is not None and not (checked.model.width * 8).is_integer():
         raise UserError(f"model.width={checked.model.width}: give a multiple of 1/8, such as 0.5, 1 or 2")
     _check_gradient(checked.gradient, "gradient.")
+    for key, value in (
+        ("label_smoothing", checked.recipe.label_smoothing),
+        ("moving_average", checked.recipe.moving_average),
+    ):
+        if value >= 1:
+            raise UserError(f"recipe.{key}={value}: give a number from 0 to below 1")
+    if checked.recipe.nesterov and checked.recipe.momentum == 0:
+        raise UserError("recipe.nesterov=true: needs recipe.momentum above 0")
+    if checked.gradient.name != "dto_checkpoint":
+        checked.gradient.passes = None  # of a block's graph, which no other mode has
     if checked.gradient.memory is not None:
         parse_bytes(checked.gradient.memory)
         if checked.solver.adaptive:

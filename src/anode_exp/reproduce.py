@@ -16,6 +16,7 @@ from anode_exp.errors import InUse, UserError
 from anode_exp.reproduction import Cell
 from anode_exp.study import run_study
 from anode_exp.train import train_together
+from anode_exp.training.fit import StopRequest, stop_requests
 from anode_exp.training.progress import bar
 from anode_exp.training.records import read_metrics, read_results
 
@@ -55,7 +56,8 @@ def reproduce(cells: list[Cell], tick: Callable[[], object] | None = None) -> in
     failed: list[str] = []
     groups = _together(todo)
     done_epochs = sum(_epochs(cell) for cell in cells)
-    with bar(sum(c.config.recipe.epochs for c in cells if c.config is not None), "all runs", done_epochs) as progress:
+    epochs = sum(c.config.recipe.epochs for c in cells if c.config is not None)
+    with stop_requests() as stop, bar(epochs, "all runs", done_epochs) as progress:
         for position, group in enumerate(groups, 1):
             group = [cell for cell in group if not is_done(cell)]  # another process may have run some meanwhile
             if not group:
@@ -64,9 +66,9 @@ def reproduce(cells: list[Cell], tick: Callable[[], object] | None = None) -> in
             names = "; ".join(cell.name for cell in group)
             progress.write(f"\n[{position} of {len(groups)}] {names}{_time_to_go(cells, left)}", file=sys.stdout)
             sys.stdout.flush()
-            code = _run(group, failed, progress.update)
-            if code:
-                return code
+            _run(group, failed, progress.update, stop)
+            if stop.signal is not None:
+                return 128 + stop.signal
     for line in failed:
         print(line, file=sys.stderr)
     return 1 if failed else 0
@@ -85,31 +87,28 @@ def _epochs(cell: Cell) -> int:
     return len(read_metrics(cell.directory)) if cell.config is not None else 0
 
 
-def _run(group: list[Cell], failed: list[str], tick: Callable[[], object]) -> int:
-    """Train the cells of a group, or do the study; a signal's exit code, or 0."""
+def _run(group: list[Cell], failed: list[str], tick: Callable[[], object], stop: StopRequest) -> None:
+    """Train the cells of a group, or do the study; what fails is told and noted."""
     try:
         for cell in group:
             if cell.study is not None:
                 run_study(*study(cell.study, cell.settings), cell.directory)
                 (cell.directory / "cell.json").write_text(cell.describe())
-                return 0
+                return
             cell.directory.mkdir(parents=True, exist_ok=True)
             (cell.directory / "cell.json").write_text(cell.describe())
         runs = [(cell.config, cell.directory) for cell in group if cell.config is not None]
-        for result in train_together(runs, resume=True, tick=tick):
-            if result["signal"] is not None:
-                return 128 + int(result["signal"])
+        train_together(runs, resume=True, tick=tick, stop=stop)
+        return
     except InUse as error:
         print(error)
-        return 0
+        return
     except UserError as error:
         failed.append(str(error))
     except Exception as error:
         traceback.print_exc()
         failed.append(f"{group[0].name}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
-    if failed:
-        log.info(failed[-1])
-    return 0
+    log.error(failed[-1])
 
 
 def _epoch_seconds(cells: Iterable[Cell]) -> dict[tuple[str, str], float]:

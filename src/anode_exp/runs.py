@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 from anode_exp.build import build_model
 from anode_exp.config import TrainConfig, read_config, typed
@@ -61,7 +62,13 @@ def load_run(directory: str | Path, checkpoint: str = "best", config: TrainConfi
         state = checkpoints.load(f"epoch-{checkpoint}" if checkpoint in kept else checkpoint)
         if state is None:
             raise UserError(f"{directory}: has no {checkpoint} checkpoint yet; one is saved after every epoch")
-        network.load_state_dict(state["network"])
+        averaged = state.get("averaged")
+        if averaged is None:
+            network.load_state_dict(state["network"])
+        else:
+            average = AveragedModel(network)
+            average.load_state_dict(averaged)
+            network = average.module
         epoch = state["progress"]["epochs"]
     return Run(
         directory,

@@ -56,7 +56,10 @@ def train(config: TrainConfig, directory: Path, resume: bool = False) -> dict[st
 
 
 def train_together(
-    runs: list[tuple[TrainConfig, Path]], resume: bool = False, tick: Callable[[], object] = lambda: None
+    runs: list[tuple[TrainConfig, Path]],
+    resume: bool = False,
+    tick: Callable[[], object] = lambda: None,
+    stop: StopRequest | None = None,
 ) -> list[dict[str, Any]]:
     """Several runs that share a data set, a step of each in turn; on CUDA each on a stream of its own.
 
@@ -65,6 +68,7 @@ def train_together(
 
     Args:
         tick: called after every epoch of every run.
+        stop: what asks to stop; by default SIGINT and SIGTERM do.
 
     Returns, raises:
         As ``train``, for each run.
@@ -93,14 +97,15 @@ def train_together(
             except StopIteration as end:
                 results[directory] = {
                     **end.value,
-                    "signal": stop.signal if end.value["status"] == "interrupted" else None,
+                    "signal": asked.signal if end.value["status"] == "interrupted" else None,
                 }
                 return None
 
-    with stop_requests() as stop, ExitStack() as closing:
+    with ExitStack() as closing:
+        asked = closing.enter_context(stop_requests()) if stop is None else stop
         for config, directory in runs:
             others = torch.cuda.memory_allocated(device) - shared if device.type == "cuda" else 0
-            run = _run(config, directory, images, PeakMemory(device, others), stop, resume, len(runs), started)
+            run = _run(config, directory, images, PeakMemory(device, others), asked, resume, len(runs), started)
             closing.callback(run.close)
             stream = torch.cuda.Stream(device) if device.type == "cuda" and len(runs) > 1 else None
             # Its first steps alone: warm-up, recording, and memory are then what they are without the others.

@@ -21,7 +21,7 @@ from anode_exp.gradient import (
     StepCheckpoint,
     discrete_adjoint,
 )
-from anode_exp.models import MODELS, NORMS, take_evaluations
+from anode_exp.models import MODELS, NORMS, ode_blocks, take_evaluations
 from anode_exp.ode import TABLEAUX, TimeGrid, VectorField
 from anode_exp.training.train_step import autocast_for, train_step
 
@@ -318,3 +318,31 @@ def test_a_gradient_survives_a_graph_that_is_not_freed(mode):
     once = module.w.grad.clone()
     y1.sum().backward()
     torch.testing.assert_close(module.w.grad, 2 * once, rtol=1e-15, atol=0)
+
+
+def test_two_passes_give_the_gradient_of_one():
+    """ANODE's published code asks for the input's gradient and the parameters' apart."""
+
+    def gradients(passes):
+        torch.manual_seed(0)
+        network = MODELS["squeezenext"](10, make_ode_block(DtoCheckpoint(passes=passes), "rk4", 3), width=0.25)
+        y = torch.randn(2, 3, 32, 32, requires_grad=True)
+        network(y).square().sum().backward()
+        return [y.grad, *(p.grad for p in network.parameters())]
+
+    assert all(torch.equal(a, b) for a, b in zip(gradients(2), gradients(1), strict=True))
+
+
+def test_statistics_may_advance_in_every_evaluation():
+    """ANODE's published code lets BatchNorm's running statistics advance twice a step in an ODE block."""
+
+    def running_mean(leaves_trace):
+        torch.manual_seed(0)
+        network = MODELS["resnet4"](10, make_ode_block("dto_checkpoint", "euler", 1))
+        (block,) = ode_blocks(network)
+        block.field.leaves_trace = leaves_trace
+        network(torch.randn(4, 3, 32, 32)).square().sum().backward()
+        return next(m for m in block.modules() if isinstance(m, nn.BatchNorm2d)).running_mean
+
+    once, twice = running_mean(False), running_mean(True)
+    torch.testing.assert_close(twice, once * (1 + 0.9))

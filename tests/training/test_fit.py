@@ -121,11 +121,11 @@ def test_a_signal_ends_the_run_after_its_step(tmp_path, monkeypatch, number):
     whole_step = step_module.train_step
     taken = []
 
-    def step(*args):
+    def step(*args, **kwargs):
         taken.append(1)
         if len(taken) == 2:
             os.kill(os.getpid(), number)
-        return whole_step(*args)
+        return whole_step(*args, **kwargs)
 
     monkeypatch.setattr(step_module, "train_step", step)
     before = signal.getsignal(number)
@@ -195,3 +195,67 @@ def test_epochs_can_be_kept(tmp_path):
     assert (untrained.epoch, first.epoch, second.epoch) == (0, 1, 2)
     with pytest.raises(UserError, match=r"checkpoint=3: choose one of best, last, 0, 1, 2"):
         load_run(tmp_path / "run", "3")
+
+
+def test_averaged_weights_are_evaluated(tmp_path):
+    """The average of the weights after every step, decay 0.5, by hand; also what a recorded run gives back."""
+    seen = []
+    settings = ["recipe.moving_average=0.5", "recipe.epochs=1", "seed=1"]
+
+    def watch(network, *arguments, **kwargs):
+        result = step_module_train_step(network, *arguments, **kwargs)
+        seen.append({k: v.clone() for k, v in network.state_dict().items()})
+        return result
+
+    step_module_train_step = step_module.train_step
+    step_module.train_step = watch
+    try:
+        results = run(tmp_path / "run", *settings)
+    finally:
+        step_module.train_step = step_module_train_step
+    expected = seen[0]
+    for state in seen[1:]:
+        expected = {k: 0.5 * v + 0.5 * state[k] for k, v in expected.items()}
+    loaded = load_run(tmp_path / "run", "last")
+    found = loaded.network.state_dict()
+    assert len(seen) == 3 and found.keys() == expected.keys()
+    assert all(torch.allclose(found[k], expected[k], atol=1e-6) for k in found)
+    assert not all(torch.allclose(found[k], seen[-1][k], atol=1e-4) for k in found)
+    assert 0 <= results["test_accuracy"] <= 1
+
+
+def test_an_averaged_run_goes_on(tmp_path):
+    settings = ["recipe.moving_average=0.9"]
+    run(tmp_path / "whole", *settings)
+    run(tmp_path / "parts", *settings, "recipe.epochs=1")
+    (config,) = jobs([*SMALL, *settings], multirun=False).configs
+    train(config, tmp_path / "parts", resume=True)
+    ours, truth = (load_run(tmp_path / d, "last").network.state_dict() for d in ("parts", "whole"))
+    assert all(torch.equal(ours[k], truth[k]) for k in truth)
+
+
+def test_momentum_restarts_with_every_epoch(tmp_path):
+    """As an optimiser made anew: the first update of an epoch is lr times the gradient."""
+    settings = ["recipe.restart_momentum=true", "recipe.weight_decay=0", "runtime.check_every=1"]
+    moved = []
+
+    def watch(network, optimizer, *arguments, **kwargs):
+        before = [p.detach().clone() for p in network.parameters()]
+        result = whole(network, optimizer, *arguments, **kwargs)
+        pairs = zip(before, network.parameters(), strict=True)
+        moved.append(max(float((b - p.detach() - 0.1 * p.grad).abs().max()) for b, p in pairs))
+        return result
+
+    whole = step_module.train_step
+    step_module.train_step = watch
+    try:
+        run(tmp_path / "run", *settings)
+    finally:
+        step_module.train_step = whole
+    assert len(moved) == 6
+    assert moved[0] < 1e-6 and moved[3] < 1e-6 and moved[1] > 1e-4 and moved[4] > 1e-4
+
+
+def test_smoothed_labels_are_the_loss_trained_on(tmp_path):
+    plain, smooth = (run(tmp_path / n, f"recipe.label_smoothing={n}", "recipe.max_steps=1") for n in ("0", "0.5"))
+    assert plain["train_loss"] != smooth["train_loss"]

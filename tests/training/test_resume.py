@@ -65,11 +65,11 @@ def truth(tmp_path_factory) -> Path:
 def interrupted(directory: Path, monkeypatch, at_step: int) -> None:
     whole_step, taken = step_module.train_step, []
 
-    def step(*args):
+    def step(*args, **kwargs):
         taken.append(1)
         if len(taken) == at_step:
             os.kill(os.getpid(), signal.SIGTERM)
-        return whole_step(*args)
+        return whole_step(*args, **kwargs)
 
     monkeypatch.setattr(step_module, "train_step", step)
     results = train(config_of(), directory)
@@ -91,10 +91,10 @@ def test_a_run_stopped_and_resumed_at_every_step(tmp_path, monkeypatch, truth):
     for _ in range(20):
         taken = []
 
-        def step(*args, taken=taken):
+        def step(*args, taken=taken, **kwargs):
             taken.append(1)
             os.kill(os.getpid(), signal.SIGINT)
-            return whole_step(*args)
+            return whole_step(*args, **kwargs)
 
         monkeypatch.setattr(step_module, "train_step", step)
         results = go_on(tmp_path)

@@ -57,7 +57,7 @@ class DiscreteAdjoint:
         ValueError: for a combination that does not exist.
     """
 
-    def __init__(self, unit: str, states: str, slots: int | None = None) -> None:
+    def __init__(self, unit: str, states: str, slots: int | None = None, passes: int = 1) -> None:
         if unit not in UNITS or states not in STATES:
             raise ValueError(f"unit={unit}, states={states}: choose unit of {UNITS} and states of {STATES}")
         if (unit == "block") != (states == "input"):
@@ -68,7 +68,7 @@ class DiscreteAdjoint:
             raise ValueError(
                 f"states={states}, slots={slots}: revolve and equispaced need at least 1 slot, others none"
             )
-        self.unit, self.states, self.slots = unit, states, slots
+        self.unit, self.states, self.slots, self.passes = unit, states, slots, passes
 
     def solve(
         self, field: VectorField, y0: Tensor, theta: Theta, grid: TimeGrid | Tolerance, solver: ExplicitRungeKutta
@@ -82,11 +82,14 @@ class DtoCheckpoint(DiscreteAdjoint):
     Discretise-then-optimise: α_n = (I + h ∂f(y_n)/∂y)ᵀ α_{n+1} for Euler, the adjoint of the step for any method; the
     gradient of full backpropagation, to the last bit where kernels are deterministic. sN evaluations of f backward.
 
+    Args:
+        passes: over the block's graph; with 2, as in the published code, the input's gradient and then the parameters'.
+
     Source: ANODE (arXiv 1902.10298) Sec. V, Eqs. 18–24.
     """
 
-    def __init__(self, unit: str = "block", states: str = "input") -> None:
-        super().__init__(unit, states)
+    def __init__(self, unit: str = "block", states: str = "input", passes: int = 1) -> None:
+        super().__init__(unit, states, passes=passes)
 
 
 class StepCheckpoint(DiscreteAdjoint):
@@ -178,8 +181,17 @@ def _block_adjoint(ctx: Any, kept: list[Tensor], theta: Theta, grad_y1: Tensor) 
     with torch.enable_grad():
         # Where in the graph y1 is, not its value: that would be held all through the backward pass.
         y1 = get_gradient_edge(integrate(ctx.field, y0, tuple(copies), ctx.grid, ctx.solver))
-    # y0 and θ in one pass over the graph
-    grads = iter(torch.autograd.grad([y1], [x for x in (y0, *copies) if x.requires_grad], grad_y1, allow_unused=True))
+    wanted = [x for x in (y0, *copies) if x.requires_grad]
+    # y0 and θ in one pass over the graph, unless asked otherwise
+    cut = 1 if ctx.mode.passes > 1 and y0.requires_grad and len(wanted) > 1 else len(wanted)
+    grads = iter(
+        gradient
+        for part in (wanted[:cut], wanted[cut:])
+        if part
+        for gradient in torch.autograd.grad(
+            [y1], part, grad_y1, allow_unused=True, retain_graph=cut < len(wanted) and part[0] is y0
+        )
+    )
     return [next(grads) if need else None for need in needed]
 
 

@@ -50,11 +50,15 @@ class VectorField:
     Running statistics of batch and instance norm are the exception, and advance in forward evaluations alone.
 
     ``evaluations`` counts every call since the field was made, or since its owner last replaced the counter.
+
+    Attributes:
+        leaves_trace: let running statistics advance in re-evaluations too, as ANODE's published code does.
     """
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
         self.evaluations = Evaluations()
+        self.leaves_trace = False
         self._re_evaluating = False
         self._forward: Callable[[float, Tensor], Tensor] = module
 
@@ -181,7 +185,9 @@ class VectorField:
                 "use gradient mode full_backprop, or move the dropout out of the ODE block"
             )
         tracking = [
-            m for m in self.module.modules() if isinstance(m, _NormBase) and m.training and m.track_running_stats
+            m
+            for m in self.module.modules()
+            if isinstance(m, _NormBase) and m.training and m.track_running_stats and not self.leaves_trace
         ]
         self._re_evaluating, outer = True, self._re_evaluating
         for norm in tracking:

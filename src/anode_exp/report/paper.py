@@ -323,7 +323,8 @@ def write_report(
     rows = [
         {"figure": section.title, **row}
         for section in sections
-        for caption, table in section.tables[:1]
+        for caption, table in section.tables
+        if caption == ACCURACY
         for row in table
     ]
     with (target / "accuracy.csv").open("w", newline="") as file:

@@ -44,7 +44,7 @@ class Checkpoints:
         """
         to_save = {"best": state} if best else {}
         if epoch is not None:
-            to_save[f"epoch-{epoch}"] = {key: state[key] for key in ("progress", "network")}
+            to_save[f"epoch-{epoch}"] = {key: state[key] for key in ("progress", "network", "averaged")}
         for name, content in {**to_save, "last": state}.items():
             keep = self.path("previous") if name == "last" else None
             try:

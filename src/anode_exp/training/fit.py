@@ -16,13 +16,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from anode_exp.config import RecipeConfig, RuntimeConfig
 from anode_exp.data import Augmentation, EpochBatches, ImageData, Normalisation, Split, evaluation_batches
 from anode_exp.models import take_evaluations
 from anode_exp.ode import SolveFailed
 from anode_exp.training.checkpoints import Checkpoints
-from anode_exp.training.graphed_step import set_learning_rate, training_step
+from anode_exp.training.graphed_step import restart_momentum, set_learning_rate, training_step
 from anode_exp.training.peak_memory import PeakMemory
 from anode_exp.training.progress import bar
 from anode_exp.training.records import RunRecord
@@ -129,7 +130,11 @@ class Trainer:
         self.memory, self.record, self.checkpoints, self.stop = memory, record, checkpoints, stop
         self.device = images.train.labels.device
         self.autocast = autocast_for(runtime.precision, self.device)
-        self.step = training_step(network, optimizer, self.autocast, runtime, self.device)
+        self.averaged = None
+        if recipe.moving_average:  # a copy, made before anything is compiled
+            average = get_ema_multi_avg_fn(recipe.moving_average)
+            self.averaged = AveragedModel(network, multi_avg_fn=average, use_buffers=True)
+        self.step = training_step(network, optimizer, self.autocast, runtime, self.device, recipe.label_smoothing)
         self.status = "completed"
         self.reason: str | None = None
         self.progress = Progress()
@@ -142,6 +147,7 @@ class Trainer:
             "progress": asdict(self.progress),
             "epoch_part": None if self._part is None else vars(self._part),
             "network": self.network.state_dict(),
+            "averaged": None if self.averaged is None else self.averaged.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "random_state": torch.get_rng_state(),
             "cuda_random_state": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
@@ -152,6 +158,8 @@ class Trainer:
         self.progress = Progress(**state["progress"])
         self._part = None if state["epoch_part"] is None else EpochPart(**state["epoch_part"])
         self.network.load_state_dict(state["network"])
+        if self.averaged is not None:
+            self.averaged.load_state_dict(state["averaged"])
         learning_rates = [group["lr"] for group in self.optimizer.param_groups]  # on the device, where there is one
         self.optimizer.load_state_dict(state["optimizer"])
         for group, lr in zip(self.optimizer.param_groups, learning_rates, strict=True):
@@ -172,6 +180,8 @@ class Trainer:
         progress = self.progress
         lr = self.schedule(progress.epochs)
         set_learning_rate(self.optimizer, lr)
+        if self.recipe.restart_momentum and self._part is None:
+            restart_momentum(self.optimizer)
         part = yield from self._train_epoch(progress.epochs + 1)
         if self.status == "interrupted":
             self.checkpoints.save(self.state())
@@ -257,6 +267,8 @@ class Trainer:
                         images, labels = next(source)
                         losses[i], right = self.step(images, labels)
                         del images
+                        if self.averaged is not None:
+                            self.averaged.update_parameters(self.network)
                 except SolveFailed as error:
                     self.status, self.reason = "diverged", str(error)
                     break
@@ -315,7 +327,8 @@ class Trainer:
     def evaluate_split(self, split: Split, name: str) -> tuple[float, float]:
         size = self.recipe.test_batch_size
         batches = evaluation_batches(split, size, self.normalise)
-        return evaluate(self.network, self.autocast, bar(-(-len(split) // size), name, iterable=batches))
+        network = self.network if self.averaged is None else self.averaged.module
+        return evaluate(network, self.autocast, bar(-(-len(split) // size), name, iterable=batches))
 
 
 def _describe(line: dict[str, Any], epochs: int, status: str) -> str:

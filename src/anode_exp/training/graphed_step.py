@@ -79,7 +79,9 @@ class GraphedStep:
         optimizer: torch.optim.Optimizer,
         autocast: Callable[[], torch.autocast],
         new_capture: Callable[[], Capture] = CudaCapture,
+        label_smoothing: float = 0.0,
     ) -> None:
+        self.label_smoothing = label_smoothing
         self.network, self.optimizer, self.autocast, self.new_capture = network, optimizer, autocast, new_capture
         self._capture: Capture | None = None
         self._ran_eagerly = False
@@ -105,7 +107,7 @@ class GraphedStep:
         return self._results
 
     def _eager(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        return train_step(self.network, self.optimizer, self.autocast, images, labels)
+        return train_step(self.network, self.optimizer, self.autocast, images, labels, self.label_smoothing)
 
     def _tensors(self) -> list[Tensor]:
         state = [x for s in self.optimizer.state.values() for x in s.values() if isinstance(x, Tensor)]
@@ -160,6 +162,7 @@ def training_step(
     autocast: Callable[[], torch.autocast],
     runtime: RuntimeConfig,
     device: torch.device,
+    label_smoothing: float = 0.0,
 ) -> Step:
     """The step that a configuration asks for: captured on CUDA, eager elsewhere and with adaptive steps; f compiled."""
     if runtime.compile:
@@ -167,9 +170,16 @@ def training_step(
             block.field.compile()
     if device.type == "cuda" and runtime.cuda_graph:
         if all(isinstance(block.grid, TimeGrid) for block in ode_blocks(network)):
-            return GraphedStep(network, optimizer, autocast)
+            return GraphedStep(network, optimizer, autocast, label_smoothing=label_smoothing)
         log.info("adaptive steps are chosen on the host, so no CUDA graph can capture them: running eagerly")
-    return partial(train_step, network, optimizer, autocast)
+    return partial(train_step, network, optimizer, autocast, label_smoothing=label_smoothing)
+
+
+def restart_momentum(optimizer: torch.optim.Optimizer) -> None:
+    """In place, as a recorded step asks: a momentum of zero is that of an optimiser's first step."""
+    for state in optimizer.state.values():
+        if state.get("momentum_buffer") is not None:
+            state["momentum_buffer"].zero_()
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:

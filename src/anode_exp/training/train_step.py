@@ -27,11 +27,13 @@ def train_step(
     autocast: Callable[[], torch.autocast],
     images: Tensor,
     labels: Tensor,
+    label_smoothing: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """Forward, backward, optimiser.
 
     Args:
         images: [B, 3, H, W]; labels: [B].
+        label_smoothing: share of each target that is spread over all classes.
 
     Returns:
         Mean cross entropy and number of correct predictions, both scalars on the device, of the weights before the
@@ -40,7 +42,7 @@ def train_step(
     optimizer.zero_grad(set_to_none=True)
     with autocast():
         logits = network(images)
-        loss = F.cross_entropy(logits, labels)
+        loss = F.cross_entropy(logits, labels, label_smoothing=label_smoothing)
     loss.backward()
     optimizer.step()
     return loss.detach(), (logits.detach().argmax(1) == labels).sum()

@@ -1,0 +1,175 @@
+"""Reproducing a paper: which runs, what is skipped, what goes on, and the report of their records."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from anode_exp.composition import CONF, composed, differing, options
+from anode_exp.config import read_config, typed
+from anode_exp.errors import UserError
+from anode_exp.report.paper import read_records, write_report
+from anode_exp.reproduction import cells, specification
+
+SMALL = ["recipe.epochs=1", "dataset=digits", "dataset.train_size=64", "dataset.test_size=32", "recipe.batch_size=32"]
+
+
+def command(cwd: Path, *arguments: str, **kwargs) -> subprocess.CompletedProcess:
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "CUDA_VISIBLE_DEVICES": ""}
+    full = [sys.executable, "-m", "anode_exp", *arguments]
+    return subprocess.run(full, cwd=cwd, env=env, capture_output=True, text=True, timeout=300, **kwargs)
+
+
+@pytest.mark.parametrize("paper", options("reproduce"))
+def test_every_cell_composes_and_has_a_preset_that_tells_its_command(paper):
+    spec = specification(paper)
+    for name, figure in spec["figures"].items():
+        if "study" in figure:
+            assert figure["study"] in options("study")
+            continue
+        header = (CONF / "experiment" / paper / f"{name}.yaml").read_text().splitlines()[1]
+        assert header == f"#   python -m anode_exp reproduce {paper} figure={name}"
+        assert set(figure["methods"]) <= set(spec["methods"])
+        assert set(figure.get("published", {})) <= set(figure["methods"])
+    found = cells(paper, ["seeds=1"])
+    assert {c.figure for c in found} == set(spec["figures"])
+    for cell in found:
+        if cell.config is not None:
+            assert cell.config.recipe.epochs == 350
+            overrides = cell.command.split(" train ")[1].split()
+            assert not differing(composed(overrides), cell.config), "the command is that of the run"
+
+
+def test_methods_of_the_table():
+    found = {c.method: c.config for c in cells("anode", ["figure=table_resnet4", "seeds=1", "length=short"])}
+    assert found["residual"].model.block == "residual" and found["residual"].gradient.name == "full_backprop"
+    assert found["anode"].gradient.name == "dto_checkpoint" and found["anode"].solver.n_steps == 2
+    assert found["reverse_adjoint"].gradient.name == "reverse_adjoint"
+    assert found["anode"].recipe.epochs == 10 and found["anode"].recipe.milestones == [4, 7]
+    rk45 = cells("anode", ["figure=fig3_rk2", "method=reverse_adjoint_rk45", "seeds=[5]"])
+    assert [c.seed for c in rk45] == [5]
+    assert rk45[0].config.solver.adaptive and rk45[0].config.solver.name == "dopri5"
+
+
+def test_every_method_has_a_seed_before_one_has_two():
+    order = [c.seed for c in cells("anode", ["figure=table_resnet4,table_resnet10", "seeds=2"])]
+    assert order == [0] * 6 + [1] * 6
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["figure=fig9"], "choose from table_resnet4"),
+        (["figure=fig3_rk2", "method=residual"], "none of the chosen figures"),
+        (["seeds=0"], "give how many"),
+        (["seeds=1,2"], "list them"),
+        (["length=long"], "choose from paper, short"),
+        (["seed=3"], "seeds="),
+        (["recipe.epoch=3"], "did you mean recipe.epochs"),
+    ],
+)
+def test_mistakes(arguments, says):
+    with pytest.raises(UserError, match=says):
+        cells("anode", arguments)
+
+
+def test_the_published_quirks_are_switches():
+    config = composed(["compat=published_code", "model=squeezenext"])
+    assert config.recipe.restart_momentum and config.gradient.passes == 2
+    assert config.model.statistics == "every_evaluation"
+    assert composed(["compat=published_code", "gradient=reverse_adjoint"]).gradient.passes is None
+
+
+@pytest.fixture(scope="module")
+def reproduced(tmp_path_factory):
+    """A reproduction that was interrupted in the middle, and run again; one run diverges."""
+    cwd = tmp_path_factory.mktemp("reproduce")
+    asked = ["anode", "figure=table_resnet4", "length=short", "seeds=2", *SMALL]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "CUDA_VISIBLE_DEVICES": ""}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "anode_exp", "reproduce", *asked], cwd=cwd, env=env, stdout=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 200
+    while len(list(cwd.rglob("results.json"))) < 2 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=200)
+    early = {path.parent: path.stat().st_mtime_ns for path in cwd.rglob("results.json")}
+    finished = {p: t for p, t in early.items() if json.loads((p / "results.json").read_text())["status"] == "completed"}
+    again = command(cwd, "reproduce", *asked)
+    return cwd, asked, process.returncode, finished, again
+
+
+def test_goes_on_where_it_stopped(reproduced):
+    cwd, asked, code, finished, again = reproduced
+    assert code == 130 and 1 <= len(finished) < 6
+    assert again.returncode == 0, again.stderr
+    assert f"{len(finished)} of 6 runs are recorded" in again.stdout
+    assert all((p / "results.json").stat().st_mtime_ns == t for p, t in finished.items()), "skipped, not run again"
+    assert len(list(cwd.rglob("results.json"))) == 6
+    assert "6 of 6 runs are recorded, 0 to go" in command(cwd, "reproduce", *asked).stdout
+
+
+def test_other_settings_are_refused(reproduced):
+    cwd, asked, *_ = reproduced
+    done = command(cwd, "reproduce", *asked, "recipe.lr=0.2")
+    assert done.returncode == 2 and "another recipe.lr" in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+def test_the_report_beside_the_paper(reproduced):
+    """A diverged run stays in the curves and out of the mean; a missing one names its command."""
+    cwd, *_ = reproduced
+    folders = {p.parent.name: p.parent for p in (cwd / "outputs").rglob("cell.json")}
+    results = folders["reverse_adjoint_seed-1"] / "results.json"
+    results.write_text(json.dumps(json.loads(results.read_text()) | {"status": "diverged"}))
+    for name, accuracy in (("anode_seed-0", 0.75), ("anode_seed-1", 0.77)):
+        line = json.loads((folders[name] / "metrics.jsonl").read_text())
+        (folders[name] / "metrics.jsonl").write_text(json.dumps(line | {"test_accuracy": accuracy}) + "\n")
+    done = command(cwd, "report", "anode", "length=short", "to=page")
+    assert done.returncode == 0, done.stderr
+    text = (cwd / "page" / "README.md").read_text()
+    assert "75.00 / 77.00 / 76.00" in text and "76.92 / 77.45 / 77.30" in text and "-1.30" in text
+    assert "76.00 (paper 77.30)" in text
+    assert "1 completed, 1 diverged, 1 not run" in text
+    assert "# ANODE: not run\npython -m anode_exp train experiment=anode/table_resnet4 length=short" in text
+    page = (cwd / "page" / "index.html").read_text()
+    assert page.count("data:image/png;base64,") == 1 and "<script" not in page and "http" not in page
+    with (cwd / "page" / "accuracy.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    (row,) = [r for r in rows if r["figure"] == "Table, ResNet-4" and r["method"] == "ANODE"]
+    assert row["last epoch"] == "75.00 / 77.00 / 76.00" and row["published"] == "76.92 / 77.45 / 77.30"
+    copied = list((cwd / "page" / "records").rglob("metrics.jsonl"))
+    assert len(copied) == 6 and not any("step_losses" in path.read_text() for path in copied)
+    again = command(cwd, "report", "anode", "length=short", "directory=page/records", "to=again")
+    assert again.returncode == 0 and (cwd / "again" / "README.md").read_text() == text, "the records kept are enough"
+
+
+def test_a_report_needs_records(tmp_path):
+    done = command(tmp_path, "report", "anode", "directory=nowhere")
+    assert done.returncode == 2 and "make some with" in done.stderr
+
+
+def test_a_study_of_the_paper_is_in_the_page(tmp_path):
+    folder = tmp_path / "fig1_fig7"
+    folder.mkdir()
+    cell = {"paper": "anode", "length": "short", "figure": "fig1_fig7", "method": None, "seed": None, "command": "x"}
+    (folder / "cell.json").write_text(json.dumps(cell))
+    (folder / "table.txt").write_text("rho < 1")
+    (folder / "study.png").write_bytes(b"picture")
+    page = write_report(specification("anode"), "short", "10 epochs", read_records(tmp_path), {}, tmp_path / "page")
+    assert "rho &lt; 1" in page.read_text() and "cGljdHVyZQ==" in page.read_text()
+
+
+def test_recorded_settings_count_but_not_where_the_data_lie(reproduced):
+    cwd, *_ = reproduced
+    recorded = typed(read_config(next((cwd / "outputs").rglob("config.yaml")).parent))
+    assert differing(recorded, recorded) == []
+    moved = typed(read_config(next((cwd / "outputs").rglob("config.yaml")).parent))
+    moved.dataset.root, moved.runtime.device, moved.recipe.lr = "elsewhere", "cpu", 0.3
+    assert differing(recorded, moved) == ["recipe.lr"]
