@@ -166,7 +166,7 @@ def run_reproduce(arguments: list[str]) -> None:
 
 def run_report(arguments: list[str]) -> None:
     from anode_exp.composition import composed, options
-    from anode_exp.reproduction import cells, default_directory, specification
+    from anode_exp.reproduction import cells, directories, specification
 
     taken = {a.partition("=")[0]: a.partition("=")[2] for a in arguments[1:]}
     if not arguments or "=" in arguments[0] or arguments[0].startswith("-"):
@@ -175,18 +175,18 @@ def run_report(arguments: list[str]) -> None:
         raise UserError(f"{key}: report takes length=, directory=, to= and seeds=")
     paper, length = arguments[0], taken.get("length", "paper")
     expected = cells(paper, [f"{k}={taken[k]}" for k in ("length", "seeds") if k in taken])
-    directory = Path(taken.get("directory") or default_directory(paper, length))
+    places = [Path(taken["directory"])] if "directory" in taken else directories(paper, length)
 
     from anode_exp.report.paper import copy_records, read_records, write_report
 
-    records = [r for r in read_records(directory) if (r.cell["paper"], r.cell["length"]) == (paper, length)]
+    records = [r for r in read_records(*places) if r.cell["length"] == length]
     if not records:
         raise UserError(
-            f"{directory}: holds no runs of {paper} at length={length}; make some with: python -m anode_exp reproduce "
+            f"{places[0]}: holds no runs of {paper} at length={length}; make some with: python -m anode_exp reproduce "
             f"{paper} length={length}"
         )
-    target = Path(taken.get("to") or directory / "report")
-    commands = {(c.figure, c.method, c.seed): c.command for c in expected if c.method is not None}
+    target = Path(taken.get("to") or places[0] / "report")
+    commands = {(c.shown_in, c.method, c.seed): c.command for c in expected if c.method is not None}
     epochs = f"{composed([f'length={length}']).recipe.epochs} epochs"
     page = write_report(specification(paper), length, epochs, records, commands, target)
     if "to" in taken:

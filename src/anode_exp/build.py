@@ -15,7 +15,7 @@ from anode_exp import data
 from anode_exp.config import DatasetConfig, GradientConfig, ModelConfig, RecipeConfig, RuntimeConfig, SolverConfig
 from anode_exp.errors import UserError
 from anode_exp.gradient import GRADIENT_MODES
-from anode_exp.models import MODELS, OdeBlock, ode_blocks
+from anode_exp.models import MODELS, Evolution, OdeBlock, ode_blocks
 from anode_exp.ode import TABLEAUX, ExplicitRungeKutta, TimeGrid, Tolerance
 
 
@@ -67,7 +67,12 @@ def build_model(model: ModelConfig, solver: SolverConfig, gradient: GradientConf
     mode = GRADIENT_MODES["dto_checkpoint" if gradient.name == "budget" else gradient.name](**chosen)
 
     def make_ode_block(f: nn.Module) -> OdeBlock:
-        block = OdeBlock(f, ExplicitRungeKutta(TABLEAUX[solver.name]), grid, mode)
+        evolution = None
+        if model.evolution != "none":
+            evolution = Evolution(
+                f, model.evolution_coupling, model.evolution_sharing, model.evolution_activation, model.evolution_steps
+            )
+        block = OdeBlock(f, ExplicitRungeKutta(TABLEAUX[solver.name]), grid, mode, evolution)
         block.field.leaves_trace = model.statistics == "every_evaluation"
         return block
 
@@ -92,14 +97,19 @@ def build_optimizer(network: nn.Module, recipe: RecipeConfig) -> torch.optim.Opt
     """SGD; on CUDA one fused kernel, and a learning rate on the device, for captured steps to read."""
     device = next(network.parameters()).device
     on_cuda = device.type == "cuda"
-    free = [] if recipe.decay_all else [p for p in network.parameters() if p.ndim < 2]  # norms and biases
-    decayed = [p for p in network.parameters() if all(p is not q for q in free)]
-    groups: list[dict[str, Any]] = [{"params": decayed}]
+    evolution = {p for m in network.modules() if isinstance(m, Evolution) for p in m.parameters()}
+    others = [p for p in network.parameters() if p not in evolution]
+    free = [] if recipe.decay_all else [p for p in others if p.ndim < 2]  # norms and biases
+    groups: list[dict[str, Any]] = [{"params": [p for p in others if recipe.decay_all or p.ndim > 1]}]
     if free:
         groups.append({"params": free, "weight_decay": 0.0})
+    if evolution:  # how weights move in time is not to be pulled to rest
+        moving = [p for p in network.parameters() if p in evolution]
+        groups.append({"params": moving, "weight_decay": 0.0, "lr_factor": recipe.evolution_lr})
+    for group in groups:  # each its own tensor: one that groups share would be filled by the last of them
+        group["lr"] = torch.tensor(recipe.lr, device=device) if on_cuda else recipe.lr
     return torch.optim.SGD(
         groups,
-        lr=torch.tensor(recipe.lr, device=device) if on_cuda else recipe.lr,
         momentum=recipe.momentum,
         weight_decay=recipe.weight_decay,
         nesterov=recipe.nesterov,

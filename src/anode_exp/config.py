@@ -34,6 +34,10 @@ def _one_of(*allowed: str) -> Any:
 
 NORM_NAMES = ("batch", "group", "layer", "none")
 ACTIVATION_NAMES = ("relu", "leaky_relu", "softplus", "gelu")
+EVOLUTION_NAMES = ("none", "reaction_diffusion_advection")
+COUPLING_NAMES = ("joint", "first")
+SHARING_NAMES = ("layer", "channel")
+EVOLUTION_ACTIVATION_NAMES = ("none", "tanh", "relu")
 
 
 @dataclass(kw_only=True)
@@ -47,6 +51,11 @@ class ModelConfig:
     width: float | None = field(default=None, metadata={"above": 0})
     field_gain: float = 1.0
     statistics: str = field(default="forward", metadata={"one_of": ("forward", "every_evaluation")})
+    evolution: str = field(default="none", metadata={"one_of": EVOLUTION_NAMES})
+    evolution_coupling: str = field(default="joint", metadata={"one_of": COUPLING_NAMES})
+    evolution_sharing: str = field(default="layer", metadata={"one_of": SHARING_NAMES})
+    evolution_activation: str = field(default="none", metadata={"one_of": EVOLUTION_ACTIVATION_NAMES})
+    evolution_steps: int = field(default=10, metadata={"at_least": 1})
 
 
 @dataclass(kw_only=True)
@@ -112,6 +121,7 @@ class RecipeConfig:
     warmup_epochs: int = field(default=0, metadata={"at_least": 0})
     label_smoothing: float = field(default=0.0, metadata={"at_least": 0})
     moving_average: float = field(default=0.0, metadata={"at_least": 0})
+    evolution_lr: float = field(default=1.0, metadata={"above": 0})
 
 
 @dataclass(kw_only=True)
@@ -310,6 +320,14 @@ def typed(config: DictConfig) -> TrainConfig:
         raise UserError(
             f"solver.adaptive=true: {checked.solver.name} has no error estimate; choose solver={', '.join(EMBEDDED)}"
         )
+    if checked.model.evolution != "none":
+        if checked.model.block == "residual":
+            raise UserError(f"model.evolution={checked.model.evolution}: a residual block has one step; use block=ode")
+        if checked.model.evolution_coupling == "joint" and (checked.solver.adaptive or checked.solver.n_steps == 1):
+            raise UserError(
+                "model.evolution_coupling=joint: every step has its own weights, the first the initial ones; use "
+                "solver.adaptive=false and solver.n_steps=2 or more, or model.evolution_coupling=first"
+            )
     if checked.model.block == "residual":
         checked.solver = SolverConfig(name="euler", n_steps=1)
         checked.gradient = GradientConfig(name="full_backprop")

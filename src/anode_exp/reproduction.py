@@ -20,6 +20,8 @@ class Cell:
     """One run of a reproduction, or a study, which has no method, seed and configuration.
 
     Attributes:
+        paper, figure: where the run belongs; ``shown_in`` is the figure of the reproduction that asks for it, which is
+            another one where reproductions share runs.
         settings: the overrides that compose it, for ``train``.
     """
 
@@ -32,6 +34,7 @@ class Cell:
     seed: int | None = None
     config: TrainConfig | None = None
     study: str | None = None
+    shown_in: str | None = None
 
     @property
     def name(self) -> str:
@@ -59,12 +62,20 @@ def specification(paper: str) -> dict[str, Any]:
             f"{paper}: no such reproduction; choose one of {', '.join(options('reproduce'))}"
             + near(paper, options("reproduce"))
         )
-    return cast(dict[str, Any], yaml.safe_load((CONF / "reproduce" / f"{paper}.yaml").read_text()))
+    text = (CONF / "reproduce" / f"{paper}.yaml").read_text()
+    return {"name": paper, **cast(dict[str, Any], yaml.safe_load(text))}
 
 
 def default_directory(paper: str, length: str) -> Path:
     """Where a reproduction's runs lie."""
     return Path("outputs") / paper / length
+
+
+def directories(paper: str, length: str) -> list[Path]:
+    """Where the runs lie that a reproduction consists of: its own, and those of reproductions it shares some with."""
+    figures = specification(paper)["figures"].values()
+    papers = dict.fromkeys([paper, *(f["shares"]["paper"] for f in figures if "shares" in f)])
+    return [default_directory(of, length) for of in papers]
 
 
 def _chosen(what: str, given: str | None, allowed: list[str]) -> list[str]:
@@ -106,28 +117,35 @@ def cells(paper: str, arguments: list[str]) -> list[Cell]:
     figures = _chosen("figure", given.get("figure"), list(spec["figures"]))
     methods = _chosen("method", given.get("method"), list(spec["methods"]))
     (length,) = _chosen("length", given.get("length", "paper"), options("length"))
-    root = Path(given.get("directory") or default_directory(paper, length))
+
+    def root(of: str) -> Path:
+        return Path(given.get("directory") or default_directory(of, length))
+
     found: list[Cell] = []
     for seed in _seeds(given.get("seeds", "3")):
         for name in figures:
             figure = spec["figures"][name]
             if "study" in figure:
                 if "method" not in given and not any(cell.figure == name for cell in found):
-                    found.append(Cell(paper, length, name, root / name, [], study=figure["study"]))
+                    found.append(Cell(paper, length, name, root(paper) / name, [], study=figure["study"]))
                 continue
             for method in figure["methods"]:
                 if method not in methods:
                     continue
+                shares = figure.get("shares", {})
+                of, place = (
+                    (shares["paper"], shares["figure"]) if method in shares.get("methods", []) else (paper, name)
+                )
                 settings = [
-                    f"experiment={paper}/{name}",
+                    f"experiment={of}/{place}",
                     f"length={length}",
                     *spec["methods"][method]["settings"],
                     *shared,
                     f"seed={seed}",
                 ]
-                directory = root / name / f"{method}_seed-{seed}"
+                directory = root(of) / place / f"{method}_seed-{seed}"
                 config = composed(settings)
-                found.append(Cell(paper, length, name, directory, settings, method, seed, config))
+                found.append(Cell(of, length, place, directory, settings, method, seed, config, shown_in=name))
     if not found:
         raise UserError(f"method={given.get('method')}: none of the chosen figures has it")
     return found

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from torch import nn
 
 from anode_exp.models.alexnet import AlexNet
+from anode_exp.models.evolution import COUPLINGS, EVOLUTION_ACTIVATIONS, SHARINGS, Evolution, ReactionDiffusionAdvection
 from anode_exp.models.layers import ACTIVATIONS, NORMS, MakeOdeBlock
 from anode_exp.models.ode_block import OdeBlock, count_parameters, ode_blocks, take_evaluations
 from anode_exp.models.resnet import RESNET4, RESNET10, RESNET18, ResNet
@@ -20,11 +21,16 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
 
 __all__ = [
     "ACTIVATIONS",
+    "COUPLINGS",
+    "EVOLUTION_ACTIVATIONS",
     "MODELS",
     "NORMS",
+    "SHARINGS",
     "AlexNet",
+    "Evolution",
     "MakeOdeBlock",
     "OdeBlock",
+    "ReactionDiffusionAdvection",
     "ResNet",
     "SqueezeNext",
     "count_parameters",

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from torch import Tensor, nn
 
 from anode_exp.gradient.base import GradientMode
+from anode_exp.models.evolution import Evolution
 from anode_exp.ode import Evaluations, ExplicitRungeKutta, TimeGrid, Tolerance, VectorField
 
 
@@ -17,21 +18,36 @@ class OdeBlock(nn.Module):
 
     Args:
         f: module called as ``f(t, y)``, returning dy/dt of y's shape.
+        evolution: lets f's weights evolve in time; without, they are constant.
+
+    Raises:
+        ValueError: for weights that change from step to step on a grid that an adaptive solver chooses.
     """
 
     def __init__(
-        self, f: nn.Module, solver: ExplicitRungeKutta, grid: TimeGrid | Tolerance, gradient: GradientMode
+        self,
+        f: nn.Module,
+        solver: ExplicitRungeKutta,
+        grid: TimeGrid | Tolerance,
+        gradient: GradientMode,
+        evolution: Evolution | None = None,
     ) -> None:
+        if evolution is not None and evolution.coupling == "joint" and isinstance(grid, Tolerance):
+            raise ValueError("weights that evolve with the activations need fixed steps, one θ each")
         super().__init__()
         self.f = f
         self.solver = solver
         self.grid = grid
         self.gradient = gradient
+        self.evolution = evolution
         self.field = VectorField(f)
 
     def forward(self, y: Tensor) -> Tensor:
         """y: [B, C, H, W], or any shape f takes."""
-        return self.gradient.solve(self.field, y, self.field.theta, self.grid, self.solver)
+        theta = self.field.theta
+        if self.evolution is not None:
+            theta = self.evolution(theta, self.grid.n_steps if isinstance(self.grid, TimeGrid) else 1)
+        return self.gradient.solve(self.field, y, theta, self.grid, self.solver)
 
     def extra_repr(self) -> str:
         solver = self.solver.tableau.name

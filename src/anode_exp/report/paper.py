@@ -54,10 +54,10 @@ class Record:
         return self.epochs[-1].get(key) if self.epochs else None
 
 
-def read_records(directory: Path) -> list[Record]:
-    """All records below a folder, by seed."""
+def read_records(*directories: Path) -> list[Record]:
+    """All records below the folders, by seed."""
     found = []
-    for path in directory.rglob("cell.json"):
+    for path in (path for directory in directories for path in directory.rglob("cell.json")):
         folder, cell = path.parent, json.loads(path.read_text())
         metrics, results = folder / "metrics.jsonl", folder / "results.json"
         lines = metrics.read_text().splitlines(keepends=True) if metrics.exists() else []
@@ -95,9 +95,12 @@ class Group:
 
 def _groups(spec: dict[str, Any], name: str, records: list[Record], expected: dict[Any, str]) -> list[Group]:
     figure = spec["figures"][name]
+    shares = figure.get("shares", {})
     groups = []
     for method in figure.get("methods", []):
-        runs = [r for r in records if (r.cell["figure"], r.cell["method"]) == (name, method)]
+        place = shares["figure"] if method in shares.get("methods", []) else name
+        of = shares["paper"] if method in shares.get("methods", []) else spec["name"]
+        runs = [r for r in records if (r.cell["paper"], r.cell["figure"], r.cell["method"]) == (of, place, method)]
         there = {r.cell["seed"] for r in runs}
         missing = [c for (f, m, seed), c in expected.items() if (f, m) == (name, method) and seed not in there]
         published = figure.get("published", {}).get(method)
@@ -300,7 +303,8 @@ def write_report(
     Args:
         spec: a paper's methods, figures and published numbers.
         length, epochs: name and description of the recipe's length.
-        expected: the command of every run that the reproduction consists of, by (figure, method, seed).
+        expected: the command of every run that the reproduction consists of, by (figure, method, seed); a figure's
+            runs may be another reproduction's, where the figure ``shares`` them.
     """
     target.mkdir(parents=True, exist_ok=True)
     sections = list(_sections(spec, records, expected, target))

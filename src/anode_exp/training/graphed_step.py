@@ -183,9 +183,10 @@ def restart_momentum(optimizer: torch.optim.Optimizer) -> None:
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """In place where it is a tensor: a recorded step reads that very one."""
+    """In place where it is a tensor: a recorded step reads that very one. A group's ``lr_factor`` multiplies it."""
     for group in optimizer.param_groups:
+        rate = lr * group.get("lr_factor", 1.0)
         if isinstance(group["lr"], Tensor):
-            group["lr"].fill_(lr)
+            group["lr"].fill_(rate)
         else:
-            group["lr"] = lr
+            group["lr"] = rate
