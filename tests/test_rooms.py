@@ -82,5 +82,5 @@ def test_a_room_imports_only_the_rooms_below_it(file):
 @pytest.mark.parametrize("file", [p for p in files() if p.id.split("/")[0] in CORE])
 def test_the_numerical_core_knows_torch_alone(file):
     outside = {m.split(".")[0] for m in imports(file)} - {"torch", "anode_exp", "checkpoint_schedules"}
-    standard = {"__future__", "collections", "contextlib", "dataclasses", "functools", "math", "types", "typing"}
+    standard = {"__future__", "collections", "contextlib", "dataclasses", "functools", "itertools", "math", "types", "typing"}
     assert outside <= standard
