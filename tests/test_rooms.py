@@ -23,7 +23,7 @@ MAY_IMPORT = {
     "studies": {"models", "ode", "training"},
     "bench": {"build", "config", "data", "models", "ode", "studies", "training"},
     "budget": {"errors", "gradient", "models", "ode", "training"},
-    "study": {"budget", "build", "config", "data", "models", "ode", "report", "runs", "studies", "training"},
+    "study": {"budget", "build", "config", "data", "errors", "models", "ode", "report", "runs", "studies", "training"},
     "composition": {"config", "errors"},
     "build": {"config", "errors", "data", "models", "gradient", "ode"},
     "runs": {"build", "config", "data", "errors", "training"},
@@ -82,5 +82,15 @@ def test_a_room_imports_only_the_rooms_below_it(file):
 @pytest.mark.parametrize("file", [p for p in files() if p.id.split("/")[0] in CORE])
 def test_the_numerical_core_knows_torch_alone(file):
     outside = {m.split(".")[0] for m in imports(file)} - {"torch", "anode_exp", "checkpoint_schedules"}
-    standard = {"__future__", "collections", "contextlib", "dataclasses", "functools", "itertools", "math", "types", "typing"}
+    standard = {
+        "__future__",
+        "collections",
+        "contextlib",
+        "dataclasses",
+        "functools",
+        "itertools",
+        "math",
+        "types",
+        "typing",
+    }
     assert outside <= standard

@@ -25,10 +25,12 @@ from anode_exp.build import (
 )
 from anode_exp.config import GradientConfig, StudyConfig, TrainConfig, parse_bytes, read_config, typed
 from anode_exp.data import Normalisation, evaluation_batches
+from anode_exp.errors import UserError
 from anode_exp.models import ode_blocks
 from anode_exp.ode import SolveFailed, TimeGrid, Tolerance
 from anode_exp.report.study import REPORTS
 from anode_exp.runs import load_run
+from anode_exp.studies.evolution import kernels_over_time
 from anode_exp.studies.gradient_error import flat_gradient, relative_error, split_error
 from anode_exp.studies.memory import measure
 from anode_exp.studies.reversibility import CASE_ROWS, cases, images_there_and_back
@@ -45,6 +47,8 @@ def run_study(config: TrainConfig, study: StudyConfig, directory: Path | None = 
         config = dataclasses.replace(config, model=of_run.model, dataset=of_run.dataset, seed=of_run.seed)
         if study.checkpoint == "every":
             config = dataclasses.replace(config, solver=of_run.solver)
+    if study.name == "evolution" and (study.run is None or config.model.evolution == "none"):
+        raise UserError("study evolution: needs run=DIR, a run with model.evolution=reaction_diffusion_advection")
     device = build_device(config.runtime)
     set_float32_precision(config.runtime.precision)
     images = build_data(config.dataset, device)
@@ -60,9 +64,13 @@ def run_study(config: TrainConfig, study: StudyConfig, directory: Path | None = 
     (directory / "config.yaml").write_text(text)
     facts = {"device": device_name(device), "versions": versions(), "commit": commit()}
     (directory / "environment.json").write_text(json.dumps(facts, indent=2) + "\n")
-    rows = {"memory": _memory, "gradient_error": _gradient_error, "budget": _budget, "reversibility": _reversibility}[
-        study.name
-    ]
+    rows = {
+        "budget": _budget,
+        "evolution": _evolution,
+        "gradient_error": _gradient_error,
+        "memory": _memory,
+        "reversibility": _reversibility,
+    }[study.name]
     with (directory / "study.jsonl").open("w") as file:
         for row in rows(config, study, images.num_classes, batch, directory):
             file.write(json.dumps(row) + "\n")
@@ -207,6 +215,17 @@ def _gradient_error(
                             mine |= split_error(g, stored, exact)
                         yield {**mine, "relative_error": relative_error(g, exact)}
                     progress.update()
+
+
+def _evolution(
+    config: TrainConfig, study: StudyConfig, num_classes: int, batch: tuple[Tensor, Tensor], directory: Path
+) -> Iterator[dict[str, Any]]:
+    assert study.run is not None
+    kernels = {}
+    for row, kernel in kernels_over_time(load_run(study.run, study.checkpoint).network):
+        kernels[f"{row['block']}.{row['convolution']}"] = kernel.numpy()
+        yield row
+    np.savez_compressed(directory / "kernels.npz", **kernels)  # type: ignore[arg-type]
 
 
 def _reversibility(

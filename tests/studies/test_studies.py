@@ -9,11 +9,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from anode_exp.composition import study
+from anode_exp.build import build_model
+from anode_exp.composition import composed, jobs, study
 from anode_exp.errors import UserError
+from anode_exp.models import ode_blocks
 from anode_exp.report.study import growth, order_in_dt
+from anode_exp.studies.evolution import kernels_over_time
 from anode_exp.studies.reversibility import Flow, fixed, steps_for, to_tolerance
-from anode_exp.study import _gradient_error
+from anode_exp.study import _gradient_error, run_study
+from anode_exp.train import train
 
 
 def run(cwd: Path, *arguments: str) -> subprocess.CompletedProcess:
@@ -180,3 +184,36 @@ def test_mistakes(name, overrides, message):
     with pytest.raises(UserError) as raised:
         study(name, overrides)
     assert message in str(raised.value)
+
+
+def test_kernels_over_time():
+    """A diffusing kernel by hand: a delta spreads, its sum stays; advection by one spacing shifts it."""
+    config = composed(["model=resnet4", "model.evolution=reaction_diffusion_advection"])
+    network = build_model(config.model, config.solver, config.gradient, 10)
+    (block,) = ode_blocks(network)
+    for i, flow in zip(block.evolution.places, block.evolution.flows, strict=True):
+        weight = list(block.f.parameters())[i]
+        weight.data.zero_()
+        weight.data[3, 5, 1, 1] = 1.0
+        (flow.tau if i == 0 else flow.upsilon).data[0] = 1.0
+    (spread, first), (shifted, second) = kernels_over_time(network)
+    assert first.shape == second.shape == (6, 3, 3)
+    torch.testing.assert_close(first.sum((1, 2)), torch.ones(6))
+    assert (first[:, 1, 1].diff() < 0).all() and spread["moved"][0] == 0 and spread["tau"] == 1.0
+    expected = torch.zeros(3, 3)
+    expected[0, 1] = 1.0
+    torch.testing.assert_close(second[-1], expected, atol=1e-6, rtol=0)
+    assert shifted["cosine"][-1] == pytest.approx(0, abs=1e-6)
+
+
+def test_study_evolution(tmp_path):
+    settings = ["dataset=digits", "dataset.train_size=32", "dataset.test_size=16", "recipe.batch_size=16",
+                "recipe.epochs=1", "model=resnet4"]  # fmt: skip
+    evolving = ["model.evolution=reaction_diffusion_advection", "model.evolution_sharing=channel"]
+    train(jobs([*settings, *evolving], multirun=False).configs[0], tmp_path / "run")
+    directory = run_study(*study("evolution", [f"study.run={tmp_path / 'run'}"]), tmp_path / "study")
+    assert (directory / "study.png").stat().st_size > 1000
+    assert "cosine" in (directory / "table.txt").read_text()
+    train(jobs(settings, multirun=False).configs[0], tmp_path / "constant")
+    with pytest.raises(UserError, match="needs run=DIR, a run with"):
+        run_study(*study("evolution", [f"study.run={tmp_path / 'constant'}"]), tmp_path / "none")

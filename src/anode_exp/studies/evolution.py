@@ -1,0 +1,46 @@
+"""How far evolving weights move, and where to."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from anode_exp.models import Evolution, ReactionDiffusionAdvection, ode_blocks
+
+TIMES = 6
+"""Times shown, from 0 to 1."""
+
+
+@torch.no_grad()
+def kernels_over_time(network: nn.Module) -> Iterator[tuple[dict[str, Any], Tensor]]:
+    """For every evolving convolution its coefficients and movement, and its most moving kernel.
+
+    Yields:
+        Row: block, convolution, kernel size, root mean square of each coefficient, and for each of ``TIMES`` equally
+        spaced times ‖w(t) − w0‖/‖w0‖ (``moved``) and the cosine between w(t) and w0 (``cosine``), which a scale alone
+        leaves at 1. Kernel: [TIMES, k, k] of the pair of channels for which ‖w(1) − w0‖ is largest.
+    """
+    for i, block in enumerate(ode_blocks(network)):
+        evolution = block.evolution
+        if not isinstance(evolution, Evolution):
+            continue
+        weights = list(block.f.parameters())
+        for j, (place, flow) in enumerate(zip(evolution.places, evolution.flows, strict=True)):
+            assert isinstance(flow, ReactionDiffusionAdvection)
+            w0 = weights[place]
+            w = flow.evolve(w0, 0.0, 1 / (TIMES - 1), TIMES, evolution.n_steps)
+            moved = (w - w0).flatten(1).norm(dim=1) / w0.norm()
+            cosine = torch.nn.functional.cosine_similarity(w.flatten(1), w0.flatten()[None], dim=1)
+            most = (w[-1] - w0).flatten(2).norm(dim=2).argmax()
+            row = {
+                "block": i,
+                "convolution": j,
+                "kernel": list(w0.shape[2:]),
+                **{name: p.square().mean().sqrt().item() for name, p in flow.named_parameters()},
+                "moved": moved.tolist(),
+                "cosine": cosine.tolist(),
+            }
+            yield row, w.flatten(1, 2)[:, most]
