@@ -15,7 +15,7 @@ from anode_exp import data
 from anode_exp.config import DatasetConfig, GradientConfig, ModelConfig, RecipeConfig, RuntimeConfig, SolverConfig
 from anode_exp.errors import UserError
 from anode_exp.gradient import GRADIENT_MODES
-from anode_exp.models import MODELS, Evolution, OdeBlock, ode_blocks
+from anode_exp.models import MODELS, Autonomous, Evolution, OdeBlock, ode_blocks
 from anode_exp.ode import TABLEAUX, ExplicitRungeKutta, TimeGrid, Tolerance
 
 
@@ -74,6 +74,9 @@ def build_model(model: ModelConfig, solver: SolverConfig, gradient: GradientConf
             )
         block = OdeBlock(f, ExplicitRungeKutta(TABLEAUX[solver.name]), grid, mode, evolution)
         block.field.leaves_trace = model.statistics == "every_evaluation"
+        if model.statistics == "by_time" and isinstance(f, Autonomous):
+            tableau = block.solver.tableau
+            f.time_statistics(sorted({(n + c) / solver.n_steps for n in range(solver.n_steps) for c in tableau.c}))
         return block
 
     width = {} if model.width is None else {"width": model.width}

@@ -50,7 +50,7 @@ class ModelConfig:
     activation: str = _one_of(*ACTIVATION_NAMES)
     width: float | None = field(default=None, metadata={"above": 0})
     field_gain: float = 1.0
-    statistics: str = field(default="forward", metadata={"one_of": ("forward", "every_evaluation")})
+    statistics: str = field(default="forward", metadata={"one_of": ("forward", "every_evaluation", "by_time")})
     evolution: str = field(default="none", metadata={"one_of": EVOLUTION_NAMES})
     evolution_coupling: str = field(default="joint", metadata={"one_of": COUPLING_NAMES})
     evolution_sharing: str = field(default="layer", metadata={"one_of": SHARING_NAMES})
@@ -320,6 +320,8 @@ def typed(config: DictConfig) -> TrainConfig:
         raise UserError(
             f"solver.adaptive=true: {checked.solver.name} has no error estimate; choose solver={', '.join(EMBEDDED)}"
         )
+    if checked.model.statistics == "by_time" and checked.runtime.compile:
+        raise UserError("model.statistics=by_time: a compiled f knows no time; set runtime.compile=false")
     if checked.model.evolution != "none":
         if checked.model.block == "residual":
             raise UserError(f"model.evolution={checked.model.evolution}: a residual block has one step; use block=ode")

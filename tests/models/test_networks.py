@@ -1,11 +1,14 @@
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from conftest import make_ode_block
 from torch import nn
 
-from anode_exp.models import ACTIVATIONS, MODELS, NORMS, OdeBlock, count_parameters, ode_blocks
+from anode_exp.build import build_model
+from anode_exp.composition import composed
+from anode_exp.models import ACTIVATIONS, MODELS, NORMS, OdeBlock, TimedBatchNorm, count_parameters, ode_blocks
 
 
 @pytest.mark.parametrize(
@@ -121,3 +124,32 @@ def test_f_has_the_layers_of_the_reference(name):
     expected = {"squeezenext": [(1, 1), (1, 1), (1, 3), (3, 1), (1, 1)], "alexnet": [(5, 5)]}
     assert kernels == expected.get(name, [(3, 3), (3, 3)])
     assert isinstance(list(block.f)[-1], nn.ReLU), "f ends in its ReLU"
+
+
+@pytest.mark.parametrize("tableau", ["euler", "rk2", "rk4"])
+def test_statistics_by_time(tableau):
+    """Each time's running statistics are those of the activations then: evaluated, the network is the trained one."""
+    torch.manual_seed(0)
+    config = composed([f"solver={tableau}", "model=resnet10", "model.statistics=by_time", "solver.n_steps=3"])
+    network = build_model(config.model, config.solver, config.gradient, 10)
+    plain = build_model(replace(config.model, statistics="forward"), config.solver, config.gradient, 10)
+    for ours, theirs in zip(plain.parameters(), network.parameters(), strict=True):
+        ours.data.copy_(theirs)
+    norms = [m for m in network.modules() if isinstance(m, TimedBatchNorm)]
+    assert len(norms) == 4 and len(norms[0].times) == {"euler": 3, "rk2": 6, "rk4": 7}[tableau]
+    images = torch.randn(64, 3, 32, 32)
+    outputs, gradients, gaps = [], [], []
+    for made in (network, plain):
+        for m in made.modules():
+            if isinstance(m, nn.BatchNorm2d):
+                m.momentum = 1.0  # running statistics are the last batch's
+        logits = made(images)
+        logits.square().sum().backward()
+        outputs.append(logits.detach())
+        gradients.append([p.grad for p in made.parameters()])
+        with torch.no_grad():
+            gaps.append(float((made.eval()(images) - logits).norm() / logits.norm()))
+    assert torch.equal(*outputs) and all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+    assert all(norm.running_mean.any(dim=1).all() for norm in norms), "every time was reached"
+    # A variance estimated with n or n − 1, and the two half stages of rk4 that share a time, remain.
+    assert gaps[0] < (0.05 if tableau == "rk4" else 0.01) and gaps[1] > 3 * gaps[0]

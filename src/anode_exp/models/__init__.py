@@ -6,7 +6,7 @@ from torch import nn
 
 from anode_exp.models.alexnet import AlexNet
 from anode_exp.models.evolution import COUPLINGS, EVOLUTION_ACTIVATIONS, SHARINGS, Evolution, ReactionDiffusionAdvection
-from anode_exp.models.layers import ACTIVATIONS, NORMS, MakeOdeBlock
+from anode_exp.models.layers import ACTIVATIONS, NORMS, Autonomous, MakeOdeBlock, TimedBatchNorm
 from anode_exp.models.ode_block import OdeBlock, count_parameters, ode_blocks, take_evaluations
 from anode_exp.models.resnet import RESNET4, RESNET10, RESNET18, ResNet
 from anode_exp.models.squeezenext import SqueezeNext
@@ -27,12 +27,14 @@ __all__ = [
     "NORMS",
     "SHARINGS",
     "AlexNet",
+    "Autonomous",
     "Evolution",
     "MakeOdeBlock",
     "OdeBlock",
     "ReactionDiffusionAdvection",
     "ResNet",
     "SqueezeNext",
+    "TimedBatchNorm",
     "count_parameters",
     "ode_blocks",
     "take_evaluations",

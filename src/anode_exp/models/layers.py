@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
+import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 MakeOdeBlock = Callable[[nn.Module], nn.Module]
 """Turns a vector field f(t, y) into a layer y ↦ y(t1)."""
@@ -39,11 +41,49 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
+class TimedBatchNorm(nn.BatchNorm2d):
+    """BatchNorm with running statistics for every time at which a solve evaluates f; weight and bias are shared.
+
+    Along a solve the activations change. One set of running statistics is a mixture of all times, which no batch ever
+    has: networks that train by batch statistics are then evaluated by wrong ones.
+
+    Args:
+        times: of the evaluations; a call at another time takes the nearest.
+
+    Attributes:
+        t: the time of the next call.
+    """
+
+    def __init__(self, channels: int, times: Sequence[float]) -> None:
+        super().__init__(channels)
+        self.times, self.t = tuple(times), times[0]
+        self.num_batches_tracked = None
+        self.register_buffer("running_mean", torch.zeros(len(times), channels))
+        self.register_buffer("running_var", torch.ones(len(times), channels))
+
+    def forward(self, y: Tensor) -> Tensor:
+        row = min(range(len(self.times)), key=lambda i: abs(self.times[i] - self.t))
+        assert self.running_mean is not None and self.running_var is not None and self.momentum is not None
+        by_batch = self.training or not self.track_running_stats
+        keep = not by_batch or self.track_running_stats
+        mean, var = (self.running_mean[row], self.running_var[row]) if keep else (None, None)
+        return functional.batch_norm(y, mean, var, self.weight, self.bias, by_batch, self.momentum, self.eps)
+
+
 class Autonomous(nn.Sequential):
-    """f(t, y) = layers(y): a vector field that does not depend on time."""
+    """f(t, y) = layers(y): a vector field that does not depend on time, but for the statistics of its norms."""
 
     def forward(self, t: float, y: Tensor) -> Tensor:  # type: ignore[override]
+        for layer in self:
+            if isinstance(layer, TimedBatchNorm):
+                layer.t = t
         return super().forward(y)
+
+    def time_statistics(self, times: Sequence[float]) -> None:
+        """Give every BatchNorm running statistics for each of these times."""
+        for i, layer in enumerate(self):
+            if isinstance(layer, nn.BatchNorm2d):
+                self[i] = TimedBatchNorm(layer.num_features, times)
 
 
 def conv_norm(
