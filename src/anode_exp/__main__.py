@@ -175,7 +175,7 @@ def run_report(arguments: list[str]) -> None:
         raise UserError(f"{key}: report takes length=, directory=, to= and seeds=")
     paper, length = arguments[0], taken.get("length", "paper")
     expected = cells(paper, [f"{k}={taken[k]}" for k in ("length", "seeds") if k in taken])
-    places = [Path(taken["directory"])] if "directory" in taken else directories(paper, length)
+    places = directories(paper, length, Path(taken.get("directory") or "outputs"))
 
     from anode_exp.report.paper import copy_records, read_records, write_report
 

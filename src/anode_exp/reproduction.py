@@ -66,16 +66,11 @@ def specification(paper: str) -> dict[str, Any]:
     return {"name": paper, **cast(dict[str, Any], yaml.safe_load(text))}
 
 
-def default_directory(paper: str, length: str) -> Path:
-    """Where a reproduction's runs lie."""
-    return Path("outputs") / paper / length
-
-
-def directories(paper: str, length: str) -> list[Path]:
+def directories(paper: str, length: str, base: Path) -> list[Path]:
     """Where the runs lie that a reproduction consists of: its own, and those of reproductions it shares some with."""
     figures = specification(paper)["figures"].values()
     papers = dict.fromkeys([paper, *(f["shares"]["paper"] for f in figures if "shares" in f)])
-    return [default_directory(of, length) for of in papers]
+    return [base / of / length for of in papers]
 
 
 def _chosen(what: str, given: str | None, allowed: list[str]) -> list[str]:
@@ -99,8 +94,8 @@ def cells(paper: str, arguments: list[str]) -> list[Cell]:
     """The runs of a reproduction, seed after seed, so that every method has one before any has two.
 
     Args:
-        arguments: ``figure=``, ``method=`` (several separated by commas), ``seeds=``, ``length=``, ``directory=``, and
-            settings for every run.
+        arguments: ``figure=``, ``method=`` (several separated by commas), ``seeds=``, ``length=``, ``directory=`` (runs
+            go to directory/paper/length), and settings for every run.
 
     Raises:
         UserError: for the first thing wrong, in one line.
@@ -118,16 +113,14 @@ def cells(paper: str, arguments: list[str]) -> list[Cell]:
     methods = _chosen("method", given.get("method"), list(spec["methods"]))
     (length,) = _chosen("length", given.get("length", "paper"), options("length"))
 
-    def root(of: str) -> Path:
-        return Path(given.get("directory") or default_directory(of, length))
-
+    base = Path(given.get("directory") or "outputs")
     found: list[Cell] = []
     for seed in _seeds(given.get("seeds", "3")):
         for name in figures:
             figure = spec["figures"][name]
             if "study" in figure:
                 if "method" not in given and not any(cell.figure == name for cell in found):
-                    found.append(Cell(paper, length, name, root(paper) / name, [], study=figure["study"]))
+                    found.append(Cell(paper, length, name, base / paper / length / name, [], study=figure["study"]))
                 continue
             for method in figure["methods"]:
                 if method not in methods:
@@ -143,7 +136,7 @@ def cells(paper: str, arguments: list[str]) -> list[Cell]:
                     *shared,
                     f"seed={seed}",
                 ]
-                directory = root(of) / place / f"{method}_seed-{seed}"
+                directory = base / of / length / place / f"{method}_seed-{seed}"
                 config = composed(settings)
                 found.append(Cell(of, length, place, directory, settings, method, seed, config, shown_in=name))
     if not found:

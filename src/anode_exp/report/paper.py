@@ -397,7 +397,7 @@ def _markdown(head: str, about: str, sections: list[Section], target: Path) -> s
 def copy_records(records: list[Record], target: Path) -> None:
     """The small part of every record: all but checkpoints, TensorBoard events and the losses of single steps."""
     for record in records:
-        folder = target / record.cell["figure"]
+        folder = target / record.cell["paper"] / record.cell["length"] / record.cell["figure"]
         if record.cell["method"] is not None:
             folder = folder / f"{record.cell['method']}_seed-{record.cell['seed']}"
         if folder.resolve() == record.directory.resolve():

@@ -1,0 +1,23 @@
+#!/usr/bin/env bash
+# The papers' curves and tables at full length, in the order of what they say most. Interrupted, it goes on where it was.
+# Needs CIFAR-10 (and, for Fig. 5, CIFAR-100) under ANODE_DATA, or the network to fetch them. The seeds of a cell run at
+# once. On an NVIDIA H200, if an epoch takes what scripts/speed_on_a_gpu.py aims at, five seeds of a cell of 350 epochs take
+#   ResNet-4, ResNet-10, SqueezeNext   about 15 to 25 minutes each
+#   ResNet-18 (Figs. 4, 5)             about 40 minutes each
+#   the adaptive RK45 cells            until they diverge; else hours, for they run without a graph: last
+#
+#   bash scripts/papers_on_a_gpu.sh [FOLDER]      runs go to FOLDER/anode and FOLDER/anodev2 (outputs)
+set -euo pipefail
+out=${1:-outputs}
+run() { "${PYTHON:-.venv/bin/python}" -m anode_exp "$@"; }
+fixed=residual,anode,reverse_adjoint,anode_by_time
+run reproduce anode "directory=$out" figure=table_resnet4,table_resnet10,fig3_rk2,fig3_euler "method=$fixed" seeds=5
+run reproduce anodev2 "directory=$out" figure=table_resnet4,table_resnet10 seeds=5
+run train -m recipe=modern solver=rk2 model=squeezenext,resnet10,resnet4 seeds=5 "hydra.sweep.dir=$out/modern"
+run reproduce anode "directory=$out" figure=table_alexnet,fig4,fig5 "method=$fixed" seeds=3
+run reproduce anodev2 "directory=$out" figure=table_alexnet,squeezenext,resnet18 seeds=3
+run reproduce anode "directory=$out" method=reverse_adjoint_rk45 seeds=1
+run reproduce anode "directory=$out" figure=fig1_fig7
+for paper in anode anodev2; do
+  run report "$paper" "directory=$out" "to=docs/results/$paper"
+done
