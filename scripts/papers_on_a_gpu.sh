@@ -10,7 +10,7 @@
 set -euo pipefail
 out=${1:-outputs}
 run() { "${PYTHON:-.venv/bin/python}" -m anode_exp "$@"; }
-fixed=residual,anode,reverse_adjoint,anode_by_time
+fixed=residual,anode,reverse_adjoint
 run reproduce anode "directory=$out" figure=table_resnet4,table_resnet10,fig3_rk2,fig3_euler "method=$fixed" seeds=5
 run reproduce anodev2 "directory=$out" figure=table_resnet4,table_resnet10 seeds=5
 run train -m recipe=modern solver=rk2 model=squeezenext,resnet10,resnet4 seeds=5 "hydra.sweep.dir=$out/modern"

@@ -28,7 +28,7 @@ MAY_IMPORT = {
     "build": {"config", "errors", "data", "models", "gradient", "ode"},
     "runs": {"build", "config", "data", "errors", "training"},
     "reproduction": {"composition", "config", "errors"},
-    "reproduce": {"composition", "config", "errors", "reproduction", "study", "train", "training"},
+    "reproduce": {"composition", "config", "errors", "evaluate", "reproduction", "study", "train", "training"},
     "train": {"budget", "build", "config", "data", "errors", "models", "training"},
     "evaluate": {"build", "config", "data", "errors", "models", "ode", "runs", "training"},
     "job": {"composition", "config", "errors", "train"},

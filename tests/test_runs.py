@@ -13,7 +13,7 @@ import anode_exp
 from anode_exp.composition import catalogue, evaluations, jobs
 from anode_exp.data import Normalisation, evaluation_batches, load
 from anode_exp.errors import UserError
-from anode_exp.evaluate import evaluate_run, table
+from anode_exp.evaluate import calibrate_norms, evaluate_run, table
 from anode_exp.train import train
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
@@ -62,6 +62,22 @@ def test_evaluation_under_other_solvers_and_steps(trained):
     assert "euler" in text and "%" in text and text.count("\n") == 5
     recorded = [json.loads(line) for line in (trained / "evaluations.jsonl").read_text().splitlines()]
     assert recorded[-4:] == rows
+
+
+def test_statistics_may_be_estimated_anew(trained):
+    """From one batch they are that batch's own: the network then evaluates as it trains; at each time of the solve."""
+    network = anode_exp.load_run(trained, "last", evaluations(trained, ["model.statistics=by_time"])[0]).network
+    images = torch.randn(64, 3, 32, 32)
+    calibrate_norms(network, [(torch.randn(64, 3, 32, 32), torch.zeros(64))])
+    calibrate_norms(network, [(images, torch.zeros(64))])
+    assert not network.training
+    with torch.no_grad():
+        evaluated = network(images)
+        trained_output = network.train()(images)
+    assert (evaluated - trained_output).norm() < 0.02 * trained_output.norm()  # variances over n or n − 1
+    rows = evaluate_run(trained, "last", evaluations(trained, ["model.statistics=forward,by_time"]), calibrate=3)
+    assert [r["statistics"] for r in rows] == ["forward, 3 batches anew", "by_time, 3 batches anew"]
+    assert rows[0]["test_loss"] != rows[1]["test_loss"]
 
 
 @pytest.mark.parametrize(

@@ -117,7 +117,10 @@ def run_resume(arguments: list[str]) -> None:
 def run_evaluate(arguments: list[str]) -> None:
     from anode_exp.composition import evaluations
 
-    taken, overrides = _take(arguments, "run", "checkpoint")
+    taken, overrides = _take(arguments, "run", "checkpoint", "calibrate")
+    calibrate = taken.get("calibrate", "0")
+    if not calibrate.isdecimal():
+        raise UserError(f"calibrate={calibrate}: give a number of training batches, such as 50")
     if not taken.get("run"):
         raise UserError("evaluate: needs run=DIR, the folder of a trained run, such as outputs/DATE/TIME")
     directory = Path(taken["run"])
@@ -125,7 +128,7 @@ def run_evaluate(arguments: list[str]) -> None:
 
     from anode_exp.evaluate import evaluate_run, table  # imports torch
 
-    print(table(evaluate_run(directory, taken.get("checkpoint", "best"), configs)))
+    print(table(evaluate_run(directory, taken.get("checkpoint", "best"), configs, int(calibrate))))
 
 
 def run_study(arguments: list[str]) -> None:

@@ -192,7 +192,7 @@ MAY_CHANGE_ON_RESUME = (
 )
 """Settings that change no number of the epochs already done, or of those to come."""
 
-MAY_CHANGE_TO_EVALUATE = ("solver", "dataset", "runtime", "recipe.test_batch_size")
+MAY_CHANGE_TO_EVALUATE = ("solver", "dataset", "runtime", "recipe.test_batch_size", "model.statistics")
 
 
 def composed(overrides: list[str]) -> TrainConfig:
@@ -247,6 +247,7 @@ def _lines(overrides: list[str], parsed: list[Override], multirun: bool, advice:
 
 
 def _recomposed(base: DictConfig, overrides: list[str], may_change: tuple[str, ...], who: str) -> TrainConfig:
+    base = OmegaConf.create(asdict(typed(base)))  # with the settings that are newer than the run
     changed = base.copy()
     parsed = _parse(overrides)
     for override in parsed:

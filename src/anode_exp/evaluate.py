@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import torch
 from tabulate import tabulate
+from torch import Tensor, nn
 
-from anode_exp.build import build_data, build_device, build_memory_format, build_normalisation
+from anode_exp.build import build_augmentation, build_data, build_device, build_memory_format, build_normalisation
 from anode_exp.config import TrainConfig, read_config
-from anode_exp.data import DATASETS, evaluation_batches
+from anode_exp.data import DATASETS, EpochBatches, evaluation_batches
 from anode_exp.errors import UserError
 from anode_exp.models import take_evaluations
 from anode_exp.ode import SolveFailed
@@ -19,8 +23,13 @@ from anode_exp.training.progress import bar
 from anode_exp.training.train_step import autocast_for, evaluate, set_float32_precision
 
 
-def evaluate_run(directory: Path, checkpoint: str, configs: list[TrainConfig]) -> list[dict[str, Any]]:
+def evaluate_run(
+    directory: Path, checkpoint: str, configs: list[TrainConfig], calibrate: int = 0
+) -> list[dict[str, Any]]:
     """Loss and accuracy on the test images under every configuration; appended to ``evaluations.jsonl``.
+
+    Args:
+        calibrate: training batches from which to estimate the norms' running statistics anew; 0 takes the run's own.
 
     Raises:
         UserError: if the run has no such checkpoint, or its network does not fit the data set or solver.
@@ -42,7 +51,12 @@ def evaluate_run(directory: Path, checkpoint: str, configs: list[TrainConfig]) -
         memory_format = build_memory_format(config.runtime, run.network, device)
         network = run.network.to(device, memory_format=memory_format)  # type: ignore[call-overload]
         size = config.recipe.test_batch_size
-        batches = evaluation_batches(images.test, size, build_normalisation(config.dataset, device, memory_format))
+        normalise = build_normalisation(config.dataset, device, memory_format)
+        if calibrate:
+            augmentation = build_augmentation(config.dataset)
+            epoch = EpochBatches(images.train, config.recipe.batch_size, augmentation, normalise, config.seed, 1)
+            calibrate_norms(network, islice(epoch, calibrate))
+        batches = evaluation_batches(images.test, size, normalise)
         total = -(-len(images.test) // size)
         name = config.solver.describe()
         try:
@@ -59,6 +73,7 @@ def evaluate_run(directory: Path, checkpoint: str, configs: list[TrainConfig]) -
                 "images": len(images.test),
                 "solver": config.solver.name,
                 "n_steps": None if config.solver.adaptive else config.solver.n_steps,
+                "statistics": config.model.statistics + (f", {calibrate} batches anew" if calibrate else ""),
                 "nfe": sum(e.forward for e in take_evaluations(network)) // total,
                 "test_loss": loss,
                 "test_accuracy": accuracy,
@@ -67,6 +82,22 @@ def evaluate_run(directory: Path, checkpoint: str, configs: list[TrainConfig]) -
         with (directory / "evaluations.jsonl").open("a") as file:
             file.write(json.dumps(rows[-1]) + "\n")
     return rows
+
+
+@torch.no_grad()
+def calibrate_norms(network: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
+    """Set every BatchNorm's running statistics to the mean over the batches of those that training would use."""
+    norms = [m for m in network.modules() if isinstance(m, nn.BatchNorm2d)]
+    momenta = [m.momentum for m in norms]
+    network.train()
+    for i, (images, _) in enumerate(batches):
+        for norm in norms:
+            norm.momentum = 1 / (i + 1)
+        network(images)
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+    network.eval()
+    take_evaluations(network)
 
 
 def table(rows: list[dict[str, Any]]) -> str:

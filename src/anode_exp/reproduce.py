@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import logging
 import statistics
 import sys
@@ -10,9 +11,10 @@ import time
 import traceback
 from collections.abc import Callable, Iterable
 
-from anode_exp.composition import differing, study
+from anode_exp.composition import differing, evaluations, study
 from anode_exp.config import read_config, typed
 from anode_exp.errors import InUse, UserError
+from anode_exp.evaluate import evaluate_run, table
 from anode_exp.reproduction import Cell
 from anode_exp.study import run_study
 from anode_exp.train import train_together
@@ -21,6 +23,8 @@ from anode_exp.training.progress import bar
 from anode_exp.training.records import read_metrics, read_results
 
 log = logging.getLogger(__name__)
+
+CALIBRATION_BATCHES = 50
 
 
 def is_done(cell: Cell) -> bool:
@@ -42,6 +46,24 @@ def is_done(cell: Cell) -> bool:
     return results is not None and results["status"] in ("completed", "diverged")
 
 
+def lacks_calibration(cell: Cell) -> bool:
+    """Whether a completed run of an ODE network is still to be evaluated with BatchNorm statistics by time.
+
+    Training does not depend on running statistics, so the same weights serve: this is what a run with
+    ``model.statistics=by_time`` would have reached.
+    """
+    config, results = cell.config, read_results(cell.directory)
+    if config is None or results is None or results["status"] != "completed":
+        return False
+    if config.model.block != "ode" or config.model.field_norm != "batch" or config.model.statistics != "forward":
+        return False
+    path = cell.directory / "evaluations.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return not config.solver.adaptive and not any(
+        row["checkpoint"] == "last" and row.get("statistics", "").startswith("by_time") for row in rows
+    )
+
+
 def reproduce(cells: list[Cell], tick: Callable[[], object] | None = None) -> int:
     """Run what is missing, go on with what was interrupted, skip what is recorded with the same settings.
 
@@ -51,7 +73,7 @@ def reproduce(cells: list[Cell], tick: Callable[[], object] | None = None) -> in
     Returns:
         The exit code: 0, 1 where a run failed, 128 and the signal that interrupted.
     """
-    todo = [cell for cell in cells if not is_done(cell)]
+    todo = [cell for cell in cells if not is_done(cell) or lacks_calibration(cell)]
     print(f"{len(cells) - len(todo)} of {len(cells)} runs are recorded, {len(todo)} to go")
     failed: list[str] = []
     groups = _together(todo)
@@ -59,7 +81,8 @@ def reproduce(cells: list[Cell], tick: Callable[[], object] | None = None) -> in
     epochs = sum(c.config.recipe.epochs for c in cells if c.config is not None)
     with stop_requests() as stop, bar(epochs, "all runs", done_epochs) as progress:
         for position, group in enumerate(groups, 1):
-            group = [cell for cell in group if not is_done(cell)]  # another process may have run some meanwhile
+            # Another process may have run some meanwhile.
+            group = [cell for cell in group if not is_done(cell) or lacks_calibration(cell)]
             if not group:
                 continue
             left = [cell for later in groups[position - 1 :] for cell in later]
@@ -97,8 +120,13 @@ def _run(group: list[Cell], failed: list[str], tick: Callable[[], object], stop:
                 return
             cell.directory.mkdir(parents=True, exist_ok=True)
             (cell.directory / "cell.json").write_text(cell.describe())
-        runs = [(cell.config, cell.directory) for cell in group if cell.config is not None]
-        train_together(runs, resume=True, tick=tick, stop=stop)
+        runs = [(cell.config, cell.directory) for cell in group if cell.config is not None and not is_done(cell)]
+        if runs:
+            train_together(runs, resume=True, tick=tick, stop=stop)
+        for cell in group:
+            if lacks_calibration(cell):
+                configs = evaluations(cell.directory, ["model.statistics=by_time"])
+                print(table(evaluate_run(cell.directory, "last", configs, calibrate=CALIBRATION_BATCHES)))
         return
     except InUse as error:
         print(error)

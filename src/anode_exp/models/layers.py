@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -60,6 +61,14 @@ class TimedBatchNorm(nn.BatchNorm2d):
         self.num_batches_tracked = None
         self.register_buffer("running_mean", torch.zeros(len(times), channels))
         self.register_buffer("running_var", torch.ones(len(times), channels))
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """One set of statistics, of a network that has no more, stands for every time."""
+        for name in ("running_mean", "running_var"):
+            value = state_dict.get(prefix + name)
+            if value is not None and value.ndim == 1:
+                state_dict[prefix + name] = value.expand(len(self.times), -1)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def forward(self, y: Tensor) -> Tensor:
         row = min(range(len(self.times)), key=lambda i: abs(self.times[i] - self.t))

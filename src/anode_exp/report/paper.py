@@ -39,12 +39,14 @@ class Record:
         cell: as in ``cell.json``.
         epochs: a dictionary an epoch, without the losses of its steps.
         results: as in ``results.json``; None for a run that has not ended.
+        evaluations: as in ``evaluations.jsonl``.
     """
 
     directory: Path
     cell: dict[str, Any]
     epochs: list[dict[str, Any]]
     results: dict[str, Any] | None
+    evaluations: list[dict[str, Any]]
 
     @property
     def status(self) -> str:
@@ -59,13 +61,17 @@ def read_records(*directories: Path) -> list[Record]:
     found = []
     for path in (path for directory in directories for path in directory.rglob("cell.json")):
         folder, cell = path.parent, json.loads(path.read_text())
-        metrics, results = folder / "metrics.jsonl", folder / "results.json"
-        lines = metrics.read_text().splitlines(keepends=True) if metrics.exists() else []
-        epochs = [
-            {k: v for k, v in json.loads(line).items() if k != "step_losses"} for line in lines if line.endswith("\n")
-        ]
-        found.append(Record(folder, cell, epochs, json.loads(results.read_text()) if results.exists() else None))
+        results = folder / "results.json"
+        epochs = [{k: v for k, v in line.items() if k != "step_losses"} for line in _lines(folder / "metrics.jsonl")]
+        ended = json.loads(results.read_text()) if results.exists() else None
+        found.append(Record(folder, cell, epochs, ended, _lines(folder / "evaluations.jsonl")))
     return sorted(found, key=lambda r: (r.cell["seed"] or 0, str(r.directory)))
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    """Whole lines of JSON; what a killed process left unfinished is no line."""
+    text = path.read_text() if path.exists() else ""
+    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
 
 
 @dataclass(frozen=True)
@@ -130,6 +136,12 @@ def _best(run: Record) -> float | None:
     return max((e["test_accuracy"] for e in run.epochs if e.get("test_accuracy") is not None), default=None)
 
 
+def _by_time(run: Record) -> float | None:
+    """Test accuracy of the last epoch's weights with BatchNorm statistics for every time of the solve."""
+    found = [e for e in run.evaluations if e["checkpoint"] == "last" and e.get("statistics", "").startswith("by_time")]
+    return found[-1]["test_accuracy"] if found else None
+
+
 def _runs(group: Group) -> str:
     counts = {s: sum(run.status == s for run in group.runs) for s in dict.fromkeys(run.status for run in group.runs)}
     parts = [f"{n} {status}" for status, n in counts.items()]
@@ -151,6 +163,7 @@ def accuracy_rows(groups: list[Group]) -> list[dict[str, str]]:
                 **({"published": " / ".join(f"{x:.2f}" for x in published)} if published else {}),
                 "last epoch": _three(final),
                 **({"difference of means": difference} if published else {}),
+                "last epoch, statistics by time": _three(group.percents(_by_time)),
                 "best epoch": _three(best),
                 "training loss": _spread(
                     [x for r in group.completed if (x := r.last("train_loss")) is not None], ".4f"
@@ -317,7 +330,8 @@ def write_report(
         )
     head = f"{spec['paper']} reproduced: {length}, {epochs}"
     about = (
-        f"Published: {spec['source']}; {spec['published_kind']}. Ours: the last epoch and, apart, the best one on test "
+        f"Published: {spec['source']}; {spec['published_kind']}. Ours: the last epoch, and the last epoch's weights with "
+        "BatchNorm statistics for every time of the solve instead of one set for all; apart, the best epoch on test "
         "images, which is a choice made on them. Diverged and unfinished runs count in curves, not in accuracies."
     )
     if length != "paper":
@@ -403,7 +417,7 @@ def copy_records(records: list[Record], target: Path) -> None:
         if folder.resolve() == record.directory.resolve():
             continue
         folder.mkdir(parents=True, exist_ok=True)
-        for name in ("cell.json", "config.yaml", "results.json", "study.png", "table.txt"):
+        for name in ("cell.json", "config.yaml", "results.json", "evaluations.jsonl", "study.png", "table.txt"):
             if (record.directory / name).exists():
                 shutil.copyfile(record.directory / name, folder / name)
         if record.epochs:
