@@ -330,7 +330,7 @@ def write_report(
         )
     head = f"{spec['paper']} reproduced: {length}, {epochs}"
     about = (
-        f"Published: {spec['source']}; {spec['published_kind']}. Ours: the last epoch, and the last epoch's weights with "
+        f"Published: {spec['source']}; {spec['published_kind']}. Ours: the last epoch, and its weights with "
         "BatchNorm statistics for every time of the solve instead of one set for all; apart, the best epoch on test "
         "images, which is a choice made on them. Diverged and unfinished runs count in curves, not in accuracies."
     )
