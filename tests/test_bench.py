@@ -40,7 +40,7 @@ def test_contestants_take_turns_and_those_alone_come_last():
             order.append(label)
             torch.ones(10).sum()
 
-        return Contestant(label, step, images=5, epoch_steps=3, own=list, alone=alone)
+        return Contestant(label, step, step, images=5, epoch_steps=3, own=list, alone=alone)
 
     rows, limits = measure(
         [contestant("a"), contestant("b", alone=True), contestant("c")],

@@ -91,6 +91,7 @@ def test_every_method_has_a_seed_before_one_has_two():
         (["seeds=0"], "give how many"),
         (["seeds=1,2"], "list them"),
         (["length=long"], "choose from paper, short"),
+        (["length=short,paper"], "has one"),
         (["seed=3"], "seeds="),
         (["recipe.epoch=3"], "did you mean recipe.epochs"),
     ],

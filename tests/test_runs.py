@@ -15,6 +15,7 @@ from anode_exp.data import Normalisation, evaluation_batches, load
 from anode_exp.errors import UserError
 from anode_exp.evaluate import calibrate_norms, evaluate_run, table
 from anode_exp.train import train
+from anode_exp.training.train_step import autocast_for
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 
@@ -67,9 +68,9 @@ def test_evaluation_under_other_solvers_and_steps(trained):
 def test_statistics_may_be_estimated_anew(trained):
     """From one batch they are that batch's own: the network then evaluates as it trains; at each time of the solve."""
     network = anode_exp.load_run(trained, "last", evaluations(trained, ["model.statistics=by_time"])[0]).network
-    images = torch.randn(64, 3, 32, 32)
-    calibrate_norms(network, [(torch.randn(64, 3, 32, 32), torch.zeros(64))])
-    calibrate_norms(network, [(images, torch.zeros(64))])
+    images, autocast = torch.randn(64, 3, 32, 32), autocast_for("fp32", torch.device("cpu"))
+    calibrate_norms(network, autocast, [(torch.randn(64, 3, 32, 32), torch.zeros(64))])
+    calibrate_norms(network, autocast, [(images, torch.zeros(64))])
     assert not network.training
     with torch.no_grad():
         evaluated = network(images)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.utils._pytree import tree_leaves
 
-from anode_exp.report.sweep import over_seeds, sweep_rows, sweep_table
+from anode_exp.report.sweep import over_seeds, runs_of_seeds, sweep_rows, sweep_table
 
 SMALL = [
     "dataset=digits", "dataset.train_size=20", "dataset.test_size=10", "model=squeezenext", "model.width=0.25",
@@ -194,3 +194,9 @@ def test_seeds_at_once_go_on_together(tmp_path):
     train("resume=both", "recipe.epochs=2")
     for folder in ("both/0_seed-0", "both/1_seed-1"):
         assert len((tmp_path / folder / "metrics.jsonl").read_text().splitlines()) == 2
+
+
+def test_a_sweep_over_seeds_is_no_run_of_several(tmp_path):
+    job(tmp_path, 0, ["seed=0"], None)
+    (tmp_path / "0_x").rename(tmp_path / "0_seed-0")
+    assert runs_of_seeds(tmp_path) == []

@@ -101,7 +101,7 @@ def run_resume(arguments: list[str]) -> None:
 
     taken, overrides = _take(arguments, "resume")
     directory = Path(taken["resume"])
-    folders = runs_of_seeds(directory) or [directory]
+    folders = [f for f in runs_of_seeds(directory) if (f / "config.yaml").exists()] or [directory]
     runs = [(resumed(folder, overrides), folder) for folder in folders]
 
     from anode_exp.train import train_together  # imports torch
@@ -190,7 +190,9 @@ def run_report(arguments: list[str]) -> None:
         )
     target = Path(taken.get("to") or places[0] / "report")
     commands = {(c.shown_in, c.method, c.seed): c.command for c in expected if c.method is not None}
-    epochs = f"{composed([f'length={length}']).recipe.epochs} epochs"
+    epochs = "every experiment's whole recipe"
+    if length != "paper":
+        epochs = f"{composed([f'length={length}']).recipe.epochs} epochs"
     page = write_report(specification(paper), length, epochs, records, commands, target)
     if "to" in taken:
         copy_records(records, target / "records")

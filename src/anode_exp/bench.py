@@ -30,7 +30,7 @@ from anode_exp.data.torchvision_loader import torchvision_loader
 from anode_exp.models import ode_blocks
 from anode_exp.ode import ExplicitRungeKutta, Theta, TimeGrid, Tolerance, VectorField, solve_forward
 from anode_exp.studies.throughput import Contestant, measure
-from anode_exp.training.graphed_step import set_learning_rate, training_step
+from anode_exp.training.graphed_step import Step, set_learning_rate, training_step
 from anode_exp.training.progress import bar
 from anode_exp.training.records import commit, device_name, versions
 from anode_exp.training.train_step import autocast_for, set_float32_precision, train_step
@@ -96,21 +96,25 @@ def _contestant(
     size = min(config.recipe.batch_size, len(images.train))
 
     def step() -> None:
-        for stream, (take, _) in zip(streams, networks, strict=True):
+        for stream, (take, _, _) in zip(streams, networks, strict=True):
             with torch.cuda.stream(stream):
                 take()
 
+    def eagerly() -> None:
+        for _, take, _ in networks:
+            take()
+
     def own() -> list[Tensor]:
-        return [x for _, tensors in networks for x in tensors()]
+        return [x for _, _, tensors in networks for x in tensors()]
 
     epoch_steps = -(-len(images.train) // size)
-    return Contestant(label, step, config.seeds * size, epoch_steps, own, alone=baseline == "dataloader")
+    return Contestant(label, step, eagerly, config.seeds * size, epoch_steps, own, alone=baseline == "dataloader")
 
 
 def _network(
     config: TrainConfig, baseline: str | None, images: ImageData, device: torch.device
-) -> tuple[Callable[[], object], Callable[[], list[Tensor]]]:
-    """What takes one training step, and what gives the tensors held between steps."""
+) -> tuple[Callable[[], object], Callable[[], object], Callable[[], list[Tensor]]]:
+    """What takes one training step, what takes it eagerly, and what gives the tensors held between steps."""
     torch.manual_seed(config.seed)
     plain = baseline in ("eager", "dataloader")
     network = build_model(config.model, config.solver, config.gradient, images.num_classes)
@@ -127,16 +131,17 @@ def _network(
         source = _loaded(config, images, size, device)
     else:
         source = _on_device(config, images, size, device, layout)
+    counted: Step = partial(train_step, network, optimizer, autocast)
     if baseline is None:
-        take = training_step(network, optimizer, autocast, config.runtime, device)
+        take = training_step(network, optimizer, autocast, config.runtime, device, size, config.recipe.label_smoothing)
     else:
-        take = partial(train_step, network, optimizer, autocast)
+        take = counted
 
     def own() -> list[Tensor]:
         state = [x for s in optimizer.state.values() for x in s.values() if isinstance(x, Tensor)]
         return [*network.parameters(), *network.buffers(), *state]
 
-    return lambda: take(*next(source)), own
+    return lambda: take(*next(source)), lambda: counted(*next(source)), own
 
 
 def _on_device(

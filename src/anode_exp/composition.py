@@ -168,7 +168,7 @@ def bench_entries(arguments: list[str]) -> tuple[list[tuple[str, TrainConfig, st
             if name not in BASELINES:
                 raise UserError(f"baseline={name}: choose one of {', '.join(BASELINES)}" + near(name, BASELINES))
         overrides = [*shared, *(word for word in own if not word.startswith("baseline="))]
-        config = composed(overrides)
+        config = composed(overrides, "list them in compare")
         if config.gradient.name == "budget":
             raise UserError("gradient=budget: its plan is no step of its own; see study budget")
         if config.seeds > 1 and named:
@@ -195,13 +195,16 @@ MAY_CHANGE_ON_RESUME = (
 MAY_CHANGE_TO_EVALUATE = ("solver", "dataset", "runtime", "recipe.test_batch_size", "model.statistics")
 
 
-def composed(overrides: list[str]) -> TrainConfig:
+def composed(overrides: list[str], advice: str = "a run takes one") -> TrainConfig:
     """The checked configuration of one run.
+
+    Args:
+        advice: for who lists several values.
 
     Raises:
         UserError: for the first thing wrong, in one line.
     """
-    (line,) = _lines(overrides, _parse(overrides), False, "a run takes one")
+    (line,) = _lines(overrides, _parse(overrides), False, advice)
     with initialize_config_dir(str(CONF), version_base="1.3"):
         return _typed(_compose(line))
 
@@ -221,7 +224,14 @@ def resumed(directory: Path, overrides: list[str]) -> TrainConfig:
     """
     parsed = _parse(overrides)
     (line,) = _lines(overrides, parsed, False, "a run goes on with one")
-    return _recomposed(read_config(directory), line, MAY_CHANGE_ON_RESUME, "a resumed run")
+    recorded = read_config(directory)
+    config = _recomposed(recorded, line, MAY_CHANGE_ON_RESUME, "a resumed run")
+    if config.recipe.schedule == "cosine" and config.recipe.epochs != recorded.recipe.epochs:
+        raise UserError(
+            f"recipe.epochs={config.recipe.epochs}: a cosine schedule depends on it, and this run's has "
+            f"{recorded.recipe.epochs}; train anew for another length"
+        )
+    return config
 
 
 def evaluations(directory: Path, overrides: list[str]) -> list[TrainConfig]:

@@ -314,6 +314,8 @@ def typed(config: DictConfig) -> TrainConfig:
         checked.gradient.passes = None  # of a block's graph, which no other mode has
     if checked.gradient.memory is not None:
         parse_bytes(checked.gradient.memory)
+        if checked.seeds > 1:
+            raise UserError("gradient=budget: plans for one run on its device; set seeds=1")
         if checked.solver.adaptive:
             raise UserError("gradient=budget: plans for a known number of steps; set solver.adaptive=false")
     if checked.solver.adaptive and checked.solver.name not in EMBEDDED:

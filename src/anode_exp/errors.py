@@ -12,6 +12,10 @@ class InUse(UserError):
     """Another process is at it; it may be left to that."""
 
 
+class Ended(UserError):
+    """The run is over; there is nothing to go on with."""
+
+
 def fail(message: str) -> NoReturn:
     """Answer a user's mistake: one line, exit code 2."""
     sys.stdout.flush()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,10 @@ from tabulate import tabulate
 from torch import Tensor, nn
 
 from anode_exp.build import build_augmentation, build_data, build_device, build_memory_format, build_normalisation
-from anode_exp.config import TrainConfig, read_config
+from anode_exp.config import TrainConfig, read_config, typed
 from anode_exp.data import DATASETS, EpochBatches, evaluation_batches
 from anode_exp.errors import UserError
-from anode_exp.models import take_evaluations
+from anode_exp.models import TimedBatchNorm, take_evaluations
 from anode_exp.ode import SolveFailed
 from anode_exp.runs import load_run
 from anode_exp.training.progress import bar
@@ -39,6 +40,8 @@ def evaluate_run(
     for config in configs:
         if trained.model.block == "residual" and (config.solver.name, config.solver.n_steps) != ("euler", 1):
             raise UserError(f"{directory}: has residual blocks, which are one Euler step; no other solver fits them")
+        if typed(trained).model.statistics == "by_time" and config.model.statistics != "by_time":
+            raise UserError(f"model.statistics={config.model.statistics}: this run has by_time, which is no single set")
         if DATASETS[config.dataset.name][1] != DATASETS[trained.dataset.name][1]:
             raise UserError(
                 f"dataset={config.dataset.name}: has {DATASETS[config.dataset.name][1]} classes, this run's network "
@@ -52,17 +55,16 @@ def evaluate_run(
         network = run.network.to(device, memory_format=memory_format)  # type: ignore[call-overload]
         size = config.recipe.test_batch_size
         normalise = build_normalisation(config.dataset, device, memory_format)
+        autocast = autocast_for(config.runtime.precision, device)
         if calibrate:
             augmentation = build_augmentation(config.dataset)
             epoch = EpochBatches(images.train, config.recipe.batch_size, augmentation, normalise, config.seed, 1)
-            calibrate_norms(network, islice(epoch, calibrate))
+            calibrate_norms(network, autocast, islice(epoch, calibrate))
         batches = evaluation_batches(images.test, size, normalise)
         total = -(-len(images.test) // size)
         name = config.solver.describe()
         try:
-            loss, accuracy = evaluate(
-                network, autocast_for(config.runtime.precision, device), bar(total, name, iterable=batches)
-            )
+            loss, accuracy = evaluate(network, autocast, bar(total, name, iterable=batches))
         except SolveFailed as error:
             raise UserError(f"{directory}, {name}: {error}") from error
         rows.append(
@@ -85,18 +87,29 @@ def evaluate_run(
 
 
 @torch.no_grad()
-def calibrate_norms(network: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
-    """Set every BatchNorm's running statistics to the mean over the batches of those that training would use."""
+def calibrate_norms(
+    network: nn.Module, autocast: Callable[[], torch.autocast], batches: Iterable[tuple[Tensor, Tensor]]
+) -> None:
+    """Set every BatchNorm's running statistics to the mean over its evaluations of those that training would use."""
     norms = [m for m in network.modules() if isinstance(m, nn.BatchNorm2d)]
     momenta = [m.momentum for m in norms]
+    calls: Counter[tuple[nn.Module, int]] = Counter()
+
+    def weigh(norm: nn.Module, _: Any) -> None:
+        key = (norm, norm.row if isinstance(norm, TimedBatchNorm) else 0)
+        calls[key] += 1
+        norm.momentum = 1 / calls[key]  # type: ignore[assignment]
+
+    hooks = [norm.register_forward_pre_hook(weigh) for norm in norms]
     network.train()
-    for i, (images, _) in enumerate(batches):
-        for norm in norms:
-            norm.momentum = 1 / (i + 1)
-        network(images)
+    for images, _ in batches:
+        with autocast():
+            network(images)
+    network.eval()
+    for hook in hooks:
+        hook.remove()
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
-    network.eval()
     take_evaluations(network)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import logging
 import statistics
 import sys
@@ -20,7 +19,7 @@ from anode_exp.study import run_study
 from anode_exp.train import train_together
 from anode_exp.training.fit import StopRequest, stop_requests
 from anode_exp.training.progress import bar
-from anode_exp.training.records import read_metrics, read_results
+from anode_exp.training.records import read_lines, read_metrics, read_results
 
 log = logging.getLogger(__name__)
 
@@ -57,8 +56,7 @@ def lacks_calibration(cell: Cell) -> bool:
         return False
     if config.model.block != "ode" or config.model.field_norm != "batch" or config.model.statistics != "forward":
         return False
-    path = cell.directory / "evaluations.jsonl"
-    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    rows = read_lines(cell.directory / "evaluations.jsonl")
     return not config.solver.adaptive and not any(
         row["checkpoint"] == "last" and row.get("statistics", "").startswith("by_time") for row in rows
     )
@@ -85,7 +83,7 @@ def reproduce(cells: list[Cell], tick: Callable[[], object] | None = None) -> in
             group = [cell for cell in group if not is_done(cell) or lacks_calibration(cell)]
             if not group:
                 continue
-            left = [cell for later in groups[position - 1 :] for cell in later]
+            left = [[cell for cell in later if not is_done(cell)] for later in groups[position - 1 :]]
             names = "; ".join(cell.name for cell in group)
             progress.write(f"\n[{position} of {len(groups)}] {names}{_time_to_go(cells, left)}", file=sys.stdout)
             sys.stdout.flush()
@@ -121,12 +119,14 @@ def _run(group: list[Cell], failed: list[str], tick: Callable[[], object], stop:
             cell.directory.mkdir(parents=True, exist_ok=True)
             (cell.directory / "cell.json").write_text(cell.describe())
         runs = [(cell.config, cell.directory) for cell in group if cell.config is not None and not is_done(cell)]
-        if runs:
-            train_together(runs, resume=True, tick=tick, stop=stop)
-        for cell in group:
-            if lacks_calibration(cell):
-                configs = evaluations(cell.directory, ["model.statistics=by_time"])
-                print(table(evaluate_run(cell.directory, "last", configs, calibrate=CALIBRATION_BATCHES)))
+        try:
+            if runs:
+                train_together(runs, resume=True, tick=tick, stop=stop)
+        finally:  # also of those that went well beside one that failed
+            for cell in group:
+                if lacks_calibration(cell):
+                    configs = evaluations(cell.directory, ["model.statistics=by_time"])
+                    print(table(evaluate_run(cell.directory, "last", configs, calibrate=CALIBRATION_BATCHES)))
         return
     except InUse as error:
         print(error)
@@ -150,12 +150,13 @@ def _epoch_seconds(cells: Iterable[Cell]) -> dict[tuple[str, str], float]:
     return {key: statistics.median(values) for key, values in seconds.items()}
 
 
-def _time_to_go(cells: list[Cell], left: list[Cell]) -> str:
-    """From recorded epochs: those of the same figure and method, else of the figure's others."""
+def _time_to_go(cells: list[Cell], left: list[list[Cell]]) -> str:
+    """From recorded epochs: those of the same figure and method, else of the figure's others. Groups run at once."""
     measured = _epoch_seconds(cells)
     total, unknown = 0.0, False
-    for cell in left:
-        if cell.config is None or cell.method is None:
+    for group in left:
+        cell = min(group, key=_epochs, default=None)
+        if cell is None or cell.config is None or cell.method is None:
             continue
         others = [s for (figure, _), s in measured.items() if figure == cell.figure]
         second = measured.get((cell.figure, cell.method), max(others, default=None))

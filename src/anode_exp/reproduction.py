@@ -111,7 +111,10 @@ def cells(paper: str, arguments: list[str]) -> list[Cell]:
             raise UserError(f"{argument}: chosen by reproduce; give seeds=, directory= or figure=")
     figures = _chosen("figure", given.get("figure"), list(spec["figures"]))
     methods = _chosen("method", given.get("method"), list(spec["methods"]))
-    (length,) = _chosen("length", given.get("length", "paper"), options("length"))
+    lengths = _chosen("length", given.get("length", "paper"), options("length"))
+    if len(lengths) > 1:
+        raise UserError(f"length={given['length']}: a reproduction has one; run it once for each")
+    (length,) = lengths
 
     base = Path(given.get("directory") or "outputs")
     found: list[Cell] = []

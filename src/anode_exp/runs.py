@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.optim.swa_utils import AveragedModel
 
 from anode_exp.build import build_model
 from anode_exp.config import TrainConfig, read_config, typed
@@ -63,12 +62,7 @@ def load_run(directory: str | Path, checkpoint: str = "best", config: TrainConfi
         if state is None:
             raise UserError(f"{directory}: has no {checkpoint} checkpoint yet; one is saved after every epoch")
         averaged = state.get("averaged")
-        if averaged is None:
-            network.load_state_dict(state["network"])
-        else:
-            average = AveragedModel(network)
-            average.load_state_dict(averaged)
-            network = average.module
+        network.load_state_dict(state["network"] if averaged is None else averaged["network"])
         epoch = state["progress"]["epochs"]
     return Run(
         directory,

@@ -27,7 +27,7 @@ from anode_exp.build import (
 )
 from anode_exp.config import TrainConfig, parse_bytes
 from anode_exp.data import ImageData, evaluation_batches
-from anode_exp.errors import UserError
+from anode_exp.errors import Ended, InUse, UserError
 from anode_exp.models import count_parameters, ode_blocks
 from anode_exp.training.checkpoints import Checkpoints
 from anode_exp.training.fit import Progress, StopRequest, Trainer, stop_requests, total_steps
@@ -70,8 +70,9 @@ def train_together(
         tick: called after every epoch of every run.
         stop: what asks to stop; by default SIGINT and SIGTERM do.
 
-    Returns, raises:
-        As ``train``, for each run.
+    Returns:
+        As ``train``, for each run. A run that has ended or that another process is writing stays as it is; if none can
+        go on, or one fails, that is raised when the others are through.
     """
     started = time.perf_counter()
     log_to(*(directory for _, directory in runs))
@@ -82,6 +83,7 @@ def train_together(
     gc.collect()  # an earlier job of this process, failed perhaps, is no part of this one's memory
     shared = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
     results: dict[Path, dict[str, Any]] = {}
+    errors: dict[Path, Exception] = {}
     epochs: dict[Path, int] = {}
     active: list[tuple[Path, Generator[Trainer, None, dict[str, Any]], Any]] = []
 
@@ -99,34 +101,39 @@ def train_together(
                     **end.value,
                     "signal": asked.signal if end.value["status"] == "interrupted" else None,
                 }
-                return None
+            except Exception as error:  # a run that fails does not stop the others
+                errors[directory] = error
+                if len(runs) > 1:
+                    log.error(f"{directory}: {error}", exc_info=not isinstance(error, UserError))
+            return None
 
     with ExitStack() as closing:
         asked = closing.enter_context(stop_requests()) if stop is None else stop
+        waiting = []
         for config, directory in runs:
             others = torch.cuda.memory_allocated(device) - shared if device.type == "cuda" else 0
             run = _run(config, directory, images, PeakMemory(device, others), asked, resume, len(runs), started)
             closing.callback(run.close)
             stream = torch.cuda.Stream(device) if device.type == "cuda" and len(runs) > 1 else None
             # Its first steps alone: warm-up, recording, and memory are then what they are without the others.
-            try:
-                trainer = advance(directory, run, stream)
-            except UserError as error:
-                ended = read_results(directory) if resume and len(runs) > 1 else None
-                if ended is None:
-                    raise
-                log.info(str(error))
-                results[directory] = {**ended, "signal": None}
-                continue
+            trainer = advance(directory, run, stream)
             for _ in range(ALONE_STEPS - 1 if len(runs) > 1 else 0):
                 trainer = trainer and advance(directory, run, stream)
-            if trainer is None:
-                continue
-            if len(runs) > 1:
-                trainer.memory.alone()
-            active.append((directory, run, stream))
+            if trainer is not None:
+                if len(runs) > 1:
+                    trainer.memory.alone()
+                waiting.append((trainer, time.perf_counter()))
+                active.append((directory, run, stream))
+        for trainer, since in waiting:
+            trainer.waited_s += time.perf_counter() - since
         while active:
             active = [entry for entry in active if advance(*entry) is not None]
+    grave = [e for e in errors.values() if not isinstance(e, Ended | InUse)]
+    for error in grave or ([] if results else list(errors.values())):
+        raise error
+    for directory, error in errors.items():
+        log.info(str(error))
+        results[directory] = {**(read_results(directory) or {}), "signal": None}
     return [results[directory] for _, directory in runs]
 
 
@@ -239,6 +246,8 @@ def _plan(
                 progress.update,
             )
             budget = parse_bytes(str(config.gradient.memory))
+            if config.recipe.moving_average:  # the averaged copy comes on top of what is planned
+                budget -= sum(x.nbytes for x in (*network.parameters(), *network.buffers()))
             chosen, measured = planner.fitted(budget)
         plan = planner.describe(chosen, budget, measured)
         write_atomically(path, lambda partial: partial.write_text(json.dumps(plan, indent=2) + "\n"))
@@ -250,15 +259,16 @@ def _plan(
 def _check_can_go_on(directory: Path, config: TrainConfig, state: dict[str, Any] | None, images: ImageData) -> None:
     results, device = read_results(directory), images.train.labels.device
     if results is not None and results["status"] == "diverged":
-        raise UserError(f"{directory}: diverged after {results['steps']} steps, and would again")
+        raise Ended(f"{directory}: diverged after {results['steps']} steps, and would again")
     if state is None:  # stopped before its first checkpoint: from the beginning, then
         return
     steps = state["progress"]["steps"]
     if results is not None and state["epoch_part"] is None and steps >= total_steps(config.recipe, len(images.train)):
         epochs = state["progress"]["epochs"]
-        raise UserError(
-            f"{directory}: has ended after {epochs} epochs; to go on, give recipe.epochs={2 * epochs} or so"
-        )
+        more = f"to go on, give recipe.epochs={2 * epochs} or so"
+        if config.recipe.schedule == "cosine":
+            more = "its schedule ends there, so nothing can be added"
+        raise Ended(f"{directory}: has ended after {epochs} epochs; {more}")
     if state["device_type"] != device.type:
         raise UserError(
             f"{directory}: this run was on {state['device_type']}, here is {device.type}, where the same seed draws "

@@ -153,3 +153,21 @@ def test_statistics_by_time(tableau):
     assert all(norm.running_mean.any(dim=1).all() for norm in norms), "every time was reached"
     # A variance estimated with n or n − 1, and the two half stages of rk4 that share a time, remain.
     assert gaps[0] < (0.05 if tableau == "rk4" else 0.01) and gaps[1] > 3 * gaps[0]
+
+
+def test_statistics_by_time_under_other_steps_are_the_nearest():
+    def network(n_steps):
+        config = composed(["solver=euler", "model=resnet4", "model.statistics=by_time", f"solver.n_steps={n_steps}"])
+        return build_model(config.model, config.solver, config.gradient, 10)
+
+    trained, finer = network(2), network(4)
+    norm = next(m for m in trained.modules() if isinstance(m, TimedBatchNorm))
+    norm.running_mean[1] = 7.0  # t = 1/2
+    finer.load_state_dict(trained.state_dict())
+    found = next(m for m in finer.modules() if isinstance(m, TimedBatchNorm))
+    assert found.running_mean[:, 0].tolist() == [0.0, 0.0, 7.0, 7.0] and found.row_times.tolist() == [
+        0,
+        0.25,
+        0.5,
+        0.75,
+    ]

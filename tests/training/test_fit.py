@@ -6,17 +6,20 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from anode_exp.composition import jobs
+from anode_exp.composition import evaluations, jobs, resumed
 from anode_exp.errors import UserError
+from anode_exp.evaluate import evaluate_run
 from anode_exp.runs import load_run
-from anode_exp.train import train
+from anode_exp.train import train, train_together
 from anode_exp.training import graphed_step as step_module
+from anode_exp.training.records import RunRecord
 
 SMALL = [
     "dataset=fake", "dataset.train_size=40", "dataset.test_size=20", "model=squeezenext", "model.width=0.25",
@@ -259,3 +262,43 @@ def test_momentum_restarts_with_every_epoch(tmp_path):
 def test_smoothed_labels_are_the_loss_trained_on(tmp_path):
     plain, smooth = (run(tmp_path / n, f"recipe.label_smoothing={n}", "recipe.max_steps=1") for n in ("0", "0.5"))
     assert plain["train_loss"] != smooth["train_loss"]
+
+
+def test_averaging_leaves_indices_alone(tmp_path):
+    """Of evolving weights: what is recorded is what the run gives back."""
+    evolving = ["model=resnet4", "model.evolution=reaction_diffusion_advection", "recipe.moving_average=0.9"]
+    (config,) = jobs([*(s for s in SMALL if "width" not in s and "model" not in s), *evolving], multirun=False).configs
+    results = train(config, tmp_path / "run")
+    (row,) = evaluate_run(tmp_path / "run", "last", evaluations(tmp_path / "run", []))
+    last = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert row["test_accuracy"] == results["test_accuracy"]
+    assert row["test_loss"] == pytest.approx(last["test_loss"], rel=1e-5)
+
+
+def test_a_run_that_fails_does_not_stop_the_others(tmp_path):
+    """Of several at once: one in use, one that has ended; and a mistake is raised when the others are through."""
+    configs = [jobs([*SMALL, f"seed={seed}"], multirun=False).configs[0] for seed in range(3)]
+    train(configs[0], tmp_path / "0")
+    with record_of(tmp_path / "1", configs[1]):
+        results = train_together([(c, tmp_path / str(c.seed)) for c in configs], resume=True)
+    assert [r.get("status") for r in results] == ["completed", None, "completed"]
+    with pytest.raises(UserError, match="has ended"):
+        train_together([(configs[0], tmp_path / "0"), (configs[2], tmp_path / "2")], resume=True)
+    with pytest.raises(UserError, match="already holds a run"):
+        train_together([(configs[0], tmp_path / "0"), (configs[1], tmp_path / "new")])
+    assert json.loads((tmp_path / "new" / "results.json").read_text())["status"] == "completed"
+
+
+@contextmanager
+def record_of(directory, config):
+    record = RunRecord(directory, config)
+    try:
+        yield
+    finally:
+        record.close()
+
+
+def test_a_cosine_schedule_ends_where_it_ends(tmp_path):
+    run(tmp_path / "run", "recipe.schedule=cosine")
+    with pytest.raises(UserError, match="train anew"):
+        resumed(tmp_path / "run", ["recipe.epochs=4"])

@@ -87,3 +87,18 @@ def test_the_learning_rate_is_changed_in_place_where_a_recorded_step_reads_it():
     eager = torch.optim.SGD([weight], lr=0.1)
     set_learning_rate(eager, 0.01)
     assert eager.param_groups[0]["lr"] == 0.01
+
+
+def test_whole_batches_are_recorded_even_if_a_smaller_one_comes_second():
+    network = MODELS["squeezenext"](10, make_ode_block(), width=0.25)
+    optimizer = torch.optim.SGD(network.parameters(), lr=torch.tensor(0.1), momentum=0.9)
+    captures = []
+
+    def capture():
+        captures.append(Repeat(network))
+        return captures[-1]
+
+    step = GraphedStep(network, optimizer, autocast_for("fp32", torch.device("cpu")), capture, batch_size=4)
+    for size in (4, 3, 4, 3, 4):
+        step(torch.randn(size, 3, 32, 32), torch.arange(size))
+    assert len(captures) == 1 and captures[0].replays == 2

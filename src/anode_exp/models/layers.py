@@ -61,17 +61,26 @@ class TimedBatchNorm(nn.BatchNorm2d):
         self.num_batches_tracked = None
         self.register_buffer("running_mean", torch.zeros(len(times), channels))
         self.register_buffer("running_var", torch.ones(len(times), channels))
+        self.register_buffer("row_times", torch.tensor(self.times))
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """One set of statistics, of a network that has no more, stands for every time."""
+        """Statistics of other times: each time takes the nearest; the one set of a network with no more serves all."""
+        theirs = state_dict.pop(prefix + "row_times", torch.zeros(1))
+        rows = [min(range(len(theirs)), key=lambda i: abs(float(theirs[i]) - t)) for t in self.times]
         for name in ("running_mean", "running_var"):
             value = state_dict.get(prefix + name)
-            if value is not None and value.ndim == 1:
-                state_dict[prefix + name] = value.expand(len(self.times), -1)
+            if value is not None:
+                state_dict[prefix + name] = value.reshape(len(theirs), -1)[rows]
+        state_dict[prefix + "row_times"] = self.row_times
         super()._load_from_state_dict(state_dict, prefix, *args)
 
+    @property
+    def row(self) -> int:
+        """Which statistics the next call takes."""
+        return min(range(len(self.times)), key=lambda i: abs(self.times[i] - self.t))
+
     def forward(self, y: Tensor) -> Tensor:
-        row = min(range(len(self.times)), key=lambda i: abs(self.times[i] - self.t))
+        row = self.row
         assert self.running_mean is not None and self.running_var is not None and self.momentum is not None
         by_batch = self.training or not self.track_running_stats
         keep = not by_batch or self.track_running_stats

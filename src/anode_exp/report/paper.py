@@ -196,6 +196,7 @@ def cost_rows(groups: list[Group]) -> list[dict[str, str]]:
                 )
                 if nfe
                 else MISSING,
+                "runs at once": ", ".join(dict.fromkeys(str(r.get("runs_at_once", 1)) for r in results)),
                 "device": ", ".join(dict.fromkeys(r["device"] for r in results)),
                 "commit": ", ".join(commits),
             }
@@ -248,7 +249,9 @@ def draw(groups: list[Group], title: str, path: Path) -> None:
         line, marker = STYLES[i % len(STYLES)]
         for axes, key, scale in zip(panels, ("train_loss", "test_accuracy"), (1.0, 100.0), strict=True):
             epochs, *curves = _curves(group, key)
-            if not epochs:
+            if not epochs:  # diverged in its first epoch
+                axes.plot(1, 0.98, "x", markersize=10, markeredgewidth=2.5, color="black", label=group.label,
+                          transform=axes.get_xaxis_transform())  # fmt: skip
                 continue
             mean, low, high = ([scale * v for v in curve] for curve in curves)
             (drawn_line,) = axes.plot(

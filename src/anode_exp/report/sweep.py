@@ -33,7 +33,9 @@ def _number_of(folder: Path) -> int:
 
 
 def runs_of_seeds(directory: Path) -> list[Path]:
-    """The folders of a job that ran several seeds at once, in order; none if it ran one."""
+    """The folders of a job that ran several seeds at once, in order; none if it ran one, or is a sweep's root."""
+    if not (directory / ".hydra" / "overrides.yaml").exists():
+        return []
     return sorted(directory.glob("*_seed-*/"), key=_number_of)
 
 

@@ -27,6 +27,7 @@ class Contestant:
 
     Attributes:
         step: takes the next batch and trains on it.
+        counted: the same without a recorded graph, whose replay would show neither operators nor allocations.
         images: a step.
         epoch_steps: of the data set whole.
         own: tensors held between steps, for the count of live bytes.
@@ -36,6 +37,7 @@ class Contestant:
 
     label: str
     step: Callable[[], object]
+    counted: Callable[[], object]
     images: int
     epoch_steps: int
     own: Callable[[], list[Tensor]]
@@ -107,20 +109,22 @@ def kernels_per_step(contestant: Contestant, device: torch.device) -> int | None
 def _inspect(c: Contestant, device: torch.device) -> tuple[dict[str, Any], int]:
     """A contestant's counts, and how many steps make a turn; after a warm-up, with the optimiser's state there."""
     for _ in range(2):
-        c.step()
+        c.counted()
     gc.collect()
     traffic = Traffic()
     with traffic:
-        c.step()
+        c.counted()
     if device.type == "cuda":
         before = torch.cuda.memory_allocated(device) - sum(x.nbytes for x in c.own())
         torch.cuda.reset_peak_memory_stats(device)
-        c.step()
+        c.counted()
         peak = torch.cuda.max_memory_allocated(device) - before
     else:
         with LiveTensorBytes(c.own()) as live:
-            c.step()
+            c.counted()
         peak = live.peak
+    for _ in range(2):
+        c.step()  # the second of these records, where a graph is recorded
     wait(device)
     started = time.perf_counter()
     c.step()

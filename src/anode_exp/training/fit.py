@@ -16,12 +16,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from anode_exp.config import RecipeConfig, RuntimeConfig
 from anode_exp.data import Augmentation, EpochBatches, ImageData, Normalisation, Split, evaluation_batches
 from anode_exp.models import take_evaluations
 from anode_exp.ode import SolveFailed
+from anode_exp.training.averaging import MovingAverage
 from anode_exp.training.checkpoints import Checkpoints
 from anode_exp.training.graphed_step import restart_momentum, set_learning_rate, training_step
 from anode_exp.training.peak_memory import PeakMemory
@@ -107,6 +107,7 @@ class Trainer:
         status: completed, diverged or interrupted.
         reason: why it diverged, where that is known.
         progress: how far the run is.
+        waited_s: seconds in which it stood still for others, no part of its times.
     """
 
     def __init__(
@@ -132,9 +133,11 @@ class Trainer:
         self.autocast = autocast_for(runtime.precision, self.device)
         self.averaged = None
         if recipe.moving_average:  # a copy, made before anything is compiled
-            average = get_ema_multi_avg_fn(recipe.moving_average)
-            self.averaged = AveragedModel(network, multi_avg_fn=average, use_buffers=True)
-        self.step = training_step(network, optimizer, self.autocast, runtime, self.device, recipe.label_smoothing)
+            self.averaged = MovingAverage(network, recipe.moving_average)
+        self.step = training_step(
+            network, optimizer, self.autocast, runtime, self.device, recipe.batch_size, recipe.label_smoothing
+        )
+        self.waited_s = 0.0
         self.status = "completed"
         self.reason: str | None = None
         self.progress = Progress()
@@ -236,6 +239,9 @@ class Trainer:
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
+    def _clock(self) -> float:
+        return time.perf_counter() - self.waited_s
+
     def _batch_sizes(self, n_steps: int) -> list[int]:
         size, n = self.recipe.batch_size, len(self.images.train)
         return [min(size, n - i * size) for i in range(n_steps)]
@@ -255,7 +261,8 @@ class Trainer:
         if part is not None:
             losses[:taken], correct, earlier = part.losses.to(device), part.correct.to(device), part.train_time_s
         sizes = self._batch_sizes(n_steps)
-        started = time.perf_counter()
+        averaged = [] if self.averaged is None else self.averaged.tensors()
+        started = self._clock()
         end = taken
         source = batches.starting_at(taken)
         with bar(n_steps, f"epoch {number}/{self.recipe.epochs}", taken) as shown:
@@ -263,12 +270,12 @@ class Trainer:
                 end = i + 1
                 progress.steps += 1
                 try:
-                    with self.memory.step(self.network, self.optimizer), self._sync_debug():
+                    with self.memory.step(self.network, self.optimizer, averaged), self._sync_debug():
                         images, labels = next(source)
                         losses[i], right = self.step(images, labels)
                         del images
                         if self.averaged is not None:
-                            self.averaged.update_parameters(self.network)
+                            self.averaged.update(self.network)
                 except SolveFailed as error:
                     self.status, self.reason = "diverged", str(error)
                     break
@@ -276,7 +283,7 @@ class Trainer:
                 if progress.first_step_s is None:
                     if device.type == "cuda":
                         torch.cuda.synchronize(device)
-                    progress.first_step_s = time.perf_counter() - started
+                    progress.first_step_s = self._clock() - started
                 shown.update()
                 if self.stop.signal is not None:
                     self.status = "interrupted"
@@ -290,7 +297,7 @@ class Trainer:
                     shown.set_postfix(
                         loss=f"{float(losses[i]):.3f}",
                         acc=f"{int(correct) / seen:.1%}",
-                        images_per_s=f"{sum(sizes[taken:end]) / (time.perf_counter() - started):.0f}",
+                        images_per_s=f"{sum(sizes[taken:end]) / (self._clock() - started):.0f}",
                     )
                 yield
         if end > taken:
@@ -303,7 +310,7 @@ class Trainer:
             }
             progress.nfe["blocks"] = blocks
         losses = losses[:end].cpu()  # waits for the device, so the time below is that of finished steps
-        done = EpochPart(losses, correct.cpu(), earlier + time.perf_counter() - started)
+        done = EpochPart(losses, correct.cpu(), earlier + self._clock() - started)
         if self.status == "interrupted":
             self._part = done
         return done
@@ -327,7 +334,7 @@ class Trainer:
     def evaluate_split(self, split: Split, name: str) -> tuple[float, float]:
         size = self.recipe.test_batch_size
         batches = evaluation_batches(split, size, self.normalise)
-        network = self.network if self.averaged is None else self.averaged.module
+        network = self.network if self.averaged is None else self.averaged.network
         return evaluate(network, self.autocast, bar(-(-len(split) // size), name, iterable=batches))
 
 

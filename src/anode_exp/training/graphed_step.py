@@ -40,23 +40,27 @@ class Capture(Protocol):
 
 
 class CudaCapture:
-    """``torch.cuda.CUDAGraph``."""
+    """``torch.cuda.CUDAGraph``, recorded on a stream of its own.
+
+    Libraries keep a workspace for every stream: graphs recorded on one stream would share it, and replayed side by side
+    overwrite each other's.
+    """
 
     def __init__(self) -> None:
         self.graph = torch.cuda.CUDAGraph()
+        self.stream = torch.cuda.Stream()
 
     def warm_up(self, work: Callable[[], object]) -> None:
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
             for _ in range(WARM_UP_STEPS):
                 work()
-        torch.cuda.current_stream().wait_stream(stream)
+        torch.cuda.current_stream().wait_stream(self.stream)
         torch.cuda.synchronize()
         torch.cuda.empty_cache()  # what the other stream held is of no use to the recording
 
     def record(self, work: Callable[[], Any]) -> Any:
-        with torch.cuda.graph(self.graph):
+        with torch.cuda.graph(self.graph, stream=self.stream):
             return work()
 
     def replay(self) -> None:
@@ -70,6 +74,10 @@ class GraphedStep:
     would train, so weights, buffers and momentum are put back before the first replay. A batch of another size, such as
     an epoch's last, runs eagerly. The learning rate must be a tensor for a replay to read; ``set_learning_rate`` fills
     it.
+
+    Args:
+        batch_size: of the batches to record; by default that of the second.
+
     Evaluations of f are counted as the recorded step counted them.
     """
 
@@ -80,8 +88,9 @@ class GraphedStep:
         autocast: Callable[[], torch.autocast],
         new_capture: Callable[[], Capture] = CudaCapture,
         label_smoothing: float = 0.0,
+        batch_size: int | None = None,
     ) -> None:
-        self.label_smoothing = label_smoothing
+        self.label_smoothing, self.batch_size = label_smoothing, batch_size
         self.network, self.optimizer, self.autocast, self.new_capture = network, optimizer, autocast, new_capture
         self._capture: Capture | None = None
         self._ran_eagerly = False
@@ -91,7 +100,7 @@ class GraphedStep:
 
     def __call__(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         if self._capture is None:
-            if not self._ran_eagerly:
+            if not self._ran_eagerly or self.batch_size not in (None, len(labels)):
                 self._ran_eagerly = True
                 return self._eager(images, labels)
             self._record(images, labels)
@@ -162,6 +171,7 @@ def training_step(
     autocast: Callable[[], torch.autocast],
     runtime: RuntimeConfig,
     device: torch.device,
+    batch_size: int,
     label_smoothing: float = 0.0,
 ) -> Step:
     """The step that a configuration asks for: captured on CUDA, eager elsewhere and with adaptive steps; f compiled."""
@@ -170,7 +180,7 @@ def training_step(
             block.field.compile()
     if device.type == "cuda" and runtime.cuda_graph:
         if all(isinstance(block.grid, TimeGrid) for block in ode_blocks(network)):
-            return GraphedStep(network, optimizer, autocast, label_smoothing=label_smoothing)
+            return GraphedStep(network, optimizer, autocast, label_smoothing=label_smoothing, batch_size=batch_size)
         log.info("adaptive steps are chosen on the host, so no CUDA graph can capture them: running eagerly")
     return partial(train_step, network, optimizer, autocast, label_smoothing=label_smoothing)
 

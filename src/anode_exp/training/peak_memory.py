@@ -80,13 +80,15 @@ class PeakMemory:
             torch.cuda.reset_peak_memory_stats(device)
 
     @contextmanager
-    def step(self, network: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[None]:
-        """Wraps one training step, batch preparation included."""
+    def step(
+        self, network: nn.Module, optimizer: torch.optim.Optimizer, others: Iterable[Tensor] = ()
+    ) -> Iterator[None]:
+        """Wraps one training step, batch preparation included; ``others`` are tensors there besides."""
         if self.device.type == "cuda" or self._steps >= self.INSTRUMENTED_STEPS:
             yield
             return
         self._steps += 1
-        there: list[Tensor] = [*network.parameters(), *network.buffers()]
+        there: list[Tensor] = [*network.parameters(), *network.buffers(), *others]
         there += [p.grad for p in network.parameters() if p.grad is not None]
         there += [x for state in optimizer.state.values() for x in state.values() if isinstance(x, Tensor)]
         live = LiveTensorBytes(there)

@@ -202,11 +202,15 @@ class RunRecord:
         self._lock.close()
 
 
-def read_metrics(directory: Path) -> list[dict[str, Any]]:
-    """The lines of ``metrics.jsonl``; a last line that a killed process left unfinished is no line."""
-    path = directory / "metrics.jsonl"
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """JSON lines; a last line that a killed process left unfinished is no line."""
     text = path.read_text() if path.exists() else ""
     return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+
+
+def read_metrics(directory: Path) -> list[dict[str, Any]]:
+    """The lines of ``metrics.jsonl``."""
+    return read_lines(directory / "metrics.jsonl")
 
 
 def read_results(directory: Path) -> dict[str, Any] | None:
