@@ -95,7 +95,7 @@ def test_no_plan_that_fits_is_faster():
 @pytest.mark.parametrize("model", MODELS)
 def test_from_nothing_fits_to_everything_kept(model):
     p = by_evaluations(planner(model, n_steps=3, batch=4))
-    least, most = p.least() + RESERVE, p.predict(["full_backprop"] * 4) + RESERVE
+    least, most = p.least() + RESERVE, p.predict(["full_backprop"] * len(p.blocks)) + RESERVE
     with pytest.raises(
         UserError, match=r"does not fit .* MiB with any checkpoint policy; give \d+MiB or more"
     ) as error:

@@ -19,15 +19,22 @@ def _group_norm(channels: int) -> nn.Module:
     return nn.GroupNorm(math.gcd(32, max(1, channels // 8)), channels)
 
 
-def _batch_norm(channels: int) -> nn.Module:
+class BatchNorm(nn.BatchNorm2d):
     """BatchNorm without its count of batches, which only averages without a momentum read: a kernel less a call."""
-    norm = nn.BatchNorm2d(channels)
-    norm.num_batches_tracked = None
-    return norm
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels)
+        self.num_batches_tracked = None
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *args: Any
+    ) -> None:
+        """Without the count that torch would add to a state of unknown version."""
+        super()._load_from_state_dict(state_dict, prefix, {**local_metadata, "version": 2}, *args)
 
 
 NORMS: dict[str, Callable[[int], nn.Module]] = {
-    "batch": _batch_norm,
+    "batch": BatchNorm,
     "group": _group_norm,
     "layer": lambda channels: nn.GroupNorm(1, channels),  # over C, H and W of each image
     "none": lambda channels: nn.Identity(),
@@ -42,7 +49,7 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-class TimedBatchNorm(nn.BatchNorm2d):
+class TimedBatchNorm(BatchNorm):
     """BatchNorm with running statistics for every time at which a solve evaluates f; weight and bias are shared.
 
     Along a solve the activations change. One set of running statistics is a mixture of all times, which no batch ever
@@ -58,12 +65,13 @@ class TimedBatchNorm(nn.BatchNorm2d):
     def __init__(self, channels: int, times: Sequence[float]) -> None:
         super().__init__(channels)
         self.times, self.t = tuple(times), times[0]
-        self.num_batches_tracked = None
         self.register_buffer("running_mean", torch.zeros(len(times), channels))
         self.register_buffer("running_var", torch.ones(len(times), channels))
         self.register_buffer("row_times", torch.tensor(self.times))
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *args: Any
+    ) -> None:
         """Statistics of other times: each time takes the nearest; the one set of a network with no more serves all."""
         theirs = state_dict.pop(prefix + "row_times", torch.zeros(1))
         rows = [min(range(len(theirs)), key=lambda i: abs(float(theirs[i]) - t)) for t in self.times]
@@ -72,7 +80,7 @@ class TimedBatchNorm(nn.BatchNorm2d):
             if value is not None:
                 state_dict[prefix + name] = value.reshape(len(theirs), -1)[rows]
         state_dict[prefix + "row_times"] = self.row_times
-        super()._load_from_state_dict(state_dict, prefix, *args)
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
 
     @property
     def row(self) -> int:
