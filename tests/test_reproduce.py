@@ -74,6 +74,7 @@ def test_runs_that_two_papers_share_are_the_same(tmp_path):
                 "model.evolution",
                 "model.evolution_coupling",
                 "model.evolution_sharing",
+                "recipe.evolution_lr",
             }
             assert set(differing(config, configs[0])) <= changed, "methods differ in nothing else"
 

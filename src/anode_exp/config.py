@@ -36,7 +36,7 @@ NORM_NAMES = ("batch", "group", "layer", "none")
 ACTIVATION_NAMES = ("relu", "leaky_relu", "softplus", "gelu")
 EVOLUTION_NAMES = ("none", "reaction_diffusion_advection")
 COUPLING_NAMES = ("joint", "first")
-SHARING_NAMES = ("layer", "channel")
+SHARING_NAMES = ("layer", "channel", "kernel")
 EVOLUTION_ACTIVATION_NAMES = ("none", "tanh", "relu")
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from anode_exp.ode import TABLEAUX, ExplicitRungeKutta, Theta, TimeGrid, VectorField, integrate
 
 COUPLINGS = ("joint", "first")
-SHARINGS = ("layer", "channel")
+SHARINGS = ("layer", "channel", "kernel")
 EVOLUTION_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor] | None] = {
     "none": None,
     "tanh": torch.tanh,
@@ -23,73 +23,73 @@ EVOLUTION_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor] | None] = {
 class ReactionDiffusionAdvection(nn.Module):
     """∂w/∂t = σ(τ Δw + υ·∇w + ρ w) over the spatial grid of one convolution's kernels, periodic, of spacing 1.
 
-    With σ the identity each Fourier mode ω is multiplied by exp(t (ρ − τ|ω|² + i υ·ω)), so that
+    With σ the identity each Fourier mode ω is multiplied by exp(t (ρ − τ|ω|² + i υ·ω)), exactly so at any t. In the
+    real Hartley basis cas(ω·x) = cos(ω·x) + sin(ω·x), H(ω) = Σ_x w0(x) cas(ω·x), that is
 
-        w(t, x) = Σ_x' G(t, x − x') w0(x'),   G(t, x) = (1/K) Σ_ω exp(t (ρ − τ|ω|²)) cos(ω·(x + t υ)),
+        w(t, x) = (1/K) Σ_ω exp(t (ρ − τ|ω|²)) (cos(t υ·ω) H(ω) − sin(t υ·ω) H(−ω)) cas(ω·x)
 
-    exact at any t, over the K points x of the kernel. Otherwise classic Runge–Kutta steps of σ(Lw), L the same
-    operator. A norm after the convolution takes out the scale of its weights, and so most of what ρ does.
+    over the K points x of the kernel. Otherwise classic Runge–Kutta steps of σ(Lw), L the same operator. A norm after
+    the convolution takes out the scale of an output channel's weights, and so all that a ρ shared by them does.
     All coefficients start at 0, where the weights are constant in time, to the last bit, and where every
     coefficient has a gradient. τ stays non-negative by projection before each use.
 
     Args:
         shape: of the weight, [c_out, c_in, k, …].
-        sharing: ``layer``, one set of coefficients, or ``channel``, one for every output channel.
+        sharing: ``layer``, one set of coefficients; ``channel``, one for every output channel; ``kernel``, one for
+            every pair of an output and an input channel.
         activation: σ, a name in ``EVOLUTION_ACTIVATIONS``.
 
-    Attributes:
-        tau: diffusion, [1 or c_out]; absent for a kernel of one point, which only reacts.
-        upsilon: advection, [axes of more than one point, 1 or c_out], in grid spacings a unit of time; likewise.
-        rho: reaction, [1 or c_out].
+    Attributes, with [sets] = [1, 1], [c_out, 1] or [c_out, c_in]:
+        tau: diffusion, [sets]; absent for a kernel of one point, which only reacts.
+        upsilon: advection, [axes of more than one point, sets], in grid spacings a unit of time; likewise.
+        rho: reaction, [sets].
 
-    Source: ANODEV2 (arXiv 1906.04596).
+    Source: ANODEV2 (arXiv 1906.04596); Hartley basis: Bracewell, J. Opt. Soc. Am. 73 (1983).
     """
 
     def __init__(self, shape: torch.Size, sharing: str = "layer", activation: str = "none") -> None:
         super().__init__()
         self.activation = EVOLUTION_ACTIVATIONS[activation]
-        sets = 1 if sharing == "layer" else shape[0]
+        sets = {"layer": (1, 1), "channel": (shape[0], 1), "kernel": tuple(shape[:2])}[sharing]
         sizes = shape[2:]
         axes = [i for i, k in enumerate(sizes) if k > 1]
         self.rho = nn.Parameter(torch.zeros(sets))
         self.tau = nn.Parameter(torch.zeros(sets)) if axes else None
-        self.upsilon = nn.Parameter(torch.zeros(len(axes), sets)) if axes else None
+        self.upsilon = nn.Parameter(torch.zeros(len(axes), *sets)) if axes else None
         points = torch.tensor(list(product(*(range(k) for k in sizes))), dtype=torch.float64)
         # Frequencies as of a discrete Fourier transform, in radians a grid spacing.
         frequencies = [torch.fft.fftfreq(k, dtype=torch.float64).tolist() for k in sizes]
         modes = torch.tensor(list(product(*frequencies)), dtype=torch.float64)
         omega = 2 * math.pi * modes
-        lag = (points[:, None] - points[None, :]) % torch.tensor(sizes, dtype=torch.float64)
-        strides = torch.tensor([math.prod(sizes[i + 1 :]) for i in range(len(sizes))], dtype=torch.float64)
-        # No state: what they hold follows from the kernel's shape.
-        self.register_buffer("squared", omega.square().sum(1).float(), persistent=False)  # [ω]
+        phase = omega @ points.T  # [ω, x]
         # The highest frequency of an even size is its own conjugate, and has no derivative of odd order.
-        turning = torch.where(modes == -0.5, 0.0, omega)[:, axes]
-        self.register_buffer("turning", turning.T.float(), persistent=False)  # [axes, ω]
-        self.register_buffer("phase", (points @ omega.T).float(), persistent=False)  # [x, ω]
-        self.register_buffer("lag", (lag @ strides).long(), persistent=False)  # [x, x'] → index of x − x'
+        turning = torch.where(modes == -0.5, 0.0, omega)[:, axes].T
+        # No state: what they hold follows from the kernel's shape.
+        self.register_buffer("squared", omega.square().sum(1)[:, None].float(), persistent=False)  # [ω, 1]
+        self.register_buffer("turning", turning[:, None, :, None].float(), persistent=False)  # [axes, 1, ω, 1]
+        self.register_buffer("cas", (phase.cos() + phase.sin()).float(), persistent=False)  # [ω, x]
+        self.register_buffer("reflected", (phase.cos() - phase.sin()).float(), persistent=False)  # of −ω
         self.squared: Tensor
         self.turning: Tensor
-        self.phase: Tensor
-        self.lag: Tensor
+        self.cas: Tensor
+        self.reflected: Tensor
         self._field = VectorField(self)
 
     def _symbol(self) -> tuple[Tensor, Tensor]:
-        """Growth ρ − τ|ω|² and turn υ·ω of every mode, each [sets, ω]."""
+        """Growth ρ − τ|ω|² and turn υ·ω of every mode, each [c_out or 1, ω, c_in or 1]."""
+        growth = self.rho[:, None]
         if self.tau is None or self.upsilon is None:
-            growth = self.rho[:, None]
             return growth, torch.zeros_like(growth)
-        return self.rho[:, None] - self.tau[:, None] * self.squared, self.upsilon.T @ self.turning
+        return growth - self.tau[:, None] * self.squared, (self.upsilon[:, :, None] * self.turning).sum(0)
 
-    def _convolve(self, kernel: Tensor, w: Tensor) -> Tensor:
-        """Convolve a kernel [..., sets, K] with weights [c_out, K, c_in] → [..., c_out, K, c_in]."""
-        return kernel[..., self.lag] @ w
+    def _multiply(self, real: Tensor, imaginary: Tensor, w: Tensor) -> Tensor:
+        """Multiply each mode of weights [c_out, K, c_in] by a complex factor [..., c_out or 1, ω, c_in or 1]."""
+        modes = real * (self.cas @ w) - imaginary * (self.reflected @ w)
+        return self.cas.T @ modes / len(self.cas)
 
     def forward(self, t: float, w: Tensor) -> Tensor:
         """∂w/∂t of weights [c_out, K, c_in]."""
-        growth, turn = self._symbol()
-        modes = growth[:, None] * self.phase.cos() - turn[:, None] * self.phase.sin()  # [sets, x, ω]
-        rate = self._convolve(modes.mean(-1), w)
+        rate = self._multiply(*self._symbol(), w)
         return rate if self.activation is None else self.activation(rate)
 
     def evolve(self, w0: Tensor, start: float, step: float, count: int, n_steps: int) -> Tensor:
@@ -103,12 +103,11 @@ class ReactionDiffusionAdvection(nn.Module):
                 self.tau.clamp_(min=0.0)
         flat = w0.flatten(2).transpose(1, 2)  # [c_out, K, c_in]: a view in channels-last layout
         if self.activation is None:
-            t = (torch.arange(count, device=w0.device, dtype=w0.dtype) * step + start)[:, None, None]
+            t = (torch.arange(count, device=w0.device, dtype=w0.dtype) * step + start)[:, None, None, None]
             growth, turn = self._symbol()
-            # Less what G is at t = 0, with the same operations: constant weights are then w0 itself.
-            angle = self.phase + (t * turn)[..., None, :]  # [t, sets, x, ω]
-            change = ((t * growth).exp()[..., None, :] * angle.cos() - self.phase.cos()).mean(-1)
-            evolved = flat + self._convolve(change, flat)
+            factor, angle = (t * growth).exp(), t * turn
+            # What is added to w0, so that constant weights are w0 itself.
+            evolved = flat + self._multiply(factor * angle.cos() - 1, factor * angle.sin(), flat)
         else:
             states, w, before = [], flat, 0.0
             for at in (start + n * step for n in range(count)):
