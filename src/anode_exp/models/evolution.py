@@ -67,12 +67,13 @@ class ReactionDiffusionAdvection(nn.Module):
         # No state: what they hold follows from the kernel's shape.
         self.register_buffer("squared", omega.square().sum(1)[:, None].float(), persistent=False)  # [ω, 1]
         self.register_buffer("turning", turning[:, None, :, None].float(), persistent=False)  # [axes, 1, ω, 1]
-        self.register_buffer("cas", (phase.cos() + phase.sin()).float(), persistent=False)  # [ω, x]
-        self.register_buffer("reflected", (phase.cos() - phase.sin()).float(), persistent=False)  # of −ω
+        cas, reflected = phase.cos() + phase.sin(), phase.cos() - phase.sin()  # of ω and −ω
+        self.register_buffer("analysis", torch.cat([cas, reflected]).float(), persistent=False)  # [2 ω, x]
+        self.register_buffer("synthesis", (cas.T / len(cas)).float(), persistent=False)  # [x, ω]
         self.squared: Tensor
         self.turning: Tensor
-        self.cas: Tensor
-        self.reflected: Tensor
+        self.analysis: Tensor
+        self.synthesis: Tensor
         self._field = VectorField(self)
 
     def _symbol(self) -> tuple[Tensor, Tensor]:
@@ -84,8 +85,8 @@ class ReactionDiffusionAdvection(nn.Module):
 
     def _multiply(self, real: Tensor, imaginary: Tensor, w: Tensor) -> Tensor:
         """Multiply each mode of weights [c_out, K, c_in] by a complex factor [..., c_out or 1, ω, c_in or 1]."""
-        modes = real * (self.cas @ w) - imaginary * (self.reflected @ w)
-        return self.cas.T @ modes / len(self.cas)
+        modes, reflected = (self.analysis @ w).chunk(2, dim=-2)
+        return self.synthesis @ (real * modes - imaginary * reflected)
 
     def forward(self, t: float, w: Tensor) -> Tensor:
         """∂w/∂t of weights [c_out, K, c_in]."""
@@ -103,11 +104,14 @@ class ReactionDiffusionAdvection(nn.Module):
                 self.tau.clamp_(min=0.0)
         flat = w0.flatten(2).transpose(1, 2)  # [c_out, K, c_in]: a view in channels-last layout
         if self.activation is None:
+            # What is added to w0, so that constant weights are w0 itself.
             t = (torch.arange(count, device=w0.device, dtype=w0.dtype) * step + start)[:, None, None, None]
             growth, turn = self._symbol()
-            factor, angle = (t * growth).exp(), t * turn
-            # What is added to w0, so that constant weights are w0 itself.
-            evolved = flat + self._multiply(factor * angle.cos() - 1, factor * angle.sin(), flat)
+            if self.tau is None:  # one mode
+                evolved = flat + (t * growth).expm1() * flat
+            else:
+                factor, angle = (t * growth).exp(), t * turn
+                evolved = flat + self._multiply(factor * angle.cos() - 1, factor * angle.sin(), flat)
         else:
             states, w, before = [], flat, 0.0
             for at in (start + n * step for n in range(count)):
