@@ -238,6 +238,16 @@ def test_a_folder_in_use_is_refused(tmp_path, multirun):
         jobs([f"{key}={tmp_path}"], multirun)
 
 
+def test_a_folder_of_a_start_that_failed_is_taken_again(tmp_path):
+    for name in ("train.log", ".hydra/config.yaml", "0_seed-0/train.log"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    assert jobs([f"hydra.run.dir={tmp_path}", "seeds=2"], multirun=False).directory == tmp_path
+    (tmp_path / "0_seed-0" / "config.yaml").touch()
+    with pytest.raises(UserError, match="nothing is overwritten"):
+        jobs([f"hydra.run.dir={tmp_path}", "seeds=2"], multirun=False)
+
+
 def test_names_of_jobs_need_no_quoting():
     assert path_safe("model-resnet18_solver.n_steps-4") == "model-resnet18_solver.n_steps-4"
     assert path_safe("a=[1, 'b']/$c d") == "a--1---b----c-d"

@@ -95,7 +95,8 @@ def jobs(overrides: list[str], multirun: bool) -> Jobs:
     key = "hydra.sweep.dir" if multirun else "hydra.run.dir"
     directory = Path(OmegaConf.select(composed[0], key))
     # What a start that failed leaves behind, such as one without its data, may be started over.
-    if directory.is_dir() and {entry.name for entry in directory.iterdir()} - {".hydra", "train.log"}:
+    files = (f.relative_to(directory) for f in directory.rglob("*") if f.is_file())
+    if any(f.name != "train.log" and ".hydra" not in f.parts for f in files):
         raise UserError(f"{key}={directory}: already holds files; nothing is overwritten, choose another folder")
     return Jobs(
         configs=[_typed(config) for config in composed],

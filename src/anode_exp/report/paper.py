@@ -23,7 +23,7 @@ from tabulate import tabulate
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-STYLES = (("-", "o"), ("--", "s"), (":", "^"), ("-.", "v"), ((0, (6, 1, 1, 1, 1, 1)), "D"))
+STYLES = (("-", "o"), ("--", "s"), (":", "^"), ("-.", "v"), ((0, (6, 1, 1, 1, 1, 1)), "D"), ((0, (3, 1)), "P"))
 """Line and marker of each method: curves are told apart without colour."""
 
 MISSING = "–"
