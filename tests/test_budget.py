@@ -12,17 +12,19 @@ from anode_exp.composition import jobs
 from anode_exp.config import parse_bytes
 from anode_exp.errors import UserError
 from anode_exp.gradient import DtoCheckpoint
-from anode_exp.models import MODELS, ode_blocks, take_evaluations
+from anode_exp.models import MODELS, Evolution, ode_blocks, take_evaluations
 from anode_exp.runs import load_run
 from anode_exp.train import train
 from anode_exp.training.train_step import autocast_for
 
 
-def planner(model="squeezenext", n_steps=4, batch=6, precision="fp32", **settings) -> Planner:
+def planner(model="squeezenext", n_steps=4, batch=6, precision="fp32", evolves=False, **settings) -> Planner:
     torch.manual_seed(0)
     if model == "squeezenext":
         settings.setdefault("width", 0.5)
     network = MODELS[model](10, make_ode_block(DtoCheckpoint(), "rk2", n_steps), **settings)
+    for block in ode_blocks(network):
+        block.evolution = Evolution(block.f, sharing="kernel") if evolves else None
     images, labels = torch.randn(batch, 3, 32, 32), torch.arange(batch) % 10
 
     def optimizer(n):
@@ -45,6 +47,7 @@ def by_evaluations(p: Planner) -> Planner:
         {"blocks_per_stage": 2, "n_steps": 2},
         {"norm": "group", "activation": "gelu", "n_steps": 1},
         {"model": "resnet18", "n_steps": 2, "batch": 3},
+        {"evolves": True, "n_steps": 2},
     ],
     ids=str,
 )
