@@ -37,7 +37,7 @@ ACTIVATION_NAMES = ("relu", "leaky_relu", "softplus", "gelu")
 EVOLUTION_NAMES = ("none", "reaction_diffusion_advection")
 COUPLING_NAMES = ("joint", "first")
 SHARING_NAMES = ("layer", "channel", "kernel")
-EVOLUTION_ACTIVATION_NAMES = ("none", "tanh", "relu")
+EVOLUTION_ACTIVATION_NAMES = ("none", "tanh")
 
 
 @dataclass(kw_only=True)

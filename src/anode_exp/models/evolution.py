@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from itertools import product
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from anode_exp.ode import TABLEAUX, ExplicitRungeKutta, Theta, TimeGrid, VectorField, integrate
 
@@ -16,8 +18,42 @@ SHARINGS = ("layer", "channel", "kernel")
 EVOLUTION_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor] | None] = {
     "none": None,
     "tanh": torch.tanh,
-    "relu": torch.relu,
 }
+
+
+class _Flow(torch.autograd.Function):
+    """Weights at several times from growth and turn of every mode, w + synthesis ((z − 1) ⊙ analysis w), z = e^{t s}.
+
+    It keeps its arguments alone. What autograd would keep of it in every block, from the forward to the backward pass,
+    is up to 16 times the weights.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, t: Tensor, growth: Tensor, turn: Tensor, w: Tensor, *bases: Tensor) -> Tensor:
+        ctx.save_for_backward(t, growth, turn, w, *bases)
+        analysis, synthesis = bases
+        modes, reflected = (analysis @ w).chunk(2, dim=-2)
+        factor, angle = (t * growth).exp_(), t * turn
+        change = (factor * angle.cos()).sub_(1).mul(modes) - (factor * angle.sin_()).mul(reflected)
+        # What is added to w, so that constant weights are w itself.
+        return w + synthesis @ change
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        t, growth, turn, w, analysis, synthesis = ctx.saved_tensors
+        modes, reflected = (analysis @ w).chunk(2, dim=-2)
+        factor, angle = (t * growth).exp_(), t * turn
+        cosine, sine = factor * angle.cos(), factor * angle.sin_()
+        of_change = synthesis.T @ gradient
+        of_modes = torch.cat([(of_change * (cosine - 1)).sum(0), (of_change * sine).sum(0).neg_()], dim=-2)
+        of_w = (analysis.T @ of_modes).add_(gradient.sum(0))
+        shape = (len(t), *growth.shape)
+        along = (of_change * modes).sum_to_size(shape).mul_(t)
+        across = of_change.mul_(reflected).sum_to_size(shape).mul_(t)
+        of_growth = (along * cosine - across * sine).sum(0)
+        of_turn = (along * sine + across * cosine).sum(0).neg_()
+        return None, of_growth, of_turn, of_w, None, None
 
 
 class ReactionDiffusionAdvection(nn.Module):
@@ -83,14 +119,11 @@ class ReactionDiffusionAdvection(nn.Module):
             return growth, torch.zeros_like(growth)
         return growth - self.tau[:, None] * self.squared, (self.upsilon[:, :, None] * self.turning).sum(0)
 
-    def _multiply(self, real: Tensor, imaginary: Tensor, w: Tensor) -> Tensor:
-        """Multiply each mode of weights [c_out, K, c_in] by a complex factor [..., c_out or 1, ω, c_in or 1]."""
-        modes, reflected = (self.analysis @ w).chunk(2, dim=-2)
-        return self.synthesis @ (real * modes - imaginary * reflected)
-
     def forward(self, t: float, w: Tensor) -> Tensor:
         """∂w/∂t of weights [c_out, K, c_in]."""
-        rate = self._multiply(*self._symbol(), w)
+        growth, turn = self._symbol()
+        modes, reflected = (self.analysis @ w).chunk(2, dim=-2)
+        rate = self.synthesis @ (growth * modes - turn * reflected)
         return rate if self.activation is None else self.activation(rate)
 
     def evolve(self, w0: Tensor, start: float, step: float, count: int, n_steps: int) -> Tensor:
@@ -104,14 +137,12 @@ class ReactionDiffusionAdvection(nn.Module):
                 self.tau.clamp_(min=0.0)
         flat = w0.flatten(2).transpose(1, 2)  # [c_out, K, c_in]: a view in channels-last layout
         if self.activation is None:
-            # What is added to w0, so that constant weights are w0 itself.
             t = (torch.arange(count, device=w0.device, dtype=w0.dtype) * step + start)[:, None, None, None]
             growth, turn = self._symbol()
             if self.tau is None:  # one mode
                 evolved = flat + (t * growth).expm1() * flat
             else:
-                factor, angle = (t * growth).exp(), t * turn
-                evolved = flat + self._multiply(factor * angle.cos() - 1, factor * angle.sin(), flat)
+                evolved = _Flow.apply(t, growth, turn, flat, self.analysis, self.synthesis)
         else:
             states, w, before = [], flat, 0.0
             for at in (start + n * step for n in range(count)):
