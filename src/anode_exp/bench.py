@@ -58,8 +58,7 @@ def run_bench(entries: list[tuple[str, TrainConfig, str | None]], rounds: int) -
     """
     device = build_device(entries[0][1].runtime)
     # One process, one setting of the global flags: that of the first entry.
-    precision = entries[0][1].runtime.precision
-    set_float32_precision(precision)
+    set_float32_precision(entries[0][1].runtime.precision)
     images: dict[str, ImageData] = {}
     contestants = []
     for label, config, baseline in entries:
@@ -67,16 +66,16 @@ def run_bench(entries: list[tuple[str, TrainConfig, str | None]], rounds: int) -
         if key not in images:
             images[key] = build_data(config.dataset, device)
         contestants.append(_contestant(label, config, baseline, images[key], device))
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     with bar(len(contestants) * (1 + rounds), "bench") as progress:
-        rows, limits = measure(contestants, device, dtype, rounds, progress.update)
+        rows, bandwidth, rates = measure(contestants, device, rounds, progress.update)
     directory = Path("outputs") / f"{datetime.now():%Y-%m-%d/%H-%M-%S-%f}-bench"
     directory.mkdir(parents=True)
+    limits = {"copy_bytes_per_s": bandwidth, "matrix_flops_per_s": {str(d)[6:]: rate for d, rate in rates.items()}}
     facts = {"device": device_name(device), "limits": limits, "versions": versions(), "commit": commit()}
     (directory / "bench.json").write_text(json.dumps({**facts, "rounds": rounds, "rows": rows}, indent=2) + "\n")
+    products = ", ".join(f"{rate / 1e12:,.3f} TFLOP/s in {str(d)[6:]}" for d, rate in rates.items())
     text = (
-        f"{device_name(device)}: copies {limits['copy_bytes_per_s'] / 1e9:,.1f} GB/s, matrix products "
-        f"{limits['matrix_flops_per_s'] / 1e12:,.3f} TFLOP/s\n\n{bench_table(rows)}"
+        f"{device_name(device)}: copies {bandwidth / 1e9:,.1f} GB/s, matrix products {products}\n\n{bench_table(rows)}"
     )
     (directory / "table.txt").write_text(text + "\n")
     print(f"{text}\n\n{directory}")
@@ -108,7 +107,8 @@ def _contestant(
         return [x for _, _, tensors in networks for x in tensors()]
 
     epoch_steps = -(-len(images.train) // size)
-    return Contestant(label, step, eagerly, config.seeds * size, epoch_steps, own, alone=baseline == "dataloader")
+    dtype = torch.bfloat16 if config.runtime.precision == "bf16" else torch.float32
+    return Contestant(label, step, eagerly, config.seeds * size, epoch_steps, own, dtype, baseline == "dataloader")
 
 
 def _network(

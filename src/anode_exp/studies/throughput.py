@@ -5,8 +5,9 @@ from __future__ import annotations
 import gc
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,6 +32,7 @@ class Contestant:
         images: a step.
         epoch_steps: of the data set whole.
         own: tensors held between steps, for the count of live bytes.
+        dtype: of its matrix products.
         alone: timed after all others, a step after the other: its worker processes would slow those, and fetch ahead
             while they run.
     """
@@ -41,6 +43,7 @@ class Contestant:
     images: int
     epoch_steps: int
     own: Callable[[], list[Tensor]]
+    dtype: torch.dtype = torch.float32
     alone: bool = False
 
 
@@ -82,17 +85,15 @@ def _best_seconds(run: Callable[[], object], device: torch.device, repeats: int 
     return best
 
 
-def device_limits(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
+def device_limits(device: torch.device, dtypes: Iterable[torch.dtype]) -> tuple[float, dict[torch.dtype, float]]:
     """Bytes a second of a copy (read and written), and floating-point operations a second of a matrix product."""
     on_cuda = device.type == "cuda"
     source = torch.zeros(2**30 if on_cuda else 2**28, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     n = 8192 if on_cuda else 1024
-    a = torch.randn(n, n, device=device).to(dtype)
-    return {
-        "copy_bytes_per_s": 2 * source.nbytes / _best_seconds(lambda: target.copy_(source), device),
-        "matrix_flops_per_s": 2 * n**3 / _best_seconds(lambda: a @ a, device),
-    }
+    a = torch.randn(n, n, device=device)
+    copies = 2 * source.nbytes / _best_seconds(lambda: target.copy_(source), device)
+    return copies, {d: 2 * n**3 / _best_seconds(partial(torch.mm, a.to(d), a.to(d)), device) for d in dtypes}
 
 
 def kernels_per_step(contestant: Contestant, device: torch.device) -> int | None:
@@ -142,16 +143,16 @@ def _inspect(c: Contestant, device: torch.device) -> tuple[dict[str, Any], int]:
 
 
 def measure(
-    contestants: list[Contestant], device: torch.device, dtype: torch.dtype, rounds: int, tick: Callable[[], object]
-) -> tuple[list[dict[str, Any]], dict[str, float]]:
-    """A row for each contestant, and the device's limits.
+    contestants: list[Contestant], device: torch.device, rounds: int, tick: Callable[[], object]
+) -> tuple[list[dict[str, Any]], float, dict[torch.dtype, float]]:
+    """A row for each contestant, and the device's limits: bytes a second, operations a second by precision.
 
     Contestants take turns, ``rounds`` of them; ``ratio`` is the median over turns of their time over the first one's
     (the ratio of medians for those timed alone).
     ``floor_s`` is the larger of bytes over copy bandwidth and operations over matrix rate, and ``of_floor`` its share
     of the measured step.
     """
-    limits = device_limits(device, dtype)
+    bandwidth, rates = device_limits(device, dict.fromkeys(c.dtype for c in contestants))
     rows: dict[str, dict[str, Any]] = {}
     seconds: dict[str, list[float]] = {c.label: [] for c in contestants}
     together = [c for c in contestants if not c.alone]
@@ -174,9 +175,7 @@ def measure(
         row, mine = rows[c.label], seconds[c.label]
         quartiles = statistics.quantiles(mine, n=4) if len(mine) > 1 else [mine[0]] * 3
         median = statistics.median(mine)
-        floor = max(
-            row["bytes_per_step"] / limits["copy_bytes_per_s"], row["flops_per_step"] / limits["matrix_flops_per_s"]
-        )
+        floor = max(row["bytes_per_step"] / bandwidth, row["flops_per_step"] / rates[c.dtype])
         row |= {
             "step_s": median,
             "step_s_quartiles": [quartiles[0], quartiles[2]],
@@ -185,9 +184,9 @@ def measure(
             else statistics.median(a / b for a, b in zip(mine, first, strict=True)),
             "images_per_s": c.images / median,
             "epoch_s": c.epoch_steps * median,
-            "bandwidth_share": row["bytes_per_step"] / median / limits["copy_bytes_per_s"],
-            "matrix_share": row["flops_per_step"] / median / limits["matrix_flops_per_s"],
+            "bandwidth_share": row["bytes_per_step"] / median / bandwidth,
+            "matrix_share": row["flops_per_step"] / median / rates[c.dtype],
             "floor_s": floor,
             "of_floor": floor / median,
         }
-    return [rows[c.label] for c in contestants], limits
+    return [rows[c.label] for c in contestants], bandwidth, rates
