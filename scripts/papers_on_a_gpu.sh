@@ -9,11 +9,25 @@
 #   bash scripts/papers_on_a_gpu.sh [FOLDER]      runs go to FOLDER/anode and FOLDER/anodev2 (outputs)
 set -euo pipefail
 out=${1:-outputs}
-run() { "${PYTHON:-.venv/bin/python}" -m anode_exp "$@"; }
+failed=0
+run() {  # what fails does not stop the rest; what is interrupted does
+  local code=0
+  "${PYTHON:-.venv/bin/python}" -m anode_exp "$@" || code=$?
+  if [ $code -ge 128 ]; then exit $code; fi
+  if [ $code -ne 0 ]; then failed=$code; fi
+}
 fixed=residual,anode,reverse_adjoint
 run reproduce anode "directory=$out" figure=table_resnet4,table_resnet10,fig3_rk2,fig3_euler "method=$fixed" seeds=5
 run reproduce anodev2 "directory=$out" figure=table_resnet4,table_resnet10 seeds=5
-run train -m recipe=modern solver=rk2 model=squeezenext,resnet10,resnet4 seeds=5 "hydra.sweep.dir=$out/modern"
+for model in squeezenext resnet10 resnet4; do
+  place=$out/modern/$model
+  if [ "$(grep -ls '"status": "completed"' "$place"/*/results.json | wc -l)" = 5 ]; then continue; fi
+  if [ -e "$place/0_seed-0/config.yaml" ]; then
+    run train "resume=$place"
+  else
+    run train recipe=modern solver=rk2 "model=$model" seeds=5 "hydra.run.dir=$place"
+  fi
+done
 run reproduce anode "directory=$out" figure=table_alexnet,fig4,fig5 "method=$fixed" seeds=3
 run reproduce anodev2 "directory=$out" figure=table_alexnet,squeezenext,resnet18 seeds=3
 run reproduce anode "directory=$out" method=reverse_adjoint_rk45 seeds=1
@@ -21,3 +35,4 @@ run reproduce anode "directory=$out" figure=fig1_fig7
 for paper in anode anodev2; do
   run report "$paper" "directory=$out" "to=docs/results/$paper"
 done
+exit $failed

@@ -19,7 +19,7 @@ MAY_IMPORT = {
     "training.progress": set(),
     "config": {"errors"},
     "errors": set(),
-    "report": {"config", "errors"},
+    "report": {"config", "errors", "reproduction"},
     "studies": {"models", "ode", "training"},
     "bench": {"build", "config", "data", "models", "ode", "studies", "training"},
     "budget": {"errors", "gradient", "models", "ode", "training"},

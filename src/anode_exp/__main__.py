@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 from collections.abc import Callable
 from contextlib import redirect_stdout, suppress
@@ -180,7 +181,7 @@ def run_report(arguments: list[str]) -> None:
     expected = cells(paper, [f"{k}={taken[k]}" for k in ("length", "seeds") if k in taken])
     places = directories(paper, length, Path(taken.get("directory") or "outputs"))
 
-    from anode_exp.report.paper import copy_records, read_records, write_report
+    from anode_exp.report.paper import COPIES, copy_records, read_records, write_report
 
     records = [r for r in read_records(*places) if r.cell["length"] == length]
     if not records:
@@ -189,13 +190,19 @@ def run_report(arguments: list[str]) -> None:
             f"{paper} length={length}"
         )
     target = Path(taken.get("to") or places[0] / "report")
-    commands = {(c.shown_in, c.method, c.seed): c.command for c in expected if c.method is not None}
+    given = shlex.join(f"{k}={taken[k]}" for k in ("length", "directory") if k in taken)
+    commands = {
+        (c.shown_in, c.method, c.seed): f"python -m anode_exp reproduce {paper} figure={c.shown_in} method={c.method} "
+        f"'seeds=[{c.seed}]' {given}".rstrip()
+        for c in expected
+        if c.method is not None
+    }
     epochs = "every experiment's whole recipe"
     if length != "paper":
         epochs = f"{composed([f'length={length}']).recipe.epochs} epochs"
     page = write_report(specification(paper), length, epochs, records, commands, target)
     if "to" in taken:
-        copy_records(records, target / "records")
+        copy_records(records, target / COPIES)
     print((target / "README.md").read_text())
     print(page)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Callable, Iterable
 from itertools import islice
@@ -21,6 +20,7 @@ from anode_exp.models import TimedBatchNorm, take_evaluations
 from anode_exp.ode import SolveFailed
 from anode_exp.runs import load_run
 from anode_exp.training.progress import bar
+from anode_exp.training.records import append_line
 from anode_exp.training.train_step import autocast_for, evaluate, set_float32_precision
 
 
@@ -81,8 +81,7 @@ def evaluate_run(
                 "test_accuracy": accuracy,
             }
         )
-        with (directory / "evaluations.jsonl").open("a") as file:
-            file.write(json.dumps(rows[-1]) + "\n")
+        append_line(directory / "evaluations.jsonl", rows[-1])
     return rows
 
 

@@ -14,16 +14,14 @@ from anode_exp.composition import differing, evaluations, study
 from anode_exp.config import read_config, typed
 from anode_exp.errors import InUse, UserError
 from anode_exp.evaluate import evaluate_run, table
-from anode_exp.reproduction import Cell
+from anode_exp.reproduction import CALIBRATION_BATCHES, Cell, is_calibrated
 from anode_exp.study import run_study
 from anode_exp.train import train_together
 from anode_exp.training.fit import StopRequest, stop_requests
 from anode_exp.training.progress import bar
-from anode_exp.training.records import read_lines, read_metrics, read_results
+from anode_exp.training.records import read_lines, read_metrics, read_results, write_atomically
 
 log = logging.getLogger(__name__)
-
-CALIBRATION_BATCHES = 50
 
 
 def is_done(cell: Cell) -> bool:
@@ -33,7 +31,7 @@ def is_done(cell: Cell) -> bool:
         UserError: if its folder holds a run of other settings.
     """
     if cell.config is None:
-        return (cell.directory / "table.txt").exists()
+        return (cell.directory / "cell.json").exists()  # written last
     if not (cell.directory / "config.yaml").exists():
         return False
     other = differing(typed(read_config(cell.directory)), cell.config)
@@ -46,20 +44,14 @@ def is_done(cell: Cell) -> bool:
 
 
 def lacks_calibration(cell: Cell) -> bool:
-    """Whether a completed run of an ODE network is still to be evaluated with BatchNorm statistics by time.
-
-    Training does not depend on running statistics, so the same weights serve: this is what a run with
-    ``model.statistics=by_time`` would have reached.
-    """
+    """Whether a completed run of an ODE network is still to be evaluated with BatchNorm statistics by time."""
     config, results = cell.config, read_results(cell.directory)
     if config is None or results is None or results["status"] != "completed":
         return False
     if config.model.block != "ode" or config.model.field_norm != "batch" or config.model.statistics != "forward":
         return False
     rows = read_lines(cell.directory / "evaluations.jsonl")
-    return not config.solver.adaptive and not any(
-        row["checkpoint"] == "last" and row.get("statistics", "").startswith("by_time") for row in rows
-    )
+    return not config.solver.adaptive and not any(is_calibrated(row, config, results["epochs"]) for row in rows)
 
 
 def reproduce(cells: list[Cell], tick: Callable[[], object] | None = None) -> int:
@@ -69,11 +61,12 @@ def reproduce(cells: list[Cell], tick: Callable[[], object] | None = None) -> in
     failed one does not stop the others.
 
     Returns:
-        The exit code: 0, 1 where a run failed, 128 and the signal that interrupted.
+        The exit code: 0, 2 where runs failed by a mistake to mend alone, else 1, 128 and the signal that interrupted.
     """
+    cells = list({cell.directory: cell for cell in cells}.values())  # figures may share some
     todo = [cell for cell in cells if not is_done(cell) or lacks_calibration(cell)]
     print(f"{len(cells) - len(todo)} of {len(cells)} runs are recorded, {len(todo)} to go")
-    failed: list[str] = []
+    failed: list[tuple[str, bool]] = []  # and whether the user can mend it
     groups = _together(todo)
     done_epochs = sum(_epochs(cell) for cell in cells)
     epochs = sum(c.config.recipe.epochs for c in cells if c.config is not None)
@@ -90,9 +83,9 @@ def reproduce(cells: list[Cell], tick: Callable[[], object] | None = None) -> in
             _run(group, failed, progress.update, stop)
             if stop.signal is not None:
                 return 128 + stop.signal
-    for line in failed:
+    for line, _ in failed:
         print(line, file=sys.stderr)
-    return 1 if failed else 0
+    return 0 if not failed else 2 if all(mistake for _, mistake in failed) else 1
 
 
 def _together(cells: list[Cell]) -> list[list[Cell]]:
@@ -108,16 +101,16 @@ def _epochs(cell: Cell) -> int:
     return len(read_metrics(cell.directory)) if cell.config is not None else 0
 
 
-def _run(group: list[Cell], failed: list[str], tick: Callable[[], object], stop: StopRequest) -> None:
+def _run(group: list[Cell], failed: list[tuple[str, bool]], tick: Callable[[], object], stop: StopRequest) -> None:
     """Train the cells of a group, or do the study; what fails is told and noted."""
     try:
         for cell in group:
             if cell.study is not None:
                 run_study(*study(cell.study, cell.settings), cell.directory)
-                (cell.directory / "cell.json").write_text(cell.describe())
+                _place(cell)
                 return
             cell.directory.mkdir(parents=True, exist_ok=True)
-            (cell.directory / "cell.json").write_text(cell.describe())
+            _place(cell)
         runs = [(cell.config, cell.directory) for cell in group if cell.config is not None and not is_done(cell)]
         try:
             if runs:
@@ -125,18 +118,24 @@ def _run(group: list[Cell], failed: list[str], tick: Callable[[], object], stop:
         finally:  # also of those that went well beside one that failed
             for cell in group:
                 if lacks_calibration(cell):
-                    configs = evaluations(cell.directory, ["model.statistics=by_time"])
+                    # A compiled f knows no time.
+                    configs = evaluations(cell.directory, ["model.statistics=by_time", "runtime.compile=false"])
                     print(table(evaluate_run(cell.directory, "last", configs, calibrate=CALIBRATION_BATCHES)))
         return
     except InUse as error:
         print(error)
         return
     except UserError as error:
-        failed.append(str(error))
+        failed.append((str(error), True))
     except Exception as error:
         traceback.print_exc()
-        failed.append(f"{group[0].name}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
-    log.error(failed[-1])
+        reason = str(error).splitlines()[0] if str(error) else ""
+        failed.append((f"{group[0].name}: {type(error).__name__}: {reason}", False))
+    log.error(failed[-1][0])
+
+
+def _place(cell: Cell) -> None:
+    write_atomically(cell.directory / "cell.json", lambda path: path.write_text(cell.describe()))
 
 
 def _epoch_seconds(cells: Iterable[Cell]) -> dict[tuple[str, str], float]:

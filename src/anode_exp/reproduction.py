@@ -14,6 +14,25 @@ from anode_exp.composition import CONF, composed, near, options
 from anode_exp.config import TrainConfig
 from anode_exp.errors import UserError
 
+CALIBRATION_BATCHES = 50
+
+
+def is_calibrated(row: dict[str, Any], config: TrainConfig, epochs: int) -> bool:
+    """Whether a row of ``evaluations.jsonl`` is a run's own test after its last epoch, BatchNorm statistics by time.
+
+    Training does not depend on running statistics, so the same weights serve: this is what a run with
+    ``model.statistics=by_time`` would have reached.
+    """
+    same = {
+        "checkpoint": "last",
+        "epoch": epochs,
+        "dataset": config.dataset.name,
+        "solver": config.solver.name,
+        "n_steps": config.solver.n_steps,
+        "statistics": f"by_time, {CALIBRATION_BATCHES} batches anew",
+    }
+    return row.items() >= same.items()
+
 
 @dataclass(frozen=True)
 class Cell:

@@ -162,9 +162,10 @@ def _gradient_error(
 ) -> Iterator[dict[str, Any]]:
     images, labels = batch[0].double(), batch[1]
     settings: list[dict[str, Any]] = [{"solver": s, "n_steps": n} for s in study.solvers for n in study.n_steps]
+    each_its_own = config.model.evolution != "none" and config.model.evolution_coupling == "joint"
     settings += [
         {"solver": s, "adaptive": True, "rtol": tolerance, "atol": tolerance}
-        for s in study.adaptive_solvers
+        for s in (() if each_its_own else study.adaptive_solvers)  # weights that change with the step: fixed steps
         for tolerance in study.tolerances
     ]
     states: dict[int | None, dict[str, Tensor] | None] = {None: None}

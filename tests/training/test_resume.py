@@ -18,6 +18,7 @@ from anode_exp.errors import UserError
 from anode_exp.train import train
 from anode_exp.training import graphed_step as step_module
 from anode_exp.training.checkpoints import Checkpoints
+from anode_exp.training.records import RunRecord, append_line, read_lines
 
 SMALL = [
     "dataset=digits", "dataset.train_size=40", "dataset.test_size=20", "model=squeezenext", "model.width=0.25",
@@ -223,6 +224,20 @@ def test_a_run_in_use_is_refused(tmp_path, truth):
         process.wait()
     go_on(tmp_path, "recipe.epochs=3")
     assert_same_end(tmp_path, truth)
+
+
+def test_a_full_disk_under_the_records(tmp_path):
+    """Of metrics and results: one line that says what to do; what was cut off hides no line that comes after it."""
+    record = RunRecord(tmp_path, config_of())
+    record._metrics.close()
+    record._metrics = open("/dev/full", "w")  # noqa: SIM115  (the record closes it)
+    with pytest.raises(UserError, match=r"No space left .* make room, then go on with train resume="):
+        record.epoch({"epoch": 1, "steps": 1, "step_losses": []})
+    record.close()
+    lines = tmp_path / "evaluations.jsonl"
+    lines.write_text('{"a": 1}\n{"a": ')
+    append_line(lines, {"a": 3})
+    assert read_lines(lines) == [{"a": 1}, {"a": 3}]
 
 
 def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays(tmp_path):

@@ -13,12 +13,16 @@ import json
 import shutil
 import statistics
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 from tabulate import tabulate
+
+from anode_exp.config import TrainConfig, read_config, typed
+from anode_exp.reproduction import is_calibrated
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -27,6 +31,9 @@ STYLES = (("-", "o"), ("--", "s"), (":", "^"), ("-.", "v"), ((0, (6, 1, 1, 1, 1,
 """Line and marker of each method: curves are told apart without colour."""
 
 MISSING = "–"
+COPIES = "records"
+"""Folder, beside a report, of what it was made from."""
+
 ACCURACY = "Test accuracy in percent, min / max / mean over seeds"
 COMMANDS = "Commands"
 
@@ -40,6 +47,7 @@ class Record:
         epochs: a dictionary an epoch, without the losses of its steps.
         results: as in ``results.json``; None for a run that has not ended.
         evaluations: as in ``evaluations.jsonl``.
+        config: None before the run has begun, and of a study.
     """
 
     directory: Path
@@ -47,6 +55,7 @@ class Record:
     epochs: list[dict[str, Any]]
     results: dict[str, Any] | None
     evaluations: list[dict[str, Any]]
+    config: TrainConfig | None
 
     @property
     def status(self) -> str:
@@ -57,21 +66,32 @@ class Record:
 
 
 def read_records(*directories: Path) -> list[Record]:
-    """All records below the folders, by seed."""
+    """All records below the folders, by seed; what ``copy_records`` made of them there is none."""
     found = []
-    for path in (path for directory in directories for path in directory.rglob("cell.json")):
+    paths = [
+        path
+        for place in directories
+        for path in place.rglob("cell.json")
+        if COPIES not in path.relative_to(place).parts
+    ]
+    for path in paths:
         folder, cell = path.parent, json.loads(path.read_text())
         results = folder / "results.json"
         epochs = [{k: v for k, v in line.items() if k != "step_losses"} for line in _lines(folder / "metrics.jsonl")]
         ended = json.loads(results.read_text()) if results.exists() else None
-        found.append(Record(folder, cell, epochs, ended, _lines(folder / "evaluations.jsonl")))
+        begun = cell["method"] is not None and (folder / "config.yaml").exists()
+        config = typed(read_config(folder)) if begun else None
+        found.append(Record(folder, cell, epochs, ended, _lines(folder / "evaluations.jsonl"), config))
     return sorted(found, key=lambda r: (r.cell["seed"] or 0, str(r.directory)))
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
-    """Whole lines of JSON; what a killed process left unfinished is no line."""
-    text = path.read_text() if path.exists() else ""
-    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+    """Whole lines of JSON; what a killed process or a full disk left unfinished is no line."""
+    lines = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        with suppress(json.JSONDecodeError):
+            lines.append(json.loads(line))
+    return lines
 
 
 @dataclass(frozen=True)
@@ -138,8 +158,10 @@ def _best(run: Record) -> float | None:
 
 def _by_time(run: Record) -> float | None:
     """Test accuracy of the last epoch's weights with BatchNorm statistics for every time of the solve."""
-    found = [e for e in run.evaluations if e["checkpoint"] == "last" and e.get("statistics", "").startswith("by_time")]
-    return found[-1]["test_accuracy"] if found else None
+    if run.config is None or run.results is None:
+        return None
+    found = [e for e in run.evaluations if is_calibrated(e, run.config, run.results["epochs"])]
+    return found[0]["test_accuracy"] if found else None
 
 
 def _runs(group: Group) -> str:
@@ -184,13 +206,15 @@ def cost_rows(groups: list[Group]) -> list[dict[str, str]]:
         commits = dict.fromkeys(
             (r["commit"] or "unknown")[:10] + ("-dirty" * str(r["commit"]).endswith("-dirty")) for r in results
         )
-        seconds = [r["wall_time_s"]["train"] / r["epochs"] for r in results if r["epochs"]]
+        # A diverged run's last epoch is none, an interrupted one's time is not that of a run.
+        whole = [run.results for run in group.completed if run.results]
+        seconds = [r["wall_time_s"]["train"] / r["epochs"] for r in whole]
         rows.append(
             {
                 "method": group.label,
                 "peak memory, MB": _spread([r["peak_memory_bytes"] / 1e6 for r in results], ",.1f"),
                 "training, s an epoch": _spread(seconds, ",.1f"),
-                "training, min a run": _spread([r["wall_time_s"]["train"] / 60 for r in results], ",.1f"),
+                "training, min a run": _spread([r["wall_time_s"]["train"] / 60 for r in whole], ",.1f"),
                 "evaluations of f a step": " + ".join(
                     _spread([n[k] for n in nfe], ".3g") for k in ("forward", "backward")
                 )

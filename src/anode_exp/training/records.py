@@ -17,7 +17,8 @@ import math
 import os
 import platform
 import subprocess
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -139,15 +140,29 @@ class RunRecord:
             raise UserError(f"{directory}: {error.strerror}; choose a writable hydra.run.dir") from error
         self._events = SummaryWriter(str(directory), purge_step=None if resume_after is None else resume_after[1] + 1)
 
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise UserError(
+                f"{self.directory}: cannot be written ({error.strerror}); make room, then go on with train resume="
+                f"{self.directory}"
+            ) from error
+
     def epoch(self, line: dict[str, Any]) -> None:
         """Append one epoch to ``metrics.jsonl`` and to TensorBoard, there over training steps.
 
         ``line`` has at least epoch, steps and step_losses. One scale of steps for all curves, because resuming purges
         by step.
+
+        Raises:
+            UserError: if it cannot be written.
         """
-        self._metrics.write(json.dumps(_finite(line)) + "\n")
-        self._metrics.flush()
-        os.fsync(self._metrics.fileno())
+        with self._writing():
+            self._metrics.write(json.dumps(_finite(line)) + "\n")
+            self._metrics.flush()
+            os.fsync(self._metrics.fileno())
         losses = line["step_losses"]
         first = line["steps"] - len(losses) + 1
         for i, loss in enumerate(losses):
@@ -175,9 +190,14 @@ class RunRecord:
         self._events.flush()
 
     def finish(self, results: dict[str, Any]) -> None:
-        """Write ``results.json`` and the hyperparameters, and close."""
+        """Write ``results.json`` and the hyperparameters, and close.
+
+        Raises:
+            UserError: if they cannot be written.
+        """
         text = json.dumps(_finite(results), indent=2) + "\n"
-        write_atomically(self.directory / "results.json", lambda path: path.write_text(text))
+        with self._writing():
+            write_atomically(self.directory / "results.json", lambda path: path.write_text(text))
         flat = {
             f"{group}.{key}": value if isinstance(value, int | float | str | bool) else str(value)
             for group, settings in asdict(self.config).items()
@@ -197,15 +217,27 @@ class RunRecord:
         self.close()
 
     def close(self) -> None:
-        self._metrics.close()
+        with suppress(OSError):  # of a line that could not be written: the run has failed for it, or begins anew there
+            self._metrics.close()
         self._events.close()
         self._lock.close()
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """JSON lines; a last line that a killed process left unfinished is no line."""
-    text = path.read_text() if path.exists() else ""
-    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+    """JSON lines; what a killed process or a full disk left unfinished is no line."""
+    lines = []
+    for line in path.read_text().splitlines(keepends=True) if path.exists() else []:
+        if line.endswith("\n"):
+            with suppress(json.JSONDecodeError):
+                lines.append(json.loads(line))
+    return lines
+
+
+def append_line(path: Path, line: dict[str, Any]) -> None:
+    """Add a JSON line, on a line of its own also after one that was left unfinished."""
+    torn = path.exists() and not path.read_text().endswith("\n")
+    with path.open("a") as file:
+        file.write("\n" * torn + json.dumps(line) + "\n")
 
 
 def read_metrics(directory: Path) -> list[dict[str, Any]]:
