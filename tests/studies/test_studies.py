@@ -116,6 +116,17 @@ def test_an_adaptive_solve_that_fails_is_a_row():
     assert row["relative_error"] is None and "max_evaluations = 3" in row["reason"]
 
 
+def test_weights_of_their_own_in_every_step_have_fixed_steps_alone():
+    settings = ["study.solvers=[rk2]", "study.n_steps=[2]", "model=resnet4"]
+    evolving = ["model.evolution=reaction_diffusion_advection", "model.evolution_coupling=joint"]
+    config, asked = study("gradient_error", settings + evolving)
+    found = list(_gradient_error(config, asked, 10, (torch.randn(2, 3, 32, 32), torch.tensor([1, 2])), Path(".")))
+    assert {r["tolerance"] for r in found} == {None} and len(found) == len(asked.gradients)
+    for row in found:
+        wrong = row["gradient"] in ("reverse_adjoint", "stored_adjoint")
+        assert row["relative_error"] > 1e-4 if wrong else row["relative_error"] <= 1e-14
+
+
 def test_reversibility(tmp_path):
     done = run(tmp_path, "reversibility", "study.cases=false", "study.tolerances=[1e-5]")
     assert done.returncode == 0, done.stderr
