@@ -95,14 +95,11 @@ def test_no_coefficients_are_constant_weights_to_the_last_bit(activation, coupli
         assert torch.equal(after, before) or all(torch.equal(row, before) for row in after)
 
 
-@pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize(
-    ("coupling", "sharing", "activation"),
-    [
-        *itertools.product(COUPLINGS, SHARINGS, ["none"]),
-        *itertools.product(COUPLINGS, ["layer"], EVOLUTION_ACTIVATIONS),
-    ],
-)
+    ("name", "coupling", "sharing", "activation"),
+    [*itertools.product(MODELS, COUPLINGS, SHARINGS, ["none"]),
+     *itertools.product(["resnet4"], COUPLINGS, SHARINGS, list(EVOLUTION_ACTIVATIONS)[1:])],
+)  # fmt: skip
 def test_every_coefficient_has_a_gradient_at_the_start(name, coupling, sharing, activation):
     settings = [f"model={name}", "model.evolution=reaction_diffusion_advection",
                 f"model.evolution_coupling={coupling}", f"model.evolution_sharing={sharing}",
@@ -111,7 +108,7 @@ def test_every_coefficient_has_a_gradient_at_the_start(name, coupling, sharing, 
     torch.manual_seed(0)
     # A norm leaves of a shared ρ's gradient what its eps does: rounding in single precision.
     network = build_model(config.model, config.solver, config.gradient, 10).double()
-    network(torch.randn(4, 3, 32, 32, dtype=torch.float64)).square().sum().backward()
+    network(torch.randn(2, 3, 32, 32, dtype=torch.float64)).square().sum().backward()
     coefficients = [p for b in ode_blocks(network) for p in b.evolution.parameters()]
     assert coefficients
     for p in coefficients:  # of single channels some may be dead behind their ReLU
