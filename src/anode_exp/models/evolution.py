@@ -21,6 +21,12 @@ EVOLUTION_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor] | None] = {
 }
 
 
+def _exponential(t: Tensor, growth: Tensor, turn: Tensor) -> tuple[Tensor, Tensor]:
+    """Real and imaginary part of exp(t (growth + i turn))."""
+    factor, angle = (t * growth).exp_(), t * turn
+    return factor * angle.cos(), factor * angle.sin_()
+
+
 class _Flow(torch.autograd.Function):
     """Weights at several times from growth and turn of every mode, w + synthesis ((z − 1) ⊙ analysis w), z = e^{t s}.
 
@@ -33,8 +39,8 @@ class _Flow(torch.autograd.Function):
         ctx.save_for_backward(t, growth, turn, w, *bases)
         analysis, synthesis = bases
         modes, reflected = (analysis @ w).chunk(2, dim=-2)
-        factor, angle = (t * growth).exp_(), t * turn
-        change = (factor * angle.cos()).sub_(1).mul(modes) - (factor * angle.sin_()).mul(reflected)
+        cosine, sine = _exponential(t, growth, turn)
+        change = cosine.sub_(1).mul(modes) - sine.mul(reflected)
         # What is added to w, so that constant weights are w itself.
         return w + synthesis @ change
 
@@ -43,8 +49,7 @@ class _Flow(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         t, growth, turn, w, analysis, synthesis = ctx.saved_tensors
         modes, reflected = (analysis @ w).chunk(2, dim=-2)
-        factor, angle = (t * growth).exp_(), t * turn
-        cosine, sine = factor * angle.cos(), factor * angle.sin_()
+        cosine, sine = _exponential(t, growth, turn)
         of_change = synthesis.T @ gradient
         of_modes = torch.cat([(of_change * (cosine - 1)).sum(0), (of_change * sine).sum(0).neg_()], dim=-2)
         of_w = (analysis.T @ of_modes).add_(gradient.sum(0))
