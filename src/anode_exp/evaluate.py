@@ -16,11 +16,11 @@ from anode_exp.build import build_augmentation, build_data, build_device, build_
 from anode_exp.config import TrainConfig, read_config, typed
 from anode_exp.data import DATASETS, EpochBatches, evaluation_batches
 from anode_exp.errors import UserError
+from anode_exp.json_lines import append_line
 from anode_exp.models import TimedBatchNorm, take_evaluations
 from anode_exp.ode import SolveFailed
 from anode_exp.runs import load_run
 from anode_exp.training.progress import bar
-from anode_exp.training.records import append_line
 from anode_exp.training.train_step import autocast_for, evaluate, set_float32_precision
 
 

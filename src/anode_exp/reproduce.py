@@ -14,12 +14,13 @@ from anode_exp.composition import differing, evaluations, study
 from anode_exp.config import read_config, typed
 from anode_exp.errors import InUse, UserError
 from anode_exp.evaluate import evaluate_run, table
+from anode_exp.json_lines import read_lines
 from anode_exp.reproduction import CALIBRATION_BATCHES, Cell, is_calibrated
 from anode_exp.study import run_study
 from anode_exp.train import train_together
 from anode_exp.training.fit import StopRequest, stop_requests
 from anode_exp.training.progress import bar
-from anode_exp.training.records import read_lines, read_metrics, read_results, write_atomically
+from anode_exp.training.records import read_metrics, read_results, write_atomically
 
 log = logging.getLogger(__name__)
 

@@ -15,10 +15,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from anode_exp.composition import jobs, resumed
 from anode_exp.errors import UserError
+from anode_exp.json_lines import append_line, read_lines
 from anode_exp.train import train
 from anode_exp.training import graphed_step as step_module
 from anode_exp.training.checkpoints import Checkpoints
-from anode_exp.training.records import RunRecord, append_line, read_lines
+from anode_exp.training.records import RunRecord
 
 SMALL = [
     "dataset=digits", "dataset.train_size=40", "dataset.test_size=20", "model=squeezenext", "model.width=0.25",

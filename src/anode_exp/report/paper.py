@@ -13,7 +13,6 @@ import json
 import shutil
 import statistics
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ import matplotlib
 from tabulate import tabulate
 
 from anode_exp.config import TrainConfig, read_config, typed
+from anode_exp.json_lines import read_lines
 from anode_exp.reproduction import is_calibrated
 
 matplotlib.use("Agg")
@@ -77,21 +77,14 @@ def read_records(*directories: Path) -> list[Record]:
     for path in paths:
         folder, cell = path.parent, json.loads(path.read_text())
         results = folder / "results.json"
-        epochs = [{k: v for k, v in line.items() if k != "step_losses"} for line in _lines(folder / "metrics.jsonl")]
+        epochs = [
+            {k: v for k, v in line.items() if k != "step_losses"} for line in read_lines(folder / "metrics.jsonl")
+        ]
         ended = json.loads(results.read_text()) if results.exists() else None
         begun = cell["method"] is not None and (folder / "config.yaml").exists()
         config = typed(read_config(folder)) if begun else None
-        found.append(Record(folder, cell, epochs, ended, _lines(folder / "evaluations.jsonl"), config))
+        found.append(Record(folder, cell, epochs, ended, read_lines(folder / "evaluations.jsonl"), config))
     return sorted(found, key=lambda r: (r.cell["seed"] or 0, str(r.directory)))
-
-
-def _lines(path: Path) -> list[dict[str, Any]]:
-    """Whole lines of JSON; what a killed process or a full disk left unfinished is no line."""
-    lines = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        with suppress(json.JSONDecodeError):
-            lines.append(json.loads(line))
-    return lines
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,7 @@ from torch.utils.tensorboard.summary import hparams
 
 from anode_exp.config import TrainConfig
 from anode_exp.errors import InUse, UserError
+from anode_exp.json_lines import read_lines
 
 
 def _finite(value: Any) -> Any:
@@ -221,23 +222,6 @@ class RunRecord:
             self._metrics.close()
         self._events.close()
         self._lock.close()
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """JSON lines; what a killed process or a full disk left unfinished is no line."""
-    lines = []
-    for line in path.read_text().splitlines(keepends=True) if path.exists() else []:
-        if line.endswith("\n"):
-            with suppress(json.JSONDecodeError):
-                lines.append(json.loads(line))
-    return lines
-
-
-def append_line(path: Path, line: dict[str, Any]) -> None:
-    """Add a JSON line, on a line of its own also after one that was left unfinished."""
-    torn = path.exists() and not path.read_text().endswith("\n")
-    with path.open("a") as file:
-        file.write("\n" * torn + json.dumps(line) + "\n")
 
 
 def read_metrics(directory: Path) -> list[dict[str, Any]]:
