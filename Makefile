@@ -5,19 +5,24 @@ export OMP_WAIT_POLICY = PASSIVE
 export GOMP_SPINCOUNT = 20000
 PYTHON ?= python3
 BIN := .venv/bin
+INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 help:  ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 18
 
-# The stamp makes set-up run once, and again when what it installs changes.
-setup: .venv/ready  ## build .venv from constraints.txt, once (about a minute and 5 GB)
+# The stamp is written last. Without it a .venv was left half-built, and is built anew: pip takes a package whose files
+# were cut off in the middle for an installed one. Build tools come from the lock and build isolation is off, so that a
+# package that has no wheel is built by the setuptools named there, whatever the venv or pip's cache holds.
+setup: .venv/ready  ## build .venv from constraints.txt, once (about 2 minutes and 5 GB)
 
 .venv/ready: pyproject.toml constraints.txt
-	@echo "setting up .venv; PyTorch with its CUDA libraries is about 2.5 GB to download"
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "anode_exp needs Python 3.11 or newer, this is %d.%d; try make setup PYTHON=python3.12" % sys.version_info[:2])'
+	@if [ -d .venv ] && [ ! -e .venv/ready ]; then echo ".venv is incomplete: building it anew"; rm -rf .venv; fi
+	@rm -f .venv/ready
+	@echo "setting up .venv; PyTorch with its CUDA libraries is about 2.5 GB to download"
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt hatchling editables
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.[dev]'
+	$(INSTALL) setuptools hatchling editables
+	$(INSTALL) --no-build-isolation -e '.[dev]'
 	@touch .venv/ready
 
 train: setup  ## train on bundled handwritten digits, no download (about 2 minutes on 2 cores)
