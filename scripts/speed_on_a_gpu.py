@@ -15,7 +15,7 @@ import torch
 from tabulate import tabulate
 
 from anode_exp.bench import run_bench
-from anode_exp.composition import bench_entries
+from anode_exp.composition import bench_entries, folder
 
 SQUEEZENEXT = "model=squeezenext solver=rk2 solver.n_steps=2"
 FP32, BF16 = f"{SQUEEZENEXT} runtime.precision=fp32", f"{SQUEEZENEXT} runtime.precision=bf16"
@@ -61,7 +61,7 @@ def main() -> None:
         sys.exit("no CUDA device is visible")
     tests = subprocess.run([sys.executable, "-m", "pytest", "-q", "tests/test_cuda.py"])
     entries, rounds = bench_entries(["dataset=cifar10", "recipe.batch_size=256", f"compare={json.dumps(ENTRIES)}"])
-    directory = run_bench(entries, rounds)
+    directory = run_bench(entries, rounds, folder([], "bench"))
     rows = {row["label"]: row for row in json.loads((directory / "bench.json").read_text())["rows"]}
     for study in ("memory", "budget"):
         settings = ["study.batch_size=256", "study.repeats=5"]

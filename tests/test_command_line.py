@@ -80,7 +80,7 @@ def test_answers(tmp_path, arguments, code, stream, text):
     assert done.returncode == code, done.stderr
     assert text in getattr(done, stream)
     assert "Traceback" not in done.stdout + done.stderr
-    if code == 2 and "--flag" not in arguments:
+    if code == 2:
         assert done.stderr.count("\n") == 1, done.stderr
 
 

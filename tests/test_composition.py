@@ -81,7 +81,7 @@ def test_channels_last_only_where_the_cpu_kernels_are_sound(width, safe):
 
 
 def test_a_residual_block_says_that_it_is_one_euler_step():
-    config = one("model.block=residual", "solver=rk4", "gradient=reverse_adjoint")
+    config = one("model.block=residual", "experiment=anode/fig3_rk2")
     assert (config.solver.name, config.solver.n_steps, config.gradient.name) == ("euler", 1, "full_backprop")
 
 

@@ -1,4 +1,4 @@
-"""Imports run one way: command line → build → training, studies → models → gradient → ode."""
+"""Imports run one way: commands → build → training, studies → models → gradient → ode."""
 
 import ast
 from pathlib import Path
@@ -43,9 +43,10 @@ MAY_IMPORT = {
     "train": {"budget", "build", "config", "data", "errors", "models", "training"},
     "evaluate": {"build", "config", "data", "errors", "json_lines", "models", "ode", "runs", "training"},
     "job": {"composition", "config", "errors", "train"},
-    "__main__": {
+    "commands": {
         "bench",
         "composition",
+        "config",
         "errors",
         "evaluate",
         "job",
@@ -55,6 +56,7 @@ MAY_IMPORT = {
         "study",
         "train",
     },
+    "__main__": {"commands", "composition", "errors"},
     "__init__": set(),
 }
 CORE = ("ode", "gradient", "models")

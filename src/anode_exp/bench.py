@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from datetime import datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -48,8 +47,8 @@ class TorchCheckpoint:
         return checkpoint(run, y0, use_reentrant=False)
 
 
-def run_bench(entries: list[tuple[str, TrainConfig, str | None]], rounds: int) -> Path:
-    """Time every entry, print the table, and leave both in a folder under ``outputs/``, which is returned.
+def run_bench(entries: list[tuple[str, TrainConfig, str | None]], rounds: int, directory: Path) -> Path:
+    """Time every entry, print the table, and leave both in the folder, which is made if it is not there and returned.
 
     Args:
         entries: label, configuration, and baseline: None for the project's own step, ``eager`` for a plain loop
@@ -68,8 +67,7 @@ def run_bench(entries: list[tuple[str, TrainConfig, str | None]], rounds: int) -
         contestants.append(_contestant(label, config, baseline, images[key], device))
     with bar(len(contestants) * (1 + rounds), "bench") as progress:
         rows, bandwidth, rates = measure(contestants, device, rounds, progress.update)
-    directory = Path("outputs") / f"{datetime.now():%Y-%m-%d/%H-%M-%S-%f}-bench"
-    directory.mkdir(parents=True)
+    directory.mkdir(parents=True, exist_ok=True)
     limits = {"copy_bytes_per_s": bandwidth, "matrix_flops_per_s": {str(d)[6:]: rate for d, rate in rates.items()}}
     facts = {"device": device_name(device), "limits": limits, "versions": versions(), "commit": commit()}
     (directory / "bench.json").write_text(json.dumps({**facts, "rounds": rounds, "rows": rows}, indent=2) + "\n")

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import difflib
 import re
+import shutil
+import textwrap
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from datetime import datetime
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,12 +22,23 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from anode_exp.config import StudyConfig, TrainConfig, read_config, typed, typed_study
+from anode_exp.config import (
+    BenchSettings,
+    StudyConfig,
+    TrainConfig,
+    check_used,
+    read_config,
+    split_settings,
+    typed,
+    typed_study,
+)
 from anode_exp.errors import UserError
 
 _PACKAGED = Path(__file__).parent / "conf"
 CONF = _PACKAGED if _PACKAGED.is_dir() else Path(__file__).parents[2] / "conf"
 """conf/: inside the package when installed, at the top of the repository when editable."""
+
+_OCCUPIED = "already holds files; nothing is overwritten, choose another folder"
 
 LONGEST_NAME = 180
 """Characters of a job's folder name: file systems allow 255 bytes, and the job's number comes before."""
@@ -40,7 +55,8 @@ OmegaConf.register_new_resolver("path_safe", path_safe, replace=True)
 
 def options(group: str) -> list[str]:
     """The choices of a configuration group, from its files."""
-    return sorted(f.relative_to(CONF / group).with_suffix("").as_posix() for f in (CONF / group).rglob("[!_]*.yaml"))
+    names = (f.relative_to(CONF / group).with_suffix("").as_posix() for f in (CONF / group).rglob("[!_]*.yaml"))
+    return sorted(name for name in names if not name.startswith("thorough/"))
 
 
 PRESETS = ("experiment", "length", "compat")
@@ -51,16 +67,109 @@ def groups() -> list[str]:
     return sorted(d.name for d in CONF.iterdir() if d.is_dir() and d.name not in ("hydra", "study", "reproduce"))
 
 
-def catalogue() -> str:
-    """Every group's choices, each with the first line of its file."""
+@dataclass(frozen=True)
+class About:
+    """What the head of a configuration file says: its commands, indented there, and a description in sentences."""
+
+    commands: list[str]
+    text: str
+
+    @property
+    def line(self) -> str:
+        """The first sentence."""
+        return re.split(r"(?<!Fig)(?<!Figs)(?<!Sec)\. ", self.text)[0].rstrip(".;")
+
+
+def about(group: str, option: str) -> About:
+    """A configuration file's own words."""
+    head = []
+    for line in (CONF / group / f"{option}.yaml").read_text().splitlines():
+        if not line.startswith("#"):
+            break
+        if "@package" not in line:
+            head.append(line.removeprefix("#"))
+    return About(
+        [line.strip() for line in head if line.startswith("   ")],
+        " ".join(line.strip() for line in head if not line.startswith("   ")),
+    )
+
+
+def comments(path: Path) -> dict[str, str]:
+    """What a configuration file says of each of its settings, by dotted key from the top of the configuration."""
+    found: dict[str, str] = {}
+    text = path.read_text()
+    group = path.relative_to(CONF).parts[:-1]
+    package = () if "@package _global_" in text else group
+    parents: list[tuple[int, str]] = []
+    key = ""
+    for line in text.splitlines():
+        setting = re.match(r"( *)([\w.]+):", line)
+        words = re.search(r"(?:^|\s)#\s+(.*)", line)
+        if setting:
+            parents = [(indent, name) for indent, name in parents if indent < len(setting[1])]
+            key = ".".join([*package, *(name for _, name in parents), setting[2]])
+            parents.append((len(setting[1]), setting[2]))
+            if words:
+                found[key] = words[1]
+        elif words and line.startswith(" ") and key in found:
+            found[key] += f" {words[1]}"
+    return found
+
+
+def described(config: DictConfig, files: Iterable[Path]) -> list[tuple[str, str]]:
+    """Rows of help: every setting of a configuration as ``key=value``, and what the files say of it."""
+    said: dict[str, str] = {}
+    for file in files:
+        said |= comments(file) if file.exists() else {}
+    plain = cast(dict[str, Any], OmegaConf.to_container(config, resolve=True))
+    rows = []
+    for key, value in _flat(plain).items():
+        if key.partition(".")[2] != "name":
+            shown = str(value).lower() if isinstance(value, bool) else "null" if value is None else str(value)
+            rows.append((f"{key}={shown.replace(', ', ',')}", said.get(key, "")))
+    return rows
+
+
+def composed_settings(overrides: list[str]) -> DictConfig:
+    """A configuration as composed, for its help.
+
+    Raises:
+        UserError: for a setting that cannot be composed.
+    """
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        config = _compose(overrides)
+    return OmegaConf.masked_copy(config, [str(k) for k in config if k != "hydra"])
+
+
+def wrapped(text: str, indent: int = 0) -> str:
+    """Text in lines as wide as the terminal."""
+    room = max(30, shutil.get_terminal_size((120, 24)).columns - indent)
+    return "\n".join(textwrap.wrap(text, room, break_long_words=False, break_on_hyphens=False)) or ""
+
+
+def two_columns(rows: Iterable[tuple[str, str]], indent: int = 2) -> str:
+    """Names, and what is said of each, in columns as wide as the terminal allows."""
+    rows = list(rows)
+    wide = max((len(name) for name, _ in rows), default=0)
+    wide = min(wide, 44)
     lines = []
-    for group in [*groups(), "study", "reproduce"]:
-        lines.append(f"{group}=" if group in groups() else f"{group} ")
-        for option in options(group):
-            text = (CONF / group / f"{option}.yaml").read_text().splitlines()
-            about = next(line.lstrip("# ") for line in text if line.startswith("# ") and "@package" not in line)
-            lines.append(f"  {option:<18}{about}")
+    for name, text in rows:
+        first, *others = wrapped(text, indent + wide + 2).split("\n")
+        if len(name) > wide:
+            lines.append(" " * indent + name)
+            name = ""
+        lines.append(f"{' ' * indent}{name:<{wide}}  {first}".rstrip())
+        lines += [" " * (indent + wide + 2) + line for line in others]
     return "\n".join(lines)
+
+
+def catalogue() -> str:
+    """Every group's choices, each with the first sentence of its file."""
+    parts = []
+    for group in [*groups(), "study", "reproduce"]:
+        head = f"{group}=" if group in groups() else f"{group} NAME"
+        parts.append(f"{head}\n{two_columns((option, about(group, option).line) for option in options(group))}")
+    return "\n\n".join(parts)
 
 
 def near(word: str, allowed: Iterable[str]) -> str:
@@ -89,6 +198,7 @@ def jobs(overrides: list[str], multirun: bool) -> Jobs:
         UserError: for the first thing wrong, in one line.
     """
     parsed = _parse(overrides)
+    _check_folders(parsed, ("hydra.sweep.dir", "hydra.sweep.subdir") if multirun else ("hydra.run.dir",))
     lines = _lines(overrides, parsed, multirun, "add -m for a sweep over them")
     with initialize_config_dir(str(CONF), version_base="1.3"):
         composed = [_compose(line) for line in lines]
@@ -97,9 +207,11 @@ def jobs(overrides: list[str], multirun: bool) -> Jobs:
     # What a start that failed leaves behind, such as one without its data, may be started over.
     files = (f.relative_to(directory) for f in directory.rglob("*") if f.is_file())
     if any(f.name != "train.log" and ".hydra" not in f.parts for f in files):
-        raise UserError(f"{key}={directory}: already holds files; nothing is overwritten, choose another folder")
+        raise UserError(f"{key}={directory}: {_OCCUPIED}")
+    configs = [_typed(config) for config in composed]
+    check_used(_given(parsed), configs)
     return Jobs(
-        configs=[_typed(config) for config in composed],
+        configs=configs,
         directory=directory,
         given=any(override.get_key_element() == key for override in parsed),
         fixed=sorted(
@@ -108,8 +220,26 @@ def jobs(overrides: list[str], multirun: bool) -> Jobs:
     )
 
 
-def study(name: str, overrides: list[str]) -> tuple[TrainConfig, StudyConfig]:
+_DATA = ("dataset", "dataset.root", "dataset.download", "dataset.train_size", "dataset.validation_size",
+         "dataset.mean", "dataset.std")  # fmt: skip
+STUDY_READS: dict[str, tuple[str, ...]] = {
+    "memory": ("experiment", "model", "model.*", "solver", "solver.n_steps", *_DATA, "seed",
+               "runtime.device", "runtime.precision", "runtime.channels_last"),
+    "budget": ("experiment", "model", "model.*", "solver", "solver.n_steps", *_DATA, "seed",
+               "runtime.device", "runtime.precision", "runtime.channels_last"),
+    "gradient_error": ("experiment", "model", "model.*", "solver.max_evaluations", "solver.min_step", *_DATA, "seed",
+                       "runtime.device"),
+    "reversibility": ("experiment", "solver", "solver.n_steps", *_DATA, "seed", "runtime.device"),
+    "evolution": (),
+}  # fmt: skip
+"""The settings, besides its own, that each study uses. What a run brings with it is not to be set beside it."""
+
+
+def study(name: str, overrides: list[str], thorough: bool = False) -> tuple[TrainConfig, StudyConfig]:
     """The checked settings of a study, and of the networks and data it measures.
+
+    Args:
+        thorough: the values of ``conf/study/thorough`` in place of the defaults.
 
     Raises:
         UserError: for the first thing wrong, in one line.
@@ -119,20 +249,61 @@ def study(name: str, overrides: list[str]) -> tuple[TrainConfig, StudyConfig]:
             f"study {name}: there is no such study; choose one of {', '.join(options('study'))}"
             + near(name, options("study"))
         )
-    _lines(overrides, _parse(overrides), False, "a study takes one; its own lists are written [1,2]")
+    parsed = _parse(overrides)
+    _check_folders(parsed, ("hydra.run.dir",))
+    _lines(overrides, parsed, False, "a study takes one; its own lists are written [1,2]")
+    grid = [f"+study/thorough={name}"] if thorough else []
+    if thorough and not (CONF / "study" / "thorough" / f"{name}.yaml").exists():
+        raise UserError(f"thorough=true: study {name} has one grid; leave it out")
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        composed = _compose([f"+study={name}", *overrides])
+        composed = _compose([f"+study={name}", *grid, *overrides])
     config = _typed(composed, without=("hydra", "study"))
-    if config.seeds > 1:
-        raise UserError(f"seeds={config.seeds}: a study takes one; only train and bench run several at once")
     checked = typed_study(composed.study)
     for group, names in (("solver", checked.solvers), ("gradient", [g.name for g in checked.gradients.values()])):
         for unknown in set(names) - set(options(group)):
             raise UserError(f"study {name}: {unknown} is no {group}; choose from {', '.join(options(group))}")
+    if "run" in composed.study and checked.run is None and any(k == "study.checkpoint" for k in _given(parsed)):
+        raise UserError(f"checkpoint={checked.checkpoint}: needs run=DIR, the folder of a trained run")
+    reads = STUDY_READS[name]
+    if checked.run is not None:
+        reads = tuple(
+            r for r in reads if r.startswith(("solver", "runtime")) or r in ("dataset.root", "dataset.download")
+        )
+    of_run = ("study.solvers", "study.n_steps", "study.adaptive_solvers", "study.tolerances", "solver.*")
+    for override in parsed:
+        key = _key(override)
+        if checked.checkpoint == "every" and any(fnmatchcase(key, pattern) for pattern in of_run):
+            raise UserError(f"{key}: checkpoint=every takes the run's own solver; leave it out")
+        if not any(fnmatchcase(key, pattern) for pattern in (*reads, "study.*", "hydra.run.dir")):
+            taken = ", ".join((*(k for k in composed.study if k != "name"), *reads))
+            who = f"study {name}" + (" with run=DIR" if checked.run is not None else "")
+            raise UserError(f"{key}: {who} does not use it; it uses {taken}")
+    if checked.run is not None:
+        recorded = typed(read_config(Path(checked.run)))
+        for key in ("root", "download"):
+            if f"dataset.{key}" in _given(parsed):
+                setattr(recorded.dataset, key, getattr(config.dataset, key))
+        config = replace(config, model=recorded.model, dataset=recorded.dataset, seed=recorded.seed)
+        if checked.checkpoint == "every":
+            config = replace(config, solver=recorded.solver)
+    if name == "evolution" and (checked.run is None or config.model.evolution == "none"):
+        raise UserError("study evolution: needs run=DIR, a run with model.evolution=reaction_diffusion_advection")
+    if name != "gradient_error":  # whose model's block decides nothing, for it names its solvers
+        check_used(_given(parsed), [config])
     return config, checked
 
 
-BASELINES = ("eager", "dataloader", "torch_checkpoint")
+BASELINES = {
+    "eager": "a plain loop: contiguous layout, images on the device, no graph",
+    "dataloader": "the same, fed by torchvision's DataLoader with 4 workers",
+    "torch_checkpoint": "this project's step with torch.utils.checkpoint around each block",
+}
+NOT_TIMED = (
+    *("length", "recipe.epochs", "recipe.max_steps", "recipe.test_batch_size", "recipe.lr", "recipe.milestones"),
+    *("recipe.gamma", "recipe.schedule", "recipe.warmup_epochs", "recipe.evolution_lr", "recipe.restart_momentum"),
+    *("recipe.moving_average", "runtime.check_every", "runtime.keep_every", "runtime.sync_debug", "dataset.test_size"),
+)
+"""Settings of a run that are no part of its training step, as ``bench`` times it."""
 
 
 def bench_entries(arguments: list[str]) -> tuple[list[tuple[str, TrainConfig, str | None]], int]:
@@ -144,42 +315,58 @@ def bench_entries(arguments: list[str]) -> tuple[list[tuple[str, TrainConfig, st
     Raises:
         UserError: for the first thing wrong, in one line.
     """
-    shared = [a for a in arguments if a.partition("=")[0] not in ("compare", "rounds")]
-    given = {a.partition("=")[0]: a.partition("=")[2] for a in arguments if a not in shared}
-    for argument in shared:
-        if argument.startswith("-"):
-            raise UserError(f"{argument}: bench takes no flags")
+    own_settings, shared = split_settings(BenchSettings, arguments, "bench")
     try:
-        compare = yaml.safe_load(given.get("compare", "[]"))
+        compare = yaml.safe_load(own_settings.compare)
     except yaml.YAMLError:
         compare = None
     if not isinstance(compare, list) or not all(isinstance(entry, str) for entry in compare):
         raise UserError(
-            f"compare={given.get('compare')}: give a list of settings, such as "
+            f"compare={own_settings.compare}: give a list of settings, such as "
             "compare='[gradient=dto_checkpoint, gradient=full_backprop solver=rk4]'"
         )
-    rounds = given.get("rounds", "15")
-    if not rounds.isdecimal() or int(rounds) < 1:
-        raise UserError(f"rounds={rounds}: give a whole number, at least 1")
     entries: list[tuple[str, TrainConfig, str | None]] = []
+    _check_folders(_parse(shared), ("hydra.run.dir",))
     for label in compare or ["", *(f"baseline={name}" for name in BASELINES)]:
         own = label.split()
         named = [word.partition("=")[2] for word in own if word.startswith("baseline=")]
         for name in named:
             if name not in BASELINES:
                 raise UserError(f"baseline={name}: choose one of {', '.join(BASELINES)}" + near(name, BASELINES))
-        overrides = [*shared, *(word for word in own if not word.startswith("baseline="))]
-        config = composed(overrides, "list them in compare")
+        settings = [word for word in own if not word.startswith("baseline=")]
+        config = composed([*shared, *settings], "list them in compare")
+        _check_folders(_parse(settings), ())
+        check_used(_given(_parse(settings)), [config])
+        for key in _given(_parse([*shared, *settings])):
+            if key in NOT_TIMED:
+                raise UserError(f"{key}: bench times training steps, of which it is no part; leave it out")
         if config.gradient.name == "budget":
             raise UserError("gradient=budget: its plan is no step of its own; see study budget")
         if config.seeds > 1 and named:
             raise UserError(f"baseline={named[-1]}: takes one seed; set seeds=1")
         entries.append((label or "as composed", config, named[-1] if named else None))
+    check_used(_given(_parse(shared)), [config for _, config, _ in entries])
     if len({label for label, *_ in entries}) < len(entries):
         raise UserError("compare: names the same entry twice")
     if len({(c.runtime.device, c.runtime.precision == "tf32") for _, c, _ in entries}) > 1:
         raise UserError("compare: one process runs on one device, with TF32 or without; compare those in two runs")
-    return entries, int(rounds)
+    return entries, own_settings.rounds
+
+
+def folder(overrides: list[str], verb: str) -> Path:
+    """Where a study or a benchmark writes: ``hydra.run.dir`` if it is among the settings, else a new one.
+
+    Raises:
+        UserError: if it is not empty.
+    """
+    given = [text for text in overrides if text.startswith("hydra.run.dir=")]
+    if not given:
+        return Path("outputs") / f"{datetime.now():%Y-%m-%d/%H-%M-%S-%f}-{verb}"
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        directory = Path(OmegaConf.select(compose("train", given, return_hydra_config=True), "hydra.run.dir"))
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise UserError(f"hydra.run.dir={directory}: {_OCCUPIED}")
+    return directory
 
 
 MAY_CHANGE_ON_RESUME = (
@@ -225,6 +412,7 @@ def resumed(directory: Path, overrides: list[str]) -> TrainConfig:
     """
     parsed = _parse(overrides)
     (line,) = _lines(overrides, parsed, False, "a run goes on with one")
+    _check_hydra(parsed, "a resumed run continues in its own folder")
     recorded = read_config(directory)
     config = _recomposed(recorded, line, MAY_CHANGE_ON_RESUME, "a resumed run")
     if config.recipe.schedule == "cosine" and config.recipe.epochs != recorded.recipe.epochs:
@@ -242,8 +430,51 @@ def evaluations(directory: Path, overrides: list[str]) -> list[TrainConfig]:
         UserError: if there is no run, or a setting is to change that the trained weights depend on.
     """
     base = read_config(directory)
-    lines = _lines(overrides, _parse(overrides), True, "")
-    return [_recomposed(base, line, MAY_CHANGE_TO_EVALUATE, "an evaluation") for line in lines]
+    parsed = _parse(overrides)
+    _check_hydra(parsed, "an evaluation is recorded in the run's own folder")
+    lines = _lines(overrides, parsed, True, "")
+    configs = [_recomposed(base, line, MAY_CHANGE_TO_EVALUATE, "an evaluation") for line in lines]
+    check_used(_given(parsed), configs)
+    return configs
+
+
+def check_evaluation(overrides: list[str], calibrate: int) -> None:
+    """Refuse settings that may change, and that an evaluation does not use.
+
+    Raises:
+        UserError: for the first of them.
+    """
+    for key in _given(_parse(overrides)):
+        if key in ("dataset.train_size", "dataset.validation_size", "dataset.crop_padding", "dataset.flip"):
+            if not calibrate:
+                raise UserError(f"{key}: of training images, which an evaluation uses only with calibrate=N")
+        elif key.startswith("runtime.") and key not in (
+            "runtime.device",
+            "runtime.precision",
+            "runtime.channels_last",
+        ):
+            raise UserError(f"{key}: of training steps; an evaluation takes none, leave it out")
+
+
+def _key(override: Override) -> str:
+    return str(override.get_key_element()).lstrip("+~")
+
+
+def _given(parsed: list[Override]) -> list[str]:
+    return [_key(override) for override in parsed]
+
+
+def _check_folders(parsed: list[Override], used: tuple[str, ...]) -> None:
+    """Refuse Hydra's folders where nothing is written to them."""
+    for key in _given(parsed):
+        if key in ("hydra.run.dir", "hydra.sweep.dir", "hydra.sweep.subdir") and key not in used:
+            raise UserError(f"{key}: not used here; {f'give {used[0]}=DIR' if used else 'leave it out'}")
+
+
+def _check_hydra(parsed: list[Override], why: str) -> None:
+    for override in parsed:
+        if override.key_or_group.split(".")[0].split("/")[0] == "hydra":
+            raise UserError(f"{override.input_line}: {why}; leave it out")
 
 
 def _lines(overrides: list[str], parsed: list[Override], multirun: bool, advice: str) -> list[list[str]]:

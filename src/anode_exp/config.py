@@ -1,4 +1,4 @@
-"""The configuration as types: every setting, what it may be, and which combinations make sense.
+"""The configuration as types: every setting, what it may be, which combinations make sense, and which have no effect.
 
 Light on purpose (no torch): a wrong setting is refused before anything slow is imported.
 """
@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, fields, is_dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, TypeVar, cast, get_type_hints
 
@@ -153,7 +155,7 @@ class StudyConfig:
     """A study's own settings; which of them it has is in its file."""
 
     name: str
-    batch_size: int = _at_least(1)
+    batch_size: int | None = field(default=None, metadata={"at_least": 1})
     n_steps: list[int] = field(default_factory=list, metadata={"at_least": 1})
     gradients: dict[str, GradientConfig] = field(default_factory=dict)
     blocks_per_stage: list[int] = field(default_factory=list, metadata={"at_least": 1})
@@ -166,6 +168,106 @@ class StudyConfig:
     weight_std: float = field(default=1.0, metadata={"above": 0})
     run: str | None = None
     checkpoint: str = "best"
+
+
+def _own(default: Any, text: str, **limits: Any) -> Any:
+    """A setting of a verb itself, with its line of help."""
+    return field(default=default, metadata={"help": text, **limits})
+
+
+@dataclass(kw_only=True)
+class ResumeSettings:
+    """Of ``train resume=DIR``."""
+
+    resume: str | None = _own(None, "folder of a run that was interrupted, or that is to have more epochs")
+
+
+@dataclass(kw_only=True)
+class EvaluateSettings:
+    """Of ``evaluate``."""
+
+    run: str | None = _own(None, "folder of a trained run, such as outputs/DATE/TIME")
+    checkpoint: str = _own("best", "best | last | the number of a kept epoch | 0, the untrained network")
+    calibrate: int = _own(
+        0,
+        "training batches from which BatchNorm's running statistics are estimated anew; 0 keeps the run's",
+        at_least=0,
+    )
+
+
+@dataclass(kw_only=True)
+class StudySettings:
+    """Of every ``study``; ``run`` and ``checkpoint`` only of those that look at a run."""
+
+    thorough: bool = _own(False, "the fine grid of the documented tables; without it a study takes minutes")
+    run: str | None = _own(None, "folder of a trained run: its weights, model, data set and seed")
+    checkpoint: str | None = _own(None, "best | last | the number of a kept epoch | 0, the untrained network")
+
+
+@dataclass(kw_only=True)
+class BenchSettings:
+    """Of ``bench``."""
+
+    compare: str = _own("[]", "list of entries, each some settings separated by spaces; baseline=NAME is one of them")
+    rounds: int = _own(15, "timed turns of each entry", at_least=1)
+
+
+@dataclass(kw_only=True)
+class PaperSettings:
+    """Of ``reproduce`` and ``report``."""
+
+    length: str = _own("paper", "paper | short: which recipe's runs")
+    seeds: str = _own("3", "how many, from seed 0 on, or a list such as [0,7]")
+    directory: str = _own("outputs", "runs lie in DIRECTORY/PAPER/LENGTH")
+
+
+@dataclass(kw_only=True)
+class ReportSettings(PaperSettings):
+    """Of ``report``: what is read, and where the page goes."""
+
+    to: str | None = _own(None, "folder of the page and copies of its records; by default next to the runs")
+
+
+@dataclass(kw_only=True)
+class ReproduceSettings(PaperSettings):
+    """Of ``reproduce``: which cells."""
+
+    figure: str | None = _own(None, "figures of the paper, separated by commas; by default all")
+    method: str | None = _own(None, "methods, separated by commas; by default all")
+
+
+@dataclass(kw_only=True)
+class ListSettings:
+    """Of ``list``: none."""
+
+
+def _yaml(text: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:  # refused with the type that was expected
+        return text
+
+
+def split_settings(schema: type[T], arguments: list[str], verb: str) -> tuple[T, list[str]]:
+    """A verb's own settings from its command line, and the other arguments, which are settings of runs.
+
+    Raises:
+        UserError: for a flag, a setting given twice, or a value of the wrong type or out of range.
+    """
+    types = {f.name: str(f.type) for f in fields(schema)}  # type: ignore[arg-type]
+    own: dict[str, Any] = {}
+    rest = []
+    for argument in arguments:
+        key, equals, value = argument.partition("=")
+        if argument.startswith("-"):
+            raise UserError(f"{argument}: {verb} takes no flags but --help; settings are key=value")
+        if not equals or key not in types:
+            rest.append(argument)
+        elif key in own:
+            raise UserError(f"{argument}: {key} is given twice")
+        else:
+            own[key] = value if types[key].startswith("str") else _yaml(value)
+    return to_object(schema, OmegaConf.create(own)), rest
 
 
 _WORDS = {
@@ -243,7 +345,7 @@ def _check_gradient(gradient: GradientConfig, prefix: str) -> None:
         raise UserError(f"{prefix}states={gradient.states}: {gradient.name} takes {allowed}")
 
 
-def _to_object(schema: type[T], config: DictConfig, prefix: str = "") -> T:
+def to_object(schema: type[T], config: DictConfig, prefix: str = "") -> T:
     """The configuration as the schema's class.
 
     Raises:
@@ -271,7 +373,7 @@ def typed_study(config: DictConfig) -> StudyConfig:
     Raises:
         UserError: for a value of the wrong type, or out of range.
     """
-    study = _to_object(StudyConfig, config, "study.")
+    study = to_object(StudyConfig, config, "study.")
     if study.checkpoint not in ("best", "last", "every") and not study.checkpoint.isdecimal():
         raise UserError(f"checkpoint={study.checkpoint}: choose best, last, the number of an epoch, or every")
     for budget in study.budgets:
@@ -294,7 +396,7 @@ def typed(config: DictConfig) -> TrainConfig:
     Raises:
         UserError: for a value of the wrong type, out of range, or against another setting.
     """
-    checked = _to_object(TrainConfig, config)
+    checked = to_object(TrainConfig, config)
     if len(checked.dataset.mean) != 3 or len(checked.dataset.std) != 3 or min(checked.dataset.std) <= 0:
         raise UserError("dataset.mean and dataset.std: give three numbers each, one a channel, std above 0")
     if checked.seed + checked.seeds > 2**31:
@@ -336,6 +438,49 @@ def typed(config: DictConfig) -> TrainConfig:
         checked.solver = SolverConfig(name="euler", n_steps=1)
         checked.gradient = GradientConfig(name="full_backprop")
     return checked
+
+
+NEEDS: tuple[tuple[tuple[str, ...], str, Callable[[TrainConfig], bool]], ...] = (
+    (("solver*", "gradient*"), "model.block=ode", lambda c: c.model.block == "ode"),
+    (
+        ("solver.rtol", "solver.atol", "solver.max_evaluations", "solver.min_step"),
+        "solver.adaptive=true",
+        lambda c: c.solver.adaptive,
+    ),
+    (("solver.n_steps",), "solver.adaptive=false", lambda c: not c.solver.adaptive),
+    (("model.statistics",), "model.field_norm=batch", lambda c: c.model.field_norm == "batch"),
+    (("model.field_gain",), "model.field_norm other than none", lambda c: c.model.field_norm != "none"),
+    (
+        ("model.evolution_*", "recipe.evolution_lr"),
+        "model.evolution=reaction_diffusion_advection",
+        lambda c: c.model.evolution != "none",
+    ),
+    (("model.evolution_steps",), "model.evolution_activation=tanh", lambda c: c.model.evolution_activation != "none"),
+    (("recipe.milestones", "recipe.gamma"), "recipe.schedule=steps", lambda c: c.recipe.schedule == "steps"),
+    (("recipe.restart_momentum",), "recipe.momentum above 0", lambda c: c.recipe.momentum > 0),
+    (("recipe.decay_all",), "recipe.weight_decay above 0", lambda c: c.recipe.weight_decay > 0),
+    (
+        ("dataset.root", "dataset.download"),
+        "dataset=cifar10 or cifar100",
+        lambda c: c.dataset.name in ("cifar10", "cifar100"),
+    ),
+)
+"""Settings, what they need to have an effect, and whether a configuration has it."""
+
+
+def check_used(keys: Iterable[str], configs: list[TrainConfig]) -> None:
+    """Refuse settings that a user gave and that no run of the command line uses.
+
+    Args:
+        keys: of the settings given, dotted; groups by their names.
+
+    Raises:
+        UserError: for the first that has no effect, with what it needs.
+    """
+    for key in keys:
+        for patterns, need, holds in NEEDS:
+            if any(fnmatchcase(key, p) for p in patterns) and not any(holds(c) for c in configs):
+                raise UserError(f"{key}: has no effect here; it needs {need}")
 
 
 def read_config(directory: Path) -> DictConfig:

@@ -11,7 +11,7 @@ from typing import Any, cast
 import yaml
 
 from anode_exp.composition import CONF, composed, near, options
-from anode_exp.config import TrainConfig
+from anode_exp.config import ReproduceSettings, TrainConfig, check_used, split_settings
 from anode_exp.errors import UserError
 
 CALIBRATION_BATCHES = 50
@@ -120,28 +120,25 @@ def cells(paper: str, arguments: list[str]) -> list[Cell]:
         UserError: for the first thing wrong, in one line.
     """
     spec = specification(paper)
-    own = ("figure", "method", "seeds", "length", "directory")
-    given = {a.partition("=")[0]: a.partition("=")[2] for a in arguments if a.partition("=")[0] in own}
-    shared = [a for a in arguments if a.partition("=")[0] not in own]
+    asked, shared = split_settings(ReproduceSettings, arguments, "reproduce")
     for argument in shared:
-        if argument.startswith("-"):
-            raise UserError(f"{argument}: reproduce takes no flags")
-        if argument.partition("=")[0] in ("seed", "hydra.run.dir", "experiment"):
+        key = argument.partition("=")[0]
+        if key in ("seed", "experiment") or key.startswith(("hydra.", "hydra/")):
             raise UserError(f"{argument}: chosen by reproduce; give seeds=, directory= or figure=")
-    figures = _chosen("figure", given.get("figure"), list(spec["figures"]))
-    methods = _chosen("method", given.get("method"), list(spec["methods"]))
-    lengths = _chosen("length", given.get("length", "paper"), options("length"))
+    figures = _chosen("figure", asked.figure, list(spec["figures"]))
+    methods = _chosen("method", asked.method, list(spec["methods"]))
+    lengths = _chosen("length", asked.length, options("length"))
     if len(lengths) > 1:
-        raise UserError(f"length={given['length']}: a reproduction has one; run it once for each")
+        raise UserError(f"length={asked.length}: a reproduction has one; run it once for each")
     (length,) = lengths
 
-    base = Path(given.get("directory") or "outputs")
+    base = Path(asked.directory)
     found: list[Cell] = []
-    for seed in _seeds(given.get("seeds", "3")):
+    for seed in _seeds(asked.seeds):
         for name in figures:
             figure = spec["figures"][name]
             if "study" in figure:
-                if "method" not in given and not any(cell.figure == name for cell in found):
+                if asked.method is None and not any(cell.figure == name for cell in found):
                     found.append(Cell(paper, length, name, base / paper / length / name, [], study=figure["study"]))
                 continue
             for method in figure["methods"]:
@@ -162,5 +159,10 @@ def cells(paper: str, arguments: list[str]) -> list[Cell]:
                 config = composed(settings)
                 found.append(Cell(of, length, place, directory, settings, method, seed, config, shown_in=name))
     if not found:
-        raise UserError(f"method={given.get('method')}: none of the chosen figures has it")
+        raise UserError(f"method={asked.method}: none of the chosen figures has it")
+    runs = [cell.config for cell in found if cell.config is not None]
+    of_runs = [*shared, *(a for a in arguments if a.startswith("seeds="))]
+    if of_runs and not runs:
+        raise UserError(f"{of_runs[0]}: figure={asked.figure} is a study, which takes no settings of runs and no seeds")
+    check_used([a.partition("=")[0] for a in shared], runs)
     return found

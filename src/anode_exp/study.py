@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Iterator
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +22,8 @@ from anode_exp.build import (
     build_normalisation,
     build_optimizer,
 )
-from anode_exp.config import GradientConfig, StudyConfig, TrainConfig, parse_bytes, read_config, typed
-from anode_exp.data import Normalisation, evaluation_batches
-from anode_exp.errors import UserError
+from anode_exp.config import GradientConfig, StudyConfig, TrainConfig, parse_bytes
+from anode_exp.data import DATASETS, Normalisation, evaluation_batches
 from anode_exp.models import ode_blocks
 from anode_exp.ode import SolveFailed, TimeGrid, Tolerance
 from anode_exp.report.study import REPORTS
@@ -40,24 +38,19 @@ from anode_exp.training.records import commit, device_name, versions
 from anode_exp.training.train_step import autocast_for, set_float32_precision
 
 
-def run_study(config: TrainConfig, study: StudyConfig, directory: Path | None = None) -> Path:
-    """Measure, print the table, and leave everything in a folder, by default under ``outputs/``, which is returned."""
-    if study.run is not None:
-        of_run = typed(read_config(Path(study.run)))
-        config = dataclasses.replace(config, model=of_run.model, dataset=of_run.dataset, seed=of_run.seed)
-        if study.checkpoint == "every":
-            config = dataclasses.replace(config, solver=of_run.solver)
-    if study.name == "evolution" and (study.run is None or config.model.evolution == "none"):
-        raise UserError("study evolution: needs run=DIR, a run with model.evolution=reaction_diffusion_advection")
+def run_study(config: TrainConfig, study: StudyConfig, directory: Path) -> Path:
+    """Measure, print the table, and leave everything in the folder, which is made if it is not there and returned."""
     device = build_device(config.runtime)
     set_float32_precision(config.runtime.precision)
-    images = build_data(config.dataset, device)
-    normalise = build_normalisation(config.dataset, device, torch.contiguous_format)
-    if study.name == "reversibility":  # pictures, to be looked at
-        normalise = Normalisation([0.0] * 3, [1.0] * 3, device)
-    batch = next(evaluation_batches(images.train, study.batch_size, normalise))
-    if directory is None:
-        directory = Path("outputs") / f"{datetime.now():%Y-%m-%d/%H-%M-%S-%f}-{study.name}"
+    num_classes = DATASETS[config.dataset.name][1]
+    of = config.model.name
+    batch = None
+    if study.batch_size is not None:
+        normalise = build_normalisation(config.dataset, device, torch.contiguous_format)
+        if study.name == "reversibility":  # pictures, to be looked at
+            normalise = Normalisation([0.0] * 3, [1.0] * 3, device)
+        batch = next(evaluation_batches(build_data(config.dataset, device).train, study.batch_size, normalise))
+        of = f"{of}, {config.dataset.name}, batch {len(batch[1])}"
     directory.mkdir(parents=True, exist_ok=True)
     setting = {"train": config, "study": study}
     text = "".join(OmegaConf.to_yaml({k: OmegaConf.structured(v)}) for k, v in setting.items())
@@ -72,15 +65,12 @@ def run_study(config: TrainConfig, study: StudyConfig, directory: Path | None = 
         "reversibility": _reversibility,
     }[study.name]
     with (directory / "study.jsonl").open("w") as file:
-        for row in rows(config, study, images.num_classes, batch, directory):
+        for row in rows(config, study, num_classes, batch, directory):  # type: ignore[operator]
             file.write(json.dumps(row) + "\n")
             file.flush()
     table = REPORTS[study.name](directory)
     (directory / "table.txt").write_text(table + "\n")
-    print(
-        f"{config.model.name}, {config.dataset.name}, batch {len(batch[1])}, {facts['device']}\n\n"
-        f"{table}\n\n{directory}"
-    )
+    print(f"{of}, {facts['device']}\n\n{table}\n\n{directory}")
     return directory
 
 
@@ -219,7 +209,7 @@ def _gradient_error(
 
 
 def _evolution(
-    config: TrainConfig, study: StudyConfig, num_classes: int, batch: tuple[Tensor, Tensor], directory: Path
+    config: TrainConfig, study: StudyConfig, num_classes: int, batch: None, directory: Path
 ) -> Iterator[dict[str, Any]]:
     assert study.run is not None
     kernels = {}

@@ -256,7 +256,7 @@ def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays(tmp_path):
         [sys.executable, "-c", limited, str(size // 2), *arguments], capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 2, done.stderr
-    assert "cannot be written" in done.stderr and "resume=" in done.stderr
+    assert "cannot be written (File too large)" in done.stderr and "resume=" in done.stderr
     assert "Traceback" not in done.stderr and done.stderr.count("\n") == 1
     survivors = [checkpoint.with_name(n) for n in ("last.pt", "previous.pt") if checkpoint.with_name(n).exists()]
     assert before in [f.read_bytes() for f in survivors]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import pickle
-from functools import partial
+from io import BytesIO
+from operator import methodcaller
 from pathlib import Path
 from typing import Any
 
@@ -47,12 +48,13 @@ class Checkpoints:
             to_save[f"epoch-{epoch}"] = {key: state[key] for key in ("progress", "network", "averaged")}
         for name, content in {**to_save, "last": state}.items():
             keep = self.path("previous") if name == "last" else None
+            data = BytesIO()  # torch's own file writer answers a full disk with an internal assertion
+            torch.save(content, data)
             try:
-                write_atomically(self.path(name), partial(torch.save, content), keep)
-            except (OSError, RuntimeError) as error:  # torch's file writer raises RuntimeError on a full disk
-                reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+                write_atomically(self.path(name), methodcaller("write_bytes", data.getbuffer()), keep)
+            except OSError as error:
                 raise UserError(
-                    f"{self.path(name)}: cannot be written ({reason}); make room, then go on with train resume="
+                    f"{self.path(name)}: cannot be written ({error.strerror}); make room, then go on with train resume="
                     f"{self.directory.parent}"
                 ) from error
 

@@ -48,6 +48,8 @@ def _finite(value: Any) -> Any:
 def write_atomically(path: Path, write: Callable[[Path], object], keep: Path | None = None) -> None:
     """Calls ``write(partial_path)``, then moves the file into place: readers see the old one or the new one.
 
+    File and folder are synced, so that neither is lost with the power.
+
     Args:
         keep: where the old one goes, if there is one; for a moment then ``path`` is absent.
     """
@@ -62,6 +64,11 @@ def write_atomically(path: Path, write: Callable[[Path], object], keep: Path | N
     if keep is not None and path.exists():
         path.replace(keep)
     partial.replace(path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
 
 
 def versions() -> dict[str, str | None]:

@@ -1,0 +1,63 @@
+"""How every verb reads its words: ``--help``, and settings as ``key=value``."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterable
+from dataclasses import fields
+from typing import Any, NoReturn
+
+from anode_exp.composition import two_columns, wrapped
+from anode_exp.errors import UserError
+
+PROGRAM = "python -m anode_exp"
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, with a mistake as one line that names the help."""
+
+    def __init__(self, verb: str, *positionals: str, **options: Any) -> None:
+        super().__init__(
+            prog=f"{PROGRAM} {verb}",
+            add_help=False,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+            **options,
+        )
+        for name in positionals:
+            self.add_argument(name, nargs="?", metavar=name.upper())
+        self.add_argument("settings", nargs="*", metavar="KEY=VALUE")
+        self.add_argument("-h", "--help", action="store_true", help=argparse.SUPPRESS)
+
+    def error(self, message: str) -> NoReturn:
+        words = message.removeprefix("unrecognized arguments: ")
+        if words != message:
+            message = f"{words}: there is no such flag; settings are key=value"
+        raise UserError(f"{message}; see {self.prog} --help")
+
+
+def own_settings(schema: type, names: Iterable[str] | None = None) -> list[tuple[str, str]]:
+    """Rows of help for a verb's own settings: ``key=default`` and what it is."""
+    chosen = [f for f in fields(schema) if names is None or f.name in names]
+    return [(f"{f.name}={_shown(f.default)}", f.metadata["help"]) for f in chosen]
+
+
+def _shown(value: Any) -> str:
+    return "" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def help_text(
+    usage: str,
+    about: str,
+    parts: Iterable[tuple[str, list[tuple[str, str]]]] = (),
+    examples: Iterable[str] = (),
+    notes: str = "",
+) -> str:
+    """A page of help: usage, what the verb does, tables of settings, notes, and commands to copy."""
+    text = [f"usage: {PROGRAM} {usage}", wrapped(about)]
+    text += [f"{title}\n{two_columns(rows)}" for title, rows in parts if rows]
+    text += [wrapped(notes)] if notes else []
+    examples = list(examples)
+    if examples:
+        text.append("examples\n" + "\n".join(f"  {PROGRAM} {example}" for example in examples))
+    return "\n\n".join(text)

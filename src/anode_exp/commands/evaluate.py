@@ -1,0 +1,42 @@
+"""``evaluate``: a trained run under its own or other solvers, steps and data sets."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from anode_exp.commands.arguments import Parser, help_text, own_settings
+from anode_exp.composition import MAY_CHANGE_TO_EVALUATE, check_evaluation, evaluations
+from anode_exp.config import EvaluateSettings, split_settings
+from anode_exp.errors import UserError
+
+ABOUT = "loss and accuracy of a trained run, also under other solvers, steps and data sets"
+EXAMPLES = (
+    "evaluate run=outputs/DATE/TIME solver.n_steps=1,2,4,8",
+    "evaluate run=outputs/DATE/TIME checkpoint=last solver=dopri5 solver.adaptive=true",
+    "evaluate run=outputs/DATE/TIME calibrate=50 model.statistics=forward,by_time",
+)
+
+
+def main(arguments: list[str]) -> None:
+    parsed = Parser("evaluate").parse_intermixed_args(arguments)
+    if parsed.help:
+        print(
+            help_text(
+                "evaluate run=DIR [KEY=VALUE …]",
+                f"Evaluate: {ABOUT}. Rows are added to DIR/evaluations.jsonl.",
+                [("settings", own_settings(EvaluateSettings))],
+                EXAMPLES,
+                f"Settings of the run that may change, several values separated by commas: "
+                f"{', '.join(MAY_CHANGE_TO_EVALUATE)}.",
+            )
+        )
+        return
+    own, overrides = split_settings(EvaluateSettings, parsed.settings, "evaluate")
+    if not own.run:
+        raise UserError("evaluate: needs run=DIR, the folder of a trained run, such as outputs/DATE/TIME")
+    configs = evaluations(Path(own.run), overrides)
+    check_evaluation(overrides, own.calibrate)
+
+    from anode_exp.evaluate import evaluate_run, table  # imports torch
+
+    print(table(evaluate_run(Path(own.run), own.checkpoint, configs, own.calibrate)))

@@ -1,0 +1,54 @@
+"""``report PAPER``: curves and tables of a reproduction next to the published ones, as one page."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+from anode_exp.commands.arguments import Parser
+from anode_exp.commands.reproduce import paper_help, paper_name
+from anode_exp.composition import composed
+from anode_exp.config import ReportSettings, split_settings
+from anode_exp.errors import UserError
+from anode_exp.reproduction import cells, directories, specification
+
+ABOUT = "curves and tables of a paper's runs next to the published ones, as one page"
+
+
+def main(arguments: list[str]) -> None:
+    parsed = Parser("report", "paper").parse_intermixed_args(arguments)
+    if parsed.help:
+        print(paper_help("report", ABOUT, parsed.paper, ReportSettings))
+        return
+    paper = paper_name("report", parsed.paper)
+    own, others = split_settings(ReportSettings, parsed.settings, "report")
+    if others:
+        raise UserError(f"{others[0]}: report takes length=, directory=, to= and seeds=")
+    expected = cells(paper, [f"length={own.length}", f"seeds={own.seeds}"])
+    places = directories(paper, own.length, Path(own.directory))
+
+    from anode_exp.report.paper import COPIES, copy_records, read_records, write_report
+
+    records = [r for r in read_records(*places) if r.cell["length"] == own.length]
+    if not records:
+        raise UserError(
+            f"{places[0]}: holds no runs of {paper} at length={own.length}; make some with: python -m anode_exp "
+            f"reproduce {paper} length={own.length}"
+        )
+    target = Path(own.to or places[0] / "report")
+    words = [a.partition("=")[0] for a in parsed.settings]
+    given = shlex.join(f"{k}={getattr(own, k)}" for k in ("length", "directory") if k in words)
+    commands = {
+        (c.shown_in, c.method, c.seed): f"python -m anode_exp reproduce {paper} figure={c.shown_in} method={c.method} "
+        f"'seeds=[{c.seed}]' {given}".rstrip()
+        for c in expected
+        if c.method is not None
+    }
+    epochs = "every experiment's whole recipe"
+    if own.length != "paper":
+        epochs = f"{composed([f'length={own.length}']).recipe.epochs} epochs"
+    page = write_report(specification(paper), own.length, epochs, records, commands, target)
+    if own.to is not None:
+        copy_records(records, target / COPIES)
+    print((target / "README.md").read_text())
+    print(page)

@@ -1,0 +1,116 @@
+"""``train``: one run, a sweep of them, or a recorded run continued."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Any, NoReturn
+
+from anode_exp.commands.arguments import PROGRAM, help_text, own_settings
+from anode_exp.composition import CONF, PRESETS, composed_settings, described, groups, jobs, options, resumed
+from anode_exp.config import ResumeSettings, split_settings
+from anode_exp.errors import UserError
+
+ABOUT = "one run, on CUDA where there is one; with -m a sweep; with resume=DIR a run continued"
+FLAGS = [
+    (
+        "-m, --multirun",
+        "run every combination of the settings that list several values: gradient=full_backprop,revolve",
+    ),
+    ("-c, --cfg job", "print the configuration that would run, and run nothing"),
+    ("-h, --help", "this page, with the values that the given settings lead to"),
+    ("--hydra-help", "Hydra's own flags"),
+]
+EXAMPLES = (
+    "train experiment=digits                     # a small real run, no download",
+    "train model=squeezenext solver=rk2          # the paper's network on CIFAR-10",
+    "train -m model=resnet18,squeezenext gradient=full_backprop,dto_checkpoint,reverse_adjoint",
+    "train model=squeezenext seeds=5             # five seeds at once on one GPU",
+    "train resume=outputs/DATE/TIME              # after a kill; with recipe.epochs=… for more",
+)
+
+
+def help_page(overrides: list[str]) -> str:
+    config = composed_settings(overrides)
+    choices = [(f"{g}:", ", ".join(options(g))) for g in groups()]
+    chosen = [(g, name) for g in groups() if g not in PRESETS for name in ("_common", "paper", config[g].name)]
+    files = [CONF / "train.yaml", *(CONF / g / f"{name}.yaml" for g, name in chosen)]
+    return help_text(
+        "train [-m] [GROUP=OPTION …] [KEY=VALUE …]",
+        f"Train: {ABOUT}.",
+        [
+            (f"groups, described by: {PROGRAM} list", choices),
+            ("settings", [("hydra.run.dir=outputs/DATE/TIME", "where the run is recorded; with -m hydra.sweep.dir"),
+                          *own_settings(ResumeSettings), *described(config, files)]),
+            ("flags", FLAGS),
+        ],
+        EXAMPLES,
+    )  # fmt: skip
+
+
+def main(arguments: list[str]) -> None:
+    if any(a.startswith("resume=") for a in arguments):
+        if "-h" in arguments or "--help" in arguments:
+            print(help_page([]))
+            return
+        resume(*split_settings(ResumeSettings, arguments, "train resume=DIR"))
+        return
+    import hydra
+    from hydra._internal.utils import get_args_parser
+
+    from anode_exp.job import run_job
+
+    parser = get_args_parser()
+    parser.prog = f"{PROGRAM} train"
+
+    def refuse(message: str) -> NoReturn:
+        raise UserError(f"{message}; see {parser.prog} --help")
+
+    parser.error = refuse  # type: ignore[method-assign]
+    parsed = parser.parse_intermixed_args(arguments)
+    if parsed.help:
+        print(help_page(parsed.overrides))
+        return
+    flags = [a for a in arguments if a not in parsed.overrides]
+    ours: list[str] = []
+    if not parsed.hydra_help:
+        # All of it once before Hydra runs any of it: a mistake in the last job of a sweep stops the first.
+        asked = jobs(parsed.overrides, parsed.multirun)
+        if not asked.given:
+            ours.append(f"hydra.{'sweep' if parsed.multirun else 'run'}.dir={asked.directory}")
+        if parsed.multirun:  # the folders of a sweep's jobs are named by what varies
+            ours.append(f"hydra.job.config.override_dirname.exclude_keys=[{','.join(asked.fixed)}]")
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises what a job raised, for the caller to report
+    sys.argv = [parser.prog, *ours, *parsed.overrides, *flags]
+    rows: list[dict[str, Any]] = []
+    try:
+        hydra.main(version_base="1.3", config_path=str(CONF), config_name="train")(run_job)()
+    finally:
+        several = not parsed.hydra_help and (parsed.multirun or asked.configs[0].seeds > 1)
+        if several and asked.directory.is_dir():
+            from anode_exp.report.sweep import sweep_rows, sweep_table
+
+            rows = sweep_rows(asked.directory)
+            print(f"\n{sweep_table(asked.directory, rows)}")
+    failed = [row for row in rows if row["status"] == "failed"]
+    if failed:
+        print(f"{len(failed)} of {len(asked.configs)} jobs failed", file=sys.stderr)
+        sys.exit(2 if all(row["mistake"] for row in failed) else 1)
+
+
+def resume(own: ResumeSettings, overrides: list[str]) -> None:
+    from anode_exp.report.sweep import runs_of_seeds, sweep_rows, sweep_table
+
+    directory = Path(own.resume or "")
+    folders = [f for f in runs_of_seeds(directory) if (f / "config.yaml").exists()] or [directory]
+    runs = [(resumed(folder, overrides), folder) for folder in folders]
+
+    from anode_exp.train import train_together  # imports torch
+
+    results = train_together(runs, resume=True)
+    if len(runs) > 1:
+        print(f"\n{sweep_table(directory, sweep_rows(directory))}")
+    for result in results:
+        if result["signal"] is not None:
+            sys.exit(128 + result["signal"])
