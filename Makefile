@@ -25,7 +25,7 @@ setup: .venv/ready  ## build .venv from constraints.txt, once (about 2 minutes a
 	$(INSTALL) --no-build-isolation -e '.[dev]'
 	@touch .venv/ready
 
-train: setup  ## train on bundled handwritten digits, no download (about 2 minutes on 2 cores)
+train: setup  ## train on bundled handwritten digits, no download (a minute or two on 2 cores)
 	$(BIN)/python -m anode_exp train experiment=digits
 
 test: setup  ## run the tests; those on real CIFAR need ANODE_DATA
