@@ -23,7 +23,7 @@ setup: .venv/ready  ## build .venv from constraints.txt, once (about 2 minutes a
 	$(PYTHON) -m venv .venv
 	$(INSTALL) setuptools hatchling editables
 	$(INSTALL) --no-build-isolation -e '.[dev]'
-	@touch .venv/ready
+	@$(BIN)/python -m anode_exp --version && touch .venv/ready
 
 train: setup  ## train on bundled handwritten digits, no download (a minute or two on 2 cores)
 	$(BIN)/python -m anode_exp train experiment=digits

@@ -72,6 +72,7 @@ def test_a_given_run_directory_is_used_once(tmp_path):
         (["train", "--flag"], 2, "stderr", "unrecognized arguments: --flag"),
         (["train", "dataset=cifar10", "dataset.root=none", "dataset.download=false"], 2, "stderr", "CIFAR-10 under"),
         (["train", "runtime.device=cuda", *SMALL], 2, "stderr", "no CUDA device is visible"),
+        (["train", "runtime.precision=tf32", *SMALL], 2, "stderr", "tf32: only CUDA devices have it"),
         (["train", "hydra.run.dir=/dev/null/x", *SMALL], 2, "stderr", "/dev/null"),
     ],
 )

@@ -20,11 +20,18 @@ from anode_exp.ode import TABLEAUX, ExplicitRungeKutta, TimeGrid, Tolerance
 
 
 def build_device(runtime: RuntimeConfig) -> torch.device:
-    """Raises UserError if CUDA was asked for and there is none."""
+    """The device of a run.
+
+    Raises:
+        UserError: if CUDA, or a precision that only CUDA has, was asked for and there is none.
+    """
     available = torch.cuda.is_available()
     if runtime.device == "cuda" and not available:
         raise UserError("runtime.device=cuda: no CUDA device is visible; use runtime.device=cpu, or auto")
-    return torch.device("cuda" if available and runtime.device != "cpu" else "cpu")
+    device = torch.device("cuda" if available and runtime.device != "cpu" else "cpu")
+    if runtime.precision == "tf32" and device.type != "cuda":
+        raise UserError("runtime.precision=tf32: only CUDA devices have it, and this run is on a CPU; use fp32 or bf16")
+    return device
 
 
 def build_memory_format(runtime: RuntimeConfig, network: nn.Module, device: torch.device) -> torch.memory_format:

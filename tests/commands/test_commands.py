@@ -121,6 +121,7 @@ REFUSED = {
     "train --flag": "--flag",
     "train resume={run} --flag": "takes no flags",
     # settings that used to be taken and not used
+    "train resume=": "resume=: give the folder of a run",
     "train hydra.sweep.dir=x": "hydra.sweep.dir: not used here; give hydra.run.dir=DIR",
     "train -m hydra.run.dir=x seed=0,1": "hydra.run.dir: not used here; give hydra.sweep.dir=DIR",
     "train resume={run} hydra.run.dir=x": "a resumed run continues in its own folder",
@@ -180,13 +181,13 @@ def test_a_setting_that_one_job_of_a_sweep_uses_is_taken():
 
 def test_studies_and_benchmarks_write_where_they_are_told(call, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    out, err, code = call("study reversibility study.cases=false study.adaptive_solvers=[] hydra.run.dir=here/a")
+    _, err, code = call("study reversibility study.cases=false study.adaptive_solvers=[] hydra.run.dir=here/a")
     assert code == 0, err
     assert (tmp_path / "here" / "a" / "table.txt").exists() and [f.name for f in tmp_path.iterdir()] == ["here"]
-    out, err, code = call("study reversibility study.cases=false hydra.run.dir=here/a")
+    _, err, code = call("study reversibility study.cases=false hydra.run.dir=here/a")
     assert code == 2 and "nothing is overwritten" in err
     small = "dataset=fake dataset.train_size=20 model=resnet4 recipe.batch_size=4 rounds=1"
-    out, err, code = call(f"bench {small} compare=[seed=0] hydra.run.dir=here/b")
+    _, err, code = call(f"bench {small} compare=[seed=0] hydra.run.dir=here/b")
     assert code == 0, err
     assert json.loads((tmp_path / "here" / "b" / "bench.json").read_text())["rounds"] == 1
     assert [f.name for f in tmp_path.iterdir()] == ["here"]
@@ -200,6 +201,7 @@ def test_a_run_in_a_study_finds_its_data_elsewhere(trained):
     try:
         recorded.write_text(text.replace("name: digits", "name: cifar10"))
         config, _ = study("gradient_error", [f"study.run={trained}", "dataset.root=/elsewhere"])
-        assert config.dataset.root == "/elsewhere" and config.dataset.train_size == 20 and config.model.name == "resnet4"
+        assert (config.dataset.root, config.dataset.train_size) == ("/elsewhere", 20)
+        assert config.model.name == "resnet4"
     finally:
         recorded.write_text(text)

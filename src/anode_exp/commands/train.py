@@ -102,7 +102,9 @@ def main(arguments: list[str]) -> None:
 def resume(own: ResumeSettings, overrides: list[str]) -> None:
     from anode_exp.report.sweep import runs_of_seeds, sweep_rows, sweep_table
 
-    directory = Path(own.resume or "")
+    if not own.resume:
+        raise UserError("resume=: give the folder of a run, such as outputs/DATE/TIME")
+    directory = Path(own.resume)
     folders = [f for f in runs_of_seeds(directory) if (f / "config.yaml").exists()] or [directory]
     runs = [(resumed(folder, overrides), folder) for folder in folders]
 
