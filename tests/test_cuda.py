@@ -110,6 +110,44 @@ def test_the_captured_step_trains_as_the_eager_one(mode):
     assert all(torch.equal(ours, theirs) for ours, theirs in pairs)
 
 
+def test_a_capture_that_fails_leaves_an_eager_run(caplog):
+    """A network that reads a tensor on the host while it is captured: CUDA invalidates the capture."""
+    device = torch.device("cuda")
+
+    def read(module, inputs):
+        if torch.cuda.is_current_stream_capturing():
+            float(inputs[0].sum())
+
+    def trained(graphed):
+        torch.manual_seed(0)
+        network = MODELS["resnet4"](10, make_ode_block("dto_checkpoint")).to(device)
+        network.register_forward_pre_hook(read)
+        lr = torch.tensor(0.05, device=device)
+        optimizer = torch.optim.SGD(network.parameters(), lr=lr, momentum=0.9, fused=True)
+        autocast = autocast_for("fp32", device)
+        step = (
+            GraphedStep(network, optimizer, autocast) if graphed else partial(train_step, network, optimizer, autocast)
+        )
+        generator = torch.Generator().manual_seed(1)
+        for _ in range(4):
+            step(torch.randn(16, 3, 32, 32, generator=generator).to(device), torch.arange(16, device=device) % 10)
+        state = [s["momentum_buffer"] for s in optimizer.state.values()]
+        return [x.cpu() for x in (*network.parameters(), *network.buffers(), *state)]
+
+    torch.backends.cudnn.deterministic, before = True, torch.backends.cudnn.deterministic
+    stream = torch.cuda.current_stream()
+    try:
+        with caplog.at_level("WARNING"):
+            ours = trained(True)
+        assert torch.cuda.current_stream() == stream
+        torch.cuda.empty_cache()  # an internal error, if the allocator believed that the capture were still on
+        truth = trained(False)
+    finally:
+        torch.backends.cudnn.deterministic = before
+    assert all(torch.equal(a, b) for a, b in zip(ours, truth, strict=True))
+    assert "could not be captured" in caplog.text and "runtime.cuda_graph=false" in caplog.text
+
+
 def test_a_captured_run_needs_the_eager_ones_memory_and_never_waits(tmp_path):
     settings = ["dataset=digits", "model=squeezenext", "solver=rk2", "recipe.epochs=1", "recipe.batch_size=128",
                 "runtime.device=cuda"]  # fmt: skip

@@ -18,6 +18,7 @@ from anode_exp.errors import UserError
 from anode_exp.evaluate import evaluate_run
 from anode_exp.runs import load_run
 from anode_exp.train import train, train_together
+from anode_exp.training import fit
 from anode_exp.training import graphed_step as step_module
 from anode_exp.training.records import RunRecord
 
@@ -138,6 +139,23 @@ def test_a_signal_ends_the_run_after_its_step(tmp_path, monkeypatch, number):
     assert len(taken) == results["steps"] == 2
     assert json.loads((tmp_path / "results.json").read_text())["status"] == "interrupted"
     assert signal.getsignal(number) is before
+
+
+@pytest.mark.parametrize(
+    ("where", "message"),
+    [
+        ("train_step", r"a training step: out of memory \(CUDA out of memory.*\); .*recipe.batch_size.*budget"),
+        ("evaluate", r"evaluation: out of memory \(CUDA out of memory.*\); give a smaller recipe.test_batch_size"),
+    ],
+)
+def test_running_out_of_memory_names_the_remedies(tmp_path, monkeypatch, where, message):
+    def short(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nGPU 0 has …")
+
+    monkeypatch.setattr(step_module if where == "train_step" else fit, where, short)
+    with pytest.raises(UserError, match=message) as raised:
+        run(tmp_path)
+    assert "\n" not in str(raised.value)
 
 
 def test_two_runs_never_share_a_directory(tmp_path):

@@ -1,5 +1,7 @@
 """The captured step, driven by a stand-in for the CUDA graph that repeats the recorded work."""
 
+import logging
+
 import pytest
 import torch
 from conftest import make_ode_block
@@ -38,7 +40,27 @@ class Repeat:
             block.field.evaluations = counter
 
 
-def trained(mode: str, graphed: bool) -> tuple[list[torch.Tensor], list[int], int]:
+class FailsToWarmUp(Repeat):
+    """Two steps of the warm-up train; the third finds no memory."""
+
+    def warm_up(self, work):
+        work()
+        work()
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nGPU 0 has …")
+
+
+class FailsToRecord(Repeat):
+    """The step reaches what no graph can hold; then the end of the capture complains, as torch's does."""
+
+    def record(self, work):
+        try:
+            work()
+            raise RuntimeError("operation not permitted when stream is capturing")
+        except RuntimeError:
+            raise RuntimeError("CUDA error: operation failed due to a previous error during capture")  # noqa: B904
+
+
+def trained(mode: str, graphed: bool, kind: type = Repeat) -> tuple[list[torch.Tensor], list[int], int]:
     """Losses, weights, buffers and momentum after ten steps of two epochs, their evaluations, and replays."""
     torch.manual_seed(0)
     network = MODELS["squeezenext"](10, make_ode_block(mode), width=0.5)
@@ -48,7 +70,7 @@ def trained(mode: str, graphed: bool) -> tuple[list[torch.Tensor], list[int], in
     captures = []
 
     def capture():
-        captures.append(Repeat(network))
+        captures.append(kind(network))
         return captures[-1]
 
     step = GraphedStep(network, optimizer, autocast, capture) if graphed else None
@@ -76,6 +98,52 @@ def test_trains_as_the_eager_step_does(mode):
     assert replays == 7, "all but the first step and each epoch's last"
     assert all(torch.equal(a, b) for a, b in zip(ours, truth, strict=True))
     assert our_evaluations == evaluations
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        (FailsToWarmUp, "OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB."),
+        (FailsToRecord, "RuntimeError: operation not permitted when stream is capturing"),
+    ],
+)
+def test_a_capture_that_fails_leaves_an_eager_run(kind, reason, caplog):
+    """Bit for bit the eager one, with one warning that says what went wrong first; nothing is tried again."""
+    with caplog.at_level(logging.WARNING):
+        ours, our_evaluations, replays = trained("dto_checkpoint", graphed=True, kind=kind)
+    truth, evaluations, _ = trained("dto_checkpoint", graphed=False)
+    assert replays == 0
+    assert all(torch.equal(a, b) for a, b in zip(ours, truth, strict=True))
+    assert our_evaluations == evaluations
+    (warning,) = caplog.messages
+    assert reason in warning and "runtime.cuda_graph=false silences this" in warning and "\n" not in warning
+
+
+def test_an_eager_step_that_fails_is_an_error():
+    """Only what recording adds is undone: a first step without memory is no reason to try another."""
+    network = MODELS["squeezenext"](10, make_ode_block(), width=0.25)
+    optimizer = torch.optim.SGD(network.parameters(), lr=torch.tensor(0.1), momentum=0.9)
+    network.register_forward_hook(lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA out of memory")))
+    step = GraphedStep(network, optimizer, autocast_for("fp32", torch.device("cpu")), lambda: Repeat(network))
+    with pytest.raises(torch.OutOfMemoryError):
+        step(torch.randn(2, 3, 32, 32), torch.arange(2))
+
+
+def test_a_recording_can_be_forgotten():
+    network = MODELS["squeezenext"](10, make_ode_block(), width=0.25)
+    optimizer = torch.optim.SGD(network.parameters(), lr=torch.tensor(0.1), momentum=0.9)
+    captures = []
+
+    def capture():
+        captures.append(Repeat(network))
+        return captures[-1]
+
+    step = GraphedStep(network, optimizer, autocast_for("fp32", torch.device("cpu")), capture)
+    for times in (1, 2):
+        for _ in range(3):
+            step(torch.randn(2, 3, 32, 32), torch.arange(2))
+        assert len(captures) == times and captures[-1].replays == 2
+        step.forget()
 
 
 def test_the_learning_rate_is_changed_in_place_where_a_recorded_step_reads_it():

@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 from anode_exp.config import RecipeConfig, RuntimeConfig
 from anode_exp.data import Augmentation, EpochBatches, ImageData, Normalisation, Split, evaluation_batches
+from anode_exp.errors import UserError
 from anode_exp.models import take_evaluations
 from anode_exp.ode import SolveFailed
 from anode_exp.training.averaging import MovingAverage
@@ -95,6 +97,22 @@ def stop_requests() -> Iterator[StopRequest]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def _memory_for(what: str, remedy: str) -> Iterator[None]:
+    """Running out of a device's memory in here is a UserError that says what to do."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        traceback.clear_frames(error.__traceback__)  # they hold activations, and runs at its side go on
+        raise UserError(f"{what}: out of memory ({str(error).splitlines()[0]}); {remedy}") from error
+
+
+SMALLER_STEP = (
+    "give a smaller recipe.batch_size, a gradient mode that keeps less (gradient=step_checkpoint, gradient=revolve), "
+    "or a budget (gradient=budget gradient.memory=…)"
+)
 
 
 class Trainer:
@@ -270,7 +288,11 @@ class Trainer:
                 end = i + 1
                 progress.steps += 1
                 try:
-                    with self.memory.step(self.network, self.optimizer, averaged), self._sync_debug():
+                    with (
+                        _memory_for("a training step", SMALLER_STEP),
+                        self.memory.step(self.network, self.optimizer, averaged),
+                        self._sync_debug(),
+                    ):
                         images, labels = next(source)
                         losses[i], right = self.step(images, labels)
                         del images
@@ -335,7 +357,8 @@ class Trainer:
         size = self.recipe.test_batch_size
         batches = evaluation_batches(split, size, self.normalise)
         network = self.network if self.averaged is None else self.averaged.network
-        return evaluate(network, self.autocast, bar(-(-len(split) // size), name, iterable=batches))
+        with _memory_for("evaluation", "give a smaller recipe.test_batch_size"):
+            return evaluate(network, self.autocast, bar(-(-len(split) // size), name, iterable=batches))
 
 
 def _describe(line: dict[str, Any], epochs: int, status: str) -> str:
