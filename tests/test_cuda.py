@@ -9,10 +9,12 @@ from conftest import make_ode_block
 
 from anode_exp.composition import jobs
 from anode_exp.data import Augmentation, EpochBatches, Normalisation, Split
+from anode_exp.errors import UserError
 from anode_exp.gradient import GRADIENT_MODES
 from anode_exp.models import MODELS
 from anode_exp.train import train, train_together
 from anode_exp.training.graphed_step import GraphedStep, set_learning_rate
+from anode_exp.training.streams import MOST_STREAMS, run_streams
 from anode_exp.training.train_step import autocast_for, train_step
 
 pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
@@ -167,6 +169,25 @@ def test_a_captured_run_goes_on_after_an_interruption(tmp_path):
     train(jobs(settings, multirun=False).configs[0], tmp_path / "run")
     (config,) = jobs([*settings[:2], "recipe.epochs=2", *settings[3:]], multirun=False).configs
     assert train(config, tmp_path / "run", resume=True)["epochs"] == 2
+
+
+def test_a_later_run_of_the_process_has_the_memory_of_the_first(tmp_path):
+    """What libraries keep for the first one's stream is no part of the second's, nor is the evaluation of either."""
+    settings = ["dataset=digits", "model=squeezenext", "recipe.epochs=2", "recipe.batch_size=128",
+                "runtime.device=cuda"]  # fmt: skip
+    config = jobs(settings, multirun=False).configs[0]
+    first, second = (train(config, tmp_path / name) for name in ("first", "second"))
+    assert second["peak_memory_bytes"] == pytest.approx(first["peak_memory_bytes"], rel=0.005)
+    (large,) = jobs([*settings, "recipe.test_batch_size=100000"], multirun=False).configs
+    assert train(large, tmp_path / "large")["peak_memory_bytes"] == pytest.approx(first["peak_memory_bytes"], rel=0.005)
+    assert first["reserved_memory_bytes"] < 1.6 * first["peak_memory_bytes"], "cached once: also the capture's blocks"
+
+
+def test_every_run_has_a_stream_of_its_own_and_there_are_as_many_as_in_torchs_pool():
+    device = torch.device("cuda")
+    assert len({stream.stream_id for stream in run_streams(device, MOST_STREAMS)}) == MOST_STREAMS
+    with pytest.raises(UserError, match="33 runs at once"):
+        run_streams(device, MOST_STREAMS + 1)
 
 
 def test_seeds_at_once_train_as_alone(tmp_path):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import logging
 import time
@@ -34,6 +33,7 @@ from anode_exp.training.fit import Progress, StopRequest, Trainer, stop_requests
 from anode_exp.training.peak_memory import PeakMemory
 from anode_exp.training.progress import bar, log_to, logging_for
 from anode_exp.training.records import RunRecord, commit, device_name, read_results, versions, write_atomically
+from anode_exp.training.streams import clear_workspaces, run_streams
 from anode_exp.training.train_step import autocast_for, set_float32_precision
 
 log = logging.getLogger(__name__)
@@ -61,7 +61,7 @@ def train_together(
     tick: Callable[[], object] = lambda: None,
     stop: StopRequest | None = None,
 ) -> list[dict[str, Any]]:
-    """Several runs that share a data set, a step of each in turn; on CUDA each on a stream of its own.
+    """Several runs that share a data set, a step of each in turn; on CUDA each on a stream of its own, one run too.
 
     Networks this small leave most of a GPU idle. Every run computes what it would alone, and its peak memory is that of
     its first steps, which it takes alone; its times are those of a shared device.
@@ -73,15 +73,18 @@ def train_together(
     Returns:
         As ``train``, for each run. A run that has ended or that another process is writing stays as it is; if none can
         go on, or one fails, that is raised when the others are through.
+
+    Raises:
+        UserError: as ``train``, and on CUDA for more runs than ``MOST_STREAMS``.
     """
     started = time.perf_counter()
     log_to(*(directory for _, directory in runs))
     first = runs[0][0]
     device = build_device(first.runtime)
     set_float32_precision(first.runtime.precision)
+    clear_workspaces(device)  # an earlier job of this process, failed perhaps, is no part of this one's memory
     images = build_data(first.dataset, device)
-    gc.collect()  # an earlier job of this process, failed perhaps, is no part of this one's memory
-    shared = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+    streams = run_streams(device, len(runs))
     results: dict[Path, dict[str, Any]] = {}
     errors: dict[Path, Exception] = {}
     epochs: dict[Path, int] = {}
@@ -110,11 +113,10 @@ def train_together(
     with ExitStack() as closing:
         asked = closing.enter_context(stop_requests()) if stop is None else stop
         waiting = []
-        for config, directory in runs:
-            others = torch.cuda.memory_allocated(device) - shared if device.type == "cuda" else 0
-            run = _run(config, directory, images, PeakMemory(device, others), asked, resume, len(runs), started)
+        for (config, directory), stream in zip(runs, streams, strict=True):
+            memory = PeakMemory(device, images.nbytes)
+            run = _run(config, directory, images, memory, asked, resume, len(runs), started)
             closing.callback(run.close)
-            stream = torch.cuda.Stream(device) if device.type == "cuda" and len(runs) > 1 else None
             # Its first steps alone: warm-up, recording, and memory are then what they are without the others.
             trainer = advance(directory, run, stream)
             for _ in range(ALONE_STEPS - 1 if len(runs) > 1 else 0):
@@ -164,7 +166,7 @@ def _run(
     try:
         if config.gradient.name == "budget":
             _plan(config, directory, network, images, memory_format, resume)
-            memory = PeakMemory(device, memory.others)
+            memory.restart()
         trainer = Trainer(
             network,
             images,

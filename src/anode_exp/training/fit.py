@@ -230,7 +230,8 @@ class Trainer:
         }
         if self.status == "completed":
             try:
-                line |= self._evaluate()
+                with self.memory.paused():
+                    line |= self._evaluate()
             except SolveFailed as error:
                 self.status, self.reason = "diverged", f"evaluation: {error}"
         self.record.epoch({**line, "step_losses": step_losses})

@@ -1,0 +1,116 @@
+"""Streams and captures of runs, with stand-ins for torch.cuda: what is current when, and what is put back."""
+
+import itertools
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+from anode_exp.errors import UserError
+from anode_exp.training.graphed_step import WARM_UP_STEPS, CudaCapture
+from anode_exp.training.streams import MOST_STREAMS, clear_workspaces, run_streams
+
+CUDA = torch.device("cuda")
+
+
+class Stream:
+    """Every stream is another one, up to the size of torch's pool."""
+
+    made = itertools.count()
+
+    def __init__(self, device=None):
+        self.number, self.waited_for, self.device_index = next(Stream.made) % 32, [], 0
+
+    def __eq__(self, other):
+        return self.number == other.number
+
+    def wait_stream(self, other):
+        self.waited_for.append(other)
+
+
+class Cuda:
+    """torch.cuda as far as streams and captures go: the capture's own context leaves its stream current on failure."""
+
+    def __init__(self, monkeypatch):
+        Stream.made = itertools.count()
+        self.default = Stream()
+        self.default.number = -1
+        self.current, self.ended, self.released, self.allocating = self.default, [], [], False
+        for name, value in {
+            "Stream": Stream, "CUDAGraph": object, "graph_pool_handle": lambda: (0, 7), "stream": self.stream,
+            "graph": self.graph, "current_stream": lambda device=None: self.current,
+            "default_stream": lambda device=None: self.default,
+        }.items():  # fmt: skip
+            monkeypatch.setattr(torch.cuda, name, value)
+        monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", self.end, raising=False)
+        monkeypatch.setattr(torch._C, "_cuda_releasePool", lambda *a: self.released.append(a), raising=False)
+
+    @contextmanager
+    def stream(self, stream):
+        before, self.current = self.current, stream
+        try:
+            yield
+        finally:
+            self.current = before
+
+    @contextmanager
+    def graph(self, graph, pool, stream):
+        self.current, self.allocating = stream, True
+        try:
+            yield
+        except RuntimeError:
+            raise RuntimeError("previous error during capture")  # noqa: B904
+        self.current, self.allocating = self.default, False
+
+    def end(self, *arguments):
+        if not self.allocating:
+            raise RuntimeError("endAllocatePool: not currently recording to mempool_id")
+        self.allocating = False
+        self.ended.append(arguments)
+
+
+def test_every_run_has_a_stream_of_its_own_behind_the_work_there_is(monkeypatch):
+    cuda = Cuda(monkeypatch)
+    streams = run_streams(CUDA, MOST_STREAMS)
+    assert len({stream.number for stream in streams}) == MOST_STREAMS == 32
+    assert all(stream.waited_for == [cuda.default] for stream in streams)
+    assert run_streams(torch.device("cpu"), 100) == [None] * 100
+
+
+def test_more_runs_than_streams_are_refused():
+    with pytest.raises(UserError, match="33 runs at once: a GPU takes 32, a stream each; give seeds=32 or fewer"):
+        run_streams(CUDA, MOST_STREAMS + 1)
+
+
+def test_nothing_of_cuda_is_touched_without_it():
+    clear_workspaces(torch.device("cpu"))
+
+
+def test_a_capture_is_on_the_runs_own_stream(monkeypatch):
+    cuda = Cuda(monkeypatch)
+    (own,) = run_streams(CUDA, 1)
+    seen = []
+    with torch.cuda.stream(own):
+        capture = CudaCapture()
+        capture.warm_up(lambda: seen.append(cuda.current))
+        capture.record(lambda: seen.append(cuda.current))
+    assert seen == [own] * (WARM_UP_STEPS + 1)
+    assert CudaCapture().stream not in (own, cuda.default), "the default stream cannot be captured"
+
+
+@pytest.mark.parametrize("on_own_stream", [True, False])
+def test_a_capture_that_fails_puts_the_stream_back_and_frees_its_pool(monkeypatch, on_own_stream):
+    cuda = Cuda(monkeypatch)
+    if on_own_stream:
+        cuda.current = run_streams(CUDA, 1)[0]
+    before = cuda.current
+
+    def fails():
+        raise RuntimeError("not permitted")
+
+    with pytest.raises(RuntimeError, match="previous error during capture"):
+        CudaCapture().record(fails)
+    assert cuda.current is before
+    assert cuda.ended == cuda.released == [(0, (0, 7))]
+    CudaCapture().record(lambda: None)
+    assert len(cuda.released) == 1, "a graph that was recorded releases its pool itself"
