@@ -7,11 +7,12 @@ import pytest
 import torch
 from conftest import make_ode_block
 
-from anode_exp.composition import jobs
+from anode_exp.composition import jobs, study
 from anode_exp.data import Augmentation, EpochBatches, Normalisation, Split
 from anode_exp.errors import UserError
 from anode_exp.gradient import GRADIENT_MODES
 from anode_exp.models import MODELS
+from anode_exp.study import run_study
 from anode_exp.train import train, train_together
 from anode_exp.training.graphed_step import GraphedStep, set_learning_rate
 from anode_exp.training.streams import MOST_STREAMS, run_streams
@@ -73,6 +74,28 @@ def test_a_run_stays_within_its_budget(tmp_path, share):
     used = peak("budget", "gradient=budget", f"gradient.memory={budget}")
     plan = json.loads((tmp_path / "budget" / "plan.json").read_text())
     assert used <= budget and used == pytest.approx(plan["predicted_bytes"], rel=0.1)
+
+
+def test_the_least_budget_that_a_run_is_told_is_enough(tmp_path):
+    """Measured by the captured steps that will run: workspaces, copies and rounding are in it."""
+    settings = ["dataset=digits", "model=squeezenext", "solver=rk2", "solver.n_steps=4", "recipe.max_steps=12",
+                "recipe.batch_size=128", "runtime.device=cuda", "gradient=budget"]  # fmt: skip
+    with pytest.raises(UserError, match=r"give \d+MiB or more") as error:
+        train(jobs([*settings, "gradient.memory=1MiB"], multirun=False).configs[0], tmp_path / "short")
+    offered = str(error.value).partition("give ")[2].partition(" ")[0]
+    results = train(jobs([*settings, f"gradient.memory={offered}"], multirun=False).configs[0], tmp_path / "run")
+    plan = json.loads((tmp_path / "run" / "plan.json").read_text())
+    assert results["peak_memory_bytes"] <= plan["budget_bytes"]
+    assert results["peak_memory_bytes"] == pytest.approx(plan["measured_bytes"], rel=0.001)
+
+
+def test_every_default_budget_of_the_study_fits(tmp_path):
+    run_study(*study("budget", ["solver.n_steps=4", "study.repeats=1", "runtime.device=cuda"]), tmp_path)
+    rows = [json.loads(line) for line in (tmp_path / "study.jsonl").read_text().splitlines()]
+    assert len(rows) == 8
+    for row in rows:
+        assert row["dry_step_bytes"] <= row["budget_bytes"]
+        assert row["cuda_bytes"] == pytest.approx(row["dry_step_bytes"], rel=0.05)
 
 
 def test_adaptive_steps(tmp_path):

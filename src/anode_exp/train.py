@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
-from anode_exp.budget import Planner, plan_table, policies
+from anode_exp.budget import SMALL_BATCHES, Planner, plan_table, policies
 from anode_exp.build import (
     build_augmentation,
     build_data,
@@ -29,12 +28,13 @@ from anode_exp.data import ImageData, evaluation_batches
 from anode_exp.errors import Ended, InUse, UserError
 from anode_exp.models import count_parameters, ode_blocks
 from anode_exp.training.checkpoints import Checkpoints
-from anode_exp.training.fit import Progress, StopRequest, Trainer, stop_requests, total_steps
+from anode_exp.training.fit import Progress, StopRequest, Trainer, memory_for, stop_requests, total_steps
+from anode_exp.training.graphed_step import GraphedStep
 from anode_exp.training.peak_memory import PeakMemory
 from anode_exp.training.progress import bar, log_to, logging_for
 from anode_exp.training.records import RunRecord, commit, device_name, read_results, versions, write_atomically
 from anode_exp.training.streams import clear_workspaces, run_streams
-from anode_exp.training.train_step import autocast_for, set_float32_precision
+from anode_exp.training.train_step import set_float32_precision
 
 log = logging.getLogger(__name__)
 
@@ -164,9 +164,6 @@ def _run(
         _check_can_go_on(directory, config, state, images)
     record = RunRecord(directory, config, (done.epochs, done.steps) if resume else None)
     try:
-        if config.gradient.name == "budget":
-            _plan(config, directory, network, images, memory_format, resume)
-            memory.restart()
         trainer = Trainer(
             network,
             images,
@@ -182,6 +179,8 @@ def _run(
             checkpoints,
             stop,
         )
+        if config.gradient.name == "budget":
+            _plan(config, directory, trainer, resume)
         if state is not None:
             trainer.restore(state)
         log.info(
@@ -218,43 +217,39 @@ def _run(
     return results
 
 
-def _plan(
-    config: TrainConfig,
-    directory: Path,
-    network: nn.Module,
-    images: ImageData,
-    memory_format: torch.memory_format,
-    resume: bool,
-) -> None:
+def _plan(config: TrainConfig, directory: Path, trainer: Trainer, resume: bool) -> None:
     """Choose every block's policy for the byte budget, and record it; a resumed run keeps the one it had.
 
     Raises:
         UserError: if nothing fits.
     """
-    path = directory / "plan.json"
+    path, network = directory / "plan.json", trainer.network
     modes = policies(config.solver.n_steps)
     if resume and path.exists():
         plan = json.loads(path.read_text())
     else:
-        split, device = images.train, images.train.labels.device
-        normalise = build_normalisation(config.dataset, device, memory_format)
-        batch = next(evaluation_batches(split, config.recipe.batch_size, normalise))
-        with bar(Planner.dry_runs(config.solver.n_steps), "planning") as progress:
+        size = min(config.recipe.batch_size, len(trainer.images.train))
+        budget = parse_bytes(str(config.gradient.memory))
+        with (
+            bar(Planner.dry_runs(config.solver.n_steps), "planning") as progress,
+            memory_for("planning", "give a smaller gradient.memory, which the device holds, or recipe.batch_size"),
+        ):
             planner = Planner(
                 network.train(),
                 lambda n: build_optimizer(n, config.recipe),
-                autocast_for(config.runtime.precision, device),
-                batch,
+                trainer.autocast,
+                next(evaluation_batches(trainer.images.train, max(SMALL_BATCHES), trainer.normalise)),
                 progress.update,
+                size,
+                trainer.rehearse,
+                trainer.step.new_capture if isinstance(trainer.step, GraphedStep) else None,
             )
-            budget = parse_bytes(str(config.gradient.memory))
-            if config.recipe.moving_average:  # the averaged copy comes on top of what is planned
-                budget -= sum(x.nbytes for x in (*network.parameters(), *network.buffers()))
             chosen, measured = planner.fitted(budget)
         plan = planner.describe(chosen, budget, measured)
         write_atomically(path, lambda partial: partial.write_text(json.dumps(plan, indent=2) + "\n"))
     for block, entry in zip(ode_blocks(network), plan["blocks"], strict=True):
         block.gradient = modes[entry["policy"]]
+    trainer.memory.restart()
     log.info(plan_table(plan))
 
 

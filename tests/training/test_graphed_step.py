@@ -4,40 +4,13 @@ import logging
 
 import pytest
 import torch
-from conftest import make_ode_block
+from conftest import Repeat, make_ode_block
 from torch import nn
 
 from anode_exp.gradient import GRADIENT_MODES
-from anode_exp.models import MODELS, ode_blocks, take_evaluations
-from anode_exp.ode import Evaluations
-from anode_exp.training.graphed_step import WARM_UP_STEPS, GraphedStep, set_learning_rate
+from anode_exp.models import MODELS, take_evaluations
+from anode_exp.training.graphed_step import GraphedStep, set_learning_rate
 from anode_exp.training.train_step import autocast_for, train_step
-
-
-class Repeat:
-    """Repeats the recorded work on the same memory: what a replay does, but by running it."""
-
-    def __init__(self, network: nn.Module) -> None:
-        self.network, self.replays = network, 0
-
-    def warm_up(self, work):
-        for _ in range(WARM_UP_STEPS):
-            work()
-
-    def record(self, work):
-        self.work = work
-        self.results = tuple(x.clone() for x in work())
-        return self.results
-
-    def replay(self):
-        self.replays += 1
-        counters = [block.field.evaluations for block in ode_blocks(self.network)]
-        for block in ode_blocks(self.network):  # a device replays without the host, which counts evaluations
-            block.field.evaluations = Evaluations()
-        for kept, new in zip(self.results, self.work(), strict=True):
-            kept.copy_(new)
-        for block, counter in zip(ode_blocks(self.network), counters, strict=True):
-            block.field.evaluations = counter
 
 
 class FailsToWarmUp(Repeat):

@@ -12,6 +12,7 @@ import traceback
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from itertools import chain
 from types import FrameType
 from typing import Any
 
@@ -25,7 +26,7 @@ from anode_exp.models import take_evaluations
 from anode_exp.ode import SolveFailed
 from anode_exp.training.averaging import MovingAverage
 from anode_exp.training.checkpoints import Checkpoints
-from anode_exp.training.graphed_step import restart_momentum, set_learning_rate, training_step
+from anode_exp.training.graphed_step import GraphedStep, restart_momentum, set_learning_rate, training_step
 from anode_exp.training.peak_memory import PeakMemory
 from anode_exp.training.progress import bar
 from anode_exp.training.records import RunRecord
@@ -100,7 +101,7 @@ def stop_requests() -> Iterator[StopRequest]:
 
 
 @contextmanager
-def _memory_for(what: str, remedy: str) -> Iterator[None]:
+def memory_for(what: str, remedy: str) -> Iterator[None]:
     """Running out of a device's memory in here is a UserError that says what to do."""
     try:
         yield
@@ -108,6 +109,9 @@ def _memory_for(what: str, remedy: str) -> Iterator[None]:
         traceback.clear_frames(error.__traceback__)  # they hold activations, and runs at its side go on
         raise UserError(f"{what}: out of memory ({str(error).splitlines()[0]}); {remedy}") from error
 
+
+REHEARSED_STEPS = 3
+"""One eager, one that records and replays a graph, and one more where an epoch's smaller batch comes between."""
 
 SMALLER_STEP = (
     "give a smaller recipe.batch_size, a gradient mode that keeps less (gradient=step_checkpoint, gradient=revolve), "
@@ -265,12 +269,51 @@ class Trainer:
         size, n = self.recipe.batch_size, len(self.images.train)
         return [min(size, n - i * size) for i in range(n_steps)]
 
+    def _batches(self, epoch: int) -> EpochBatches:
+        return EpochBatches(
+            self.images.train, self.recipe.batch_size, self.augmentation, self.normalise, self.seed, epoch
+        )
+
+    def _take(self, source: Iterator[tuple[Tensor, Tensor]], losses: Tensor, i: int) -> Tensor:
+        """Step i on the next batch; its loss goes to its place, and correct predictions are returned."""
+        averaged = [] if self.averaged is None else self.averaged.tensors()
+        with (
+            memory_for("a training step", SMALLER_STEP),
+            self.memory.step(self.network, self.optimizer, averaged),
+            self._sync_debug(),
+        ):
+            images, labels = next(source)
+            losses[i], right = self.step(images, labels)
+            del images
+            if self.averaged is not None:
+                self.averaged.update(self.network)
+        return right
+
+    def rehearse(self) -> int:
+        """Peak bytes of the run's first steps, taken as it will take them: its batches, its stream, its recording.
+
+        To be called before the run. Weights, buffers and counters are the caller's to put back; all else is.
+        """
+        self.memory.restart()
+        batches = self._batches(1)
+        source = chain.from_iterable(batches.starting_at(0) for _ in range(REHEARSED_STEPS))
+        losses = torch.full((max(len(batches), REHEARSED_STEPS),), math.nan, device=self.device)
+        for i in range(REHEARSED_STEPS):
+            self._take(source, losses, i)
+        peak = self.memory.peak_bytes
+        if isinstance(self.step, GraphedStep):
+            self.step.forget()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.state.clear()
+        if self.averaged is not None:
+            self.averaged.steps = 0  # the next update is a first one
+        self.memory.restart()
+        return peak
+
     def _train_epoch(self, number: int) -> Generator[None, None, EpochPart]:
         """The steps of one epoch that are still to take. ``self._part`` holds them if a request to stop interrupts."""
         progress, device = self.progress, self.device
-        batches = EpochBatches(
-            self.images.train, self.recipe.batch_size, self.augmentation, self.normalise, self.seed, number
-        )
+        batches = self._batches(number)
         part, self._part = self._part, None
         taken = 0 if part is None else len(part.losses)
         n_steps = min(len(batches), taken + self.total_steps - progress.steps)
@@ -280,7 +323,6 @@ class Trainer:
         if part is not None:
             losses[:taken], correct, earlier = part.losses.to(device), part.correct.to(device), part.train_time_s
         sizes = self._batch_sizes(n_steps)
-        averaged = [] if self.averaged is None else self.averaged.tensors()
         started = self._clock()
         end = taken
         source = batches.starting_at(taken)
@@ -289,16 +331,7 @@ class Trainer:
                 end = i + 1
                 progress.steps += 1
                 try:
-                    with (
-                        _memory_for("a training step", SMALLER_STEP),
-                        self.memory.step(self.network, self.optimizer, averaged),
-                        self._sync_debug(),
-                    ):
-                        images, labels = next(source)
-                        losses[i], right = self.step(images, labels)
-                        del images
-                        if self.averaged is not None:
-                            self.averaged.update(self.network)
+                    right = self._take(source, losses, i)
                 except SolveFailed as error:
                     self.status, self.reason = "diverged", str(error)
                     break
@@ -358,7 +391,7 @@ class Trainer:
         size = self.recipe.test_batch_size
         batches = evaluation_batches(split, size, self.normalise)
         network = self.network if self.averaged is None else self.averaged.network
-        with _memory_for("evaluation", "give a smaller recipe.test_batch_size"):
+        with memory_for("evaluation", "give a smaller recipe.test_batch_size"):
             return evaluate(network, self.autocast, bar(-(-len(split) // size), name, iterable=batches))
 
 
