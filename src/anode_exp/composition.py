@@ -18,7 +18,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from anode_exp.config import StudyConfig, TrainConfig, read_config, typed, typed_study
+from anode_exp.config import TEST_BATCH_SIZE, StudyConfig, TrainConfig, read_config, typed, typed_study
 from anode_exp.errors import UserError
 
 _PACKAGED = Path(__file__).parent / "conf"
@@ -213,7 +213,11 @@ def composed(overrides: list[str], advice: str = "a run takes one") -> TrainConf
 def differing(recorded: TrainConfig, asked: TrainConfig) -> list[str]:
     """Settings in which two runs differ that change a number of them."""
     mine, theirs = (_flat(asdict(config)) for config in (recorded, asked))
-    free = (*(k for k in MAY_CHANGE_ON_RESUME if k != "recipe.epochs"), "runtime.device")
+    free = {*MAY_CHANGE_ON_RESUME, "runtime.device"} - {"recipe.epochs"}
+    batch = "recipe.test_batch_size"
+    mine[batch], theirs[batch] = mine[batch] or TEST_BATCH_SIZE, theirs[batch] or TEST_BATCH_SIZE
+    if not asked.solver.adaptive:  # then it changes no accuracy
+        free.add(batch)
     return sorted(k for k in mine.keys() | theirs.keys() if k not in free and mine.get(k) != theirs.get(k))
 
 

@@ -102,13 +102,17 @@ class DatasetConfig:
     std: list[float]
 
 
+TEST_BATCH_SIZE = 128
+"""Images that an evaluation of ANODE's published code takes at once."""
+
+
 @dataclass(kw_only=True)
 class RecipeConfig:
     name: str
     epochs: int = _at_least(1)
     max_steps: int | None = _at_least(1)
     batch_size: int = _at_least(1)
-    test_batch_size: int = _at_least(1)
+    test_batch_size: int | None = _at_least(1)
     lr: float = _at_least(0)
     momentum: float = _at_least(0)
     weight_decay: float = _at_least(0)

@@ -12,7 +12,14 @@ import torch
 from tabulate import tabulate
 from torch import Tensor, nn
 
-from anode_exp.build import build_augmentation, build_data, build_device, build_memory_format, build_normalisation
+from anode_exp.build import (
+    build_augmentation,
+    build_data,
+    build_device,
+    build_memory_format,
+    build_normalisation,
+    evaluation_batch_size,
+)
 from anode_exp.config import TrainConfig, read_config, typed
 from anode_exp.data import DATASETS, EpochBatches, evaluation_batches
 from anode_exp.errors import UserError
@@ -53,7 +60,7 @@ def evaluate_run(
         images = build_data(config.dataset, device)
         memory_format = build_memory_format(config.runtime, run.network, device)
         network = run.network.to(device, memory_format=memory_format)  # type: ignore[call-overload]
-        size = config.recipe.test_batch_size
+        size = evaluation_batch_size(config, device)
         normalise = build_normalisation(config.dataset, device, memory_format)
         autocast = autocast_for(config.runtime.precision, device)
         if calibrate:

@@ -22,6 +22,7 @@ from anode_exp.build import (
     build_normalisation,
     build_optimizer,
     build_schedule,
+    evaluation_batch_size,
 )
 from anode_exp.config import TrainConfig, parse_bytes
 from anode_exp.data import ImageData, evaluation_batches
@@ -178,6 +179,7 @@ def _run(
             record,
             checkpoints,
             stop,
+            evaluation_batch_size(config, device),
         )
         if config.gradient.name == "budget":
             _plan(config, directory, trainer, resume)

@@ -13,6 +13,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from anode_exp.build import evaluation_batch_size
 from anode_exp.composition import evaluations, jobs, resumed
 from anode_exp.errors import UserError
 from anode_exp.evaluate import evaluate_run
@@ -156,6 +157,30 @@ def test_running_out_of_memory_names_the_remedies(tmp_path, monkeypatch, where, 
     with pytest.raises(UserError, match=message) as raised:
         run(tmp_path)
     assert "\n" not in str(raised.value)
+
+
+def test_evaluation_batches_of_fixed_steps_change_no_accuracy(tmp_path):
+    """Nor anything else; the loss but for the order in which it is summed."""
+    small, large = (run(tmp_path / n, f"recipe.test_batch_size={n}", "solver=rk2") for n in ("3", "1000"))
+    assert small["train_loss"] == large["train_loss"] and small["test_accuracy"] == large["test_accuracy"]
+    ours, theirs = (lines(tmp_path / n) for n in ("3", "1000"))
+    assert [e["test_loss"] for e in ours] == pytest.approx([e["test_loss"] for e in theirs], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("settings", "on_cuda", "on_cpu"),
+    [
+        ([], 1000, 128),
+        (["solver=dopri5", "solver.adaptive=true"], 128, 128),  # part of the result
+        (["gradient=budget", "gradient.memory=1GiB"], 256, 128),
+        (["recipe.test_batch_size=77"], 77, 77),
+    ],
+    ids=str,
+)
+def test_how_many_images_are_evaluated_at_once(settings, on_cuda, on_cpu):
+    (config,) = jobs(settings, multirun=False).configs
+    assert evaluation_batch_size(config, torch.device("cuda")) == on_cuda
+    assert evaluation_batch_size(config, torch.device("cpu")) == on_cpu
 
 
 def test_two_runs_never_share_a_directory(tmp_path):

@@ -147,10 +147,12 @@ class Trainer:
         record: RunRecord,
         checkpoints: Checkpoints,
         stop: StopRequest,
+        evaluation_batch_size: int,
     ) -> None:
         self.network, self.images, self.normalise, self.augmentation = network, images, normalise, augmentation
         self.optimizer, self.schedule, self.recipe, self.runtime, self.seed = optimizer, schedule, recipe, runtime, seed
         self.memory, self.record, self.checkpoints, self.stop = memory, record, checkpoints, stop
+        self.evaluation_batch_size = evaluation_batch_size
         self.device = images.train.labels.device
         self.autocast = autocast_for(runtime.precision, self.device)
         self.averaged = None
@@ -388,7 +390,7 @@ class Trainer:
         return line
 
     def evaluate_split(self, split: Split, name: str) -> tuple[float, float]:
-        size = self.recipe.test_batch_size
+        size = self.evaluation_batch_size
         batches = evaluation_batches(split, size, self.normalise)
         network = self.network if self.averaged is None else self.averaged.network
         with memory_for("evaluation", "give a smaller recipe.test_batch_size"):
