@@ -5,19 +5,26 @@ import os
 import runpy
 import subprocess
 import sys
+from contextlib import contextmanager
 
 import pytest
 import torch
 from conftest import Field, solver
 
+from anode_exp import bench
 from anode_exp.bench import TorchCheckpoint
+from anode_exp.build import build_data, build_model
 from anode_exp.composition import bench_entries
 from anode_exp.data import Augmentation, Split
 from anode_exp.data.torchvision_loader import torchvision_loader
 from anode_exp.errors import UserError
 from anode_exp.gradient import FullBackprop
 from anode_exp.ode import TimeGrid, VectorField
+from anode_exp.studies import throughput
 from anode_exp.studies.throughput import Contestant, Traffic, measure
+from anode_exp.training import graphed_step
+
+CPU = torch.device("cpu")
 
 SMALL = ["dataset=fake", "dataset.train_size=40", "model=squeezenext", "model.width=0.5", "recipe.batch_size=8"]
 
@@ -54,6 +61,92 @@ def test_contestants_take_turns_and_those_alone_come_last():
         assert row["images_per_s"] == pytest.approx(5 / row["step_s"]) and row["epoch_s"] == 3 * row["step_s"]
         assert row["peak_bytes"] >= 44 and row["kernels_per_step"] is None
     assert bandwidth > 1e8 and rates[torch.float32] > 1e8
+
+
+def test_kernels_are_counted_after_all_that_is_timed(monkeypatch):
+    order = []
+
+    def contestant(label, alone=False):
+        def step():
+            order.append(label)
+
+        return Contestant(label, step, step, images=1, epoch_steps=1, own=list, alone=alone)
+
+    monkeypatch.setattr(throughput, "kernels_per_step", lambda c, device: order.append(f"count {c.label}") or 7)
+    monkeypatch.setattr(throughput, "device_limits", lambda device, dtypes: (1.0, dict.fromkeys(dtypes, 1.0)))
+    monkeypatch.setattr(throughput, "LEAST_ROUND_S", 1e-9)
+    rows, *_ = measure([contestant("a"), contestant("b", True)], torch.device("cpu"), rounds=2, tick=lambda: None)
+    assert order[-2:] == ["count a", "count b"] and not any("count" in entry for entry in order[:-2])
+    assert [row["kernels_per_step"] for row in rows] == [7, 7]
+
+
+def test_a_peak_counts_the_contestants_own_bytes_and_nothing_of_others(monkeypatch):
+    """An allocator holds weights and gradients of one contestant, and what is others'; a step adds activations."""
+    own, others, activations = [torch.zeros(100), torch.zeros(100)], 10**6, 5000
+
+    class Allocator:
+        most = now = others + 800
+
+        def allocated(self):
+            return self.now
+
+        def most_allocated(self):
+            return self.most
+
+        def reset_peaks(self):
+            self.most = self.now
+
+    allocator = Allocator()
+
+    def step():
+        allocator.most = allocator.now + activations
+
+    monkeypatch.setattr(throughput, "allocator_of", lambda device: allocator)
+    monkeypatch.setattr(throughput, "device_limits", lambda device, dtypes: (1.0, dict.fromkeys(dtypes, 1.0)))
+    contestant = Contestant("a", step, step, images=1, epoch_steps=1, own=lambda: own)
+    (row,), *_ = measure([contestant], torch.device("cpu"), rounds=1, tick=lambda: None)
+    assert row["peak_bytes"] == 800 + activations
+
+
+def test_what_a_contestant_holds_between_steps():
+    """Weights, buffers, momentum, and gradients: on CUDA all of them are allocated before a step."""
+    ((_, config, _),), _ = bench_entries([*SMALL, "compare=[seeds=1]"])
+    contestant = bench._contestant("", config, None, build_data(config.dataset, CPU), CPU)
+    before = sum(x.nbytes for x in contestant.own())
+    contestant.step()
+    weights = sum(p.nbytes for p in build_model(config.model, config.solver, config.gradient, 10).parameters())
+    assert sum(x.nbytes for x in contestant.own()) == before + 2 * weights
+
+
+def test_every_network_of_a_contestant_stays_on_its_stream(monkeypatch):
+    """Also where it is counted: default stream and others do not wait for each other."""
+    current, seen = [], []
+
+    @contextmanager
+    def stream(chosen):
+        current.append(chosen)
+        yield
+        current.pop()
+
+    def watched(function):
+        def watches(*args, **kwargs):
+            seen.append(current[-1] if current else None)
+            return function(*args, **kwargs)
+
+        return watches
+
+    monkeypatch.setattr(bench, "run_streams", lambda device, count: [f"stream {i}" for i in range(count)])
+    monkeypatch.setattr(torch.cuda, "stream", stream)
+    monkeypatch.setattr(bench, "build_model", watched(bench.build_model))
+    monkeypatch.setattr(bench, "train_step", watched(bench.train_step))
+    monkeypatch.setattr(graphed_step, "train_step", watched(graphed_step.train_step))
+    for seeds in (1, 2):
+        ((_, config, _),), _ = bench_entries([*SMALL, f"compare=[seeds={seeds}]"])
+        contestant = bench._contestant("", config, None, build_data(config.dataset, CPU), CPU)
+        contestant.step()
+        contestant.counted()
+        assert seen == [f"stream {i}" for i in range(seeds)] * 3
+        seen.clear()
 
 
 def test_torch_checkpoint_is_exact():

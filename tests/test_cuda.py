@@ -7,11 +7,14 @@ import pytest
 import torch
 from conftest import make_ode_block
 
-from anode_exp.composition import jobs, study
+from anode_exp.bench import _contestant
+from anode_exp.build import build_data
+from anode_exp.composition import bench_entries, jobs, study
 from anode_exp.data import Augmentation, EpochBatches, Normalisation, Split
 from anode_exp.errors import UserError
 from anode_exp.gradient import GRADIENT_MODES
 from anode_exp.models import MODELS
+from anode_exp.studies.throughput import measure
 from anode_exp.study import run_study
 from anode_exp.train import train, train_together
 from anode_exp.training.graphed_step import GraphedStep, set_learning_rate
@@ -96,6 +99,18 @@ def test_every_default_budget_of_the_study_fits(tmp_path):
     for row in rows:
         assert row["dry_step_bytes"] <= row["budget_bytes"]
         assert row["cuda_bytes"] == pytest.approx(row["dry_step_bytes"], rel=0.05)
+
+
+def test_bench_counts_gradients_and_kernels():
+    """Weights, momentum and gradients are the least that a step has; several seeds, each on its own stream."""
+    device = torch.device("cuda")
+    entries, _ = bench_entries(["dataset=digits", "model=resnet18", "recipe.batch_size=8", "compare=[seeds=1,seeds=2]"])
+    images = build_data(entries[0][1].dataset, device)
+    contestants = [_contestant(label, config, baseline, images, device) for label, config, baseline in entries]
+    rows, *_ = measure(contestants, device, 2, lambda: None)
+    weights = sum(x.nbytes for x in contestants[0].own()) // 3  # but for buffers, of a thousandth of that
+    assert rows[0]["peak_bytes"] > 2.99 * weights
+    assert 0 < rows[0]["kernels_per_step"] < rows[1]["kernels_per_step"]
 
 
 def test_adaptive_steps(tmp_path):

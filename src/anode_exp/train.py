@@ -197,7 +197,7 @@ def _run(
         results = {
             "status": trainer.status,
             "reason": trainer.reason,
-            **_summary(trainer.progress, config.recipe.batch_size),
+            **_summary(trainer.progress),
             "peak_memory_kind": memory.kind,
             "reserved_memory_bytes": memory.reserved_bytes,
             "dataset_bytes": images.nbytes,
@@ -275,11 +275,9 @@ def _check_can_go_on(directory: Path, config: TrainConfig, state: dict[str, Any]
         )
 
 
-def _summary(progress: Progress, batch_size: int) -> dict[str, Any]:
-    first = progress.first_step_s or 0.0
-    # The first step pays for warm-up and, on the CPU, for counting bytes: it has a figure of its own.
-    images = progress.images - batch_size
-    rate = images / (progress.train_time_s - first) if images > 0 else None
+def _summary(progress: Progress) -> dict[str, Any]:
+    images = progress.images - progress.settling_images
+    rate = images / (progress.train_time_s - progress.settling_time_s) if images > 0 else None
     return {
         "test_accuracy": progress.test_accuracy,
         "best_test_accuracy": progress.best_test_accuracy,
@@ -291,7 +289,7 @@ def _summary(progress: Progress, batch_size: int) -> dict[str, Any]:
         "wall_time_s": {
             "train": progress.train_time_s,
             "evaluation": progress.evaluation_time_s,
-            "first_step": first,
+            "first_step": progress.first_step_s or 0.0,
         },
         "images_per_s": rate,
         "nfe": progress.nfe,

@@ -183,6 +183,26 @@ def test_how_many_images_are_evaluated_at_once(settings, on_cuda, on_cpu):
     assert evaluation_batch_size(config, torch.device("cpu")) == on_cpu
 
 
+def test_the_speed_is_that_of_settled_steps(tmp_path, monkeypatch):
+    """Of each process the first two steps are left out, warm-up and recording on CUDA: here they take 10 s each."""
+    clock = [0.0]
+
+    def timed(network, *args, **kwargs):
+        steps.append(1)
+        clock[0] += 10.0 if len(steps) <= 2 else 0.5
+        return whole(network, *args, **kwargs)
+
+    whole, steps = step_module.train_step, []
+    monkeypatch.setattr(step_module, "train_step", timed)
+    monkeypatch.setattr(fit.time, "perf_counter", lambda: clock[0])
+    results = run(tmp_path / "run", "dataset.train_size=96")  # six steps of 16 images an epoch
+    assert results["images_per_s"] == pytest.approx(16 / 0.5)
+    assert results["wall_time_s"]["first_step"] == 10.0
+    steps.clear()  # another process
+    (config,) = jobs([*SMALL, "dataset.train_size=96", "recipe.epochs=3"], multirun=False).configs
+    assert train(config, tmp_path / "run", resume=True)["images_per_s"] == pytest.approx(16 / 0.5)
+
+
 def test_two_runs_never_share_a_directory(tmp_path):
     run(tmp_path)
     before = {f: f.read_bytes() for f in tmp_path.rglob("*") if f.is_file()}

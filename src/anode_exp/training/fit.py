@@ -52,16 +52,24 @@ class Progress:
     train_time_s: float = 0.0
     evaluation_time_s: float = 0.0
     first_step_s: float | None = None
+    settling_time_s: float = 0.0  # of train_time_s and images, those of the first SETTLING_STEPS of every process
+    settling_images: int = 0
     peak_memory_bytes: int = 0
+
+
+SETTLING_STEPS = 2
+"""Steps that pay for more than themselves: warm-up, recording a graph on CUDA, counting bytes elsewhere."""
 
 
 @dataclass
 class EpochPart:
-    """The steps of the epoch in progress: their losses [k], correct predictions, and seconds."""
+    """The steps of the epoch in progress: their losses [k], correct predictions, and seconds, as in ``Progress``."""
 
     losses: Tensor
     correct: Tensor
     train_time_s: float = 0.0
+    settling_time_s: float = 0.0
+    settling_images: int = 0
 
 
 def total_steps(recipe: RecipeConfig, images: int) -> int:
@@ -165,6 +173,7 @@ class Trainer:
         self.status = "completed"
         self.reason: str | None = None
         self.progress = Progress()
+        self._settling = SETTLING_STEPS
         self._part: EpochPart | None = None
         self.total_steps = total_steps(recipe, len(images.train))
 
@@ -222,6 +231,8 @@ class Trainer:
             self.status = "diverged"
         progress.train_time_s += part.train_time_s
         progress.images += sum(sizes)
+        progress.settling_time_s += part.settling_time_s
+        progress.settling_images += part.settling_images
         progress.peak_memory_bytes = max(progress.peak_memory_bytes, self.memory.peak_bytes)
         line: dict[str, Any] = {
             "epoch": progress.epochs,
@@ -321,11 +332,12 @@ class Trainer:
         n_steps = min(len(batches), taken + self.total_steps - progress.steps)
         losses = torch.full((n_steps,), math.nan, device=device)
         correct = torch.zeros((), dtype=torch.long, device=device)
-        earlier = 0.0
+        earlier, settling_time, settling_images = 0.0, 0.0, 0
         if part is not None:
             losses[:taken], correct, earlier = part.losses.to(device), part.correct.to(device), part.train_time_s
+            settling_time, settling_images = part.settling_time_s, part.settling_images
         sizes = self._batch_sizes(n_steps)
-        started = self._clock()
+        started = since = self._clock()
         end = taken
         source = batches.starting_at(taken)
         with bar(n_steps, f"epoch {number}/{self.recipe.epochs}", taken) as shown:
@@ -338,10 +350,15 @@ class Trainer:
                     self.status, self.reason = "diverged", str(error)
                     break
                 correct += right
-                if progress.first_step_s is None:
+                if self._settling:
                     if device.type == "cuda":
                         torch.cuda.synchronize(device)
-                    progress.first_step_s = self._clock() - started
+                    now = self._clock()
+                    if progress.first_step_s is None:
+                        progress.first_step_s = now - since
+                    self._settling -= 1
+                    settling_time, settling_images = settling_time + now - since, settling_images + sizes[i]
+                    since = now
                 shown.update()
                 if self.stop.signal is not None:
                     self.status = "interrupted"
@@ -368,7 +385,8 @@ class Trainer:
             }
             progress.nfe["blocks"] = blocks
         losses = losses[:end].cpu()  # waits for the device, so the time below is that of finished steps
-        done = EpochPart(losses, correct.cpu(), earlier + self._clock() - started)
+        seconds = earlier + self._clock() - started
+        done = EpochPart(losses, correct.cpu(), seconds, settling_time, settling_images)
         if self.status == "interrupted":
             self._part = done
         return done
