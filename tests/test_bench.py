@@ -202,6 +202,7 @@ def test_what_is_compared_by_default():
         (["compare=[solver=rk5]"], "solver=rk5: there is no such solver"),
         (["compare=[solver=rk2, solver=rk2]"], "names the same entry twice"),
         (["compare=[runtime.precision=tf32, runtime.precision=fp32]"], "compare those in two runs"),
+        (["compare=[seed=0, runtime.cudnn_benchmark=true]"], "compare those in two runs"),
         (["gradient=budget"], "see study budget"),
         (["solver=rk2,rk4"], "list them in compare"),
         (["rounds=0"], "rounds=0: give a whole number, at least 1"),

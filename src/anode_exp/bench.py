@@ -34,7 +34,7 @@ from anode_exp.training.graphed_step import Step, set_learning_rate, training_st
 from anode_exp.training.progress import bar
 from anode_exp.training.records import commit, device_name, versions
 from anode_exp.training.streams import run_streams
-from anode_exp.training.train_step import autocast_for, set_float32_precision, train_step
+from anode_exp.training.train_step import autocast_for, set_backends, train_step
 
 
 class TorchCheckpoint:
@@ -59,7 +59,7 @@ def run_bench(entries: list[tuple[str, TrainConfig, str | None]], rounds: int) -
     """
     device = build_device(entries[0][1].runtime)
     # One process, one setting of the global flags: that of the first entry.
-    set_float32_precision(entries[0][1].runtime.precision)
+    set_backends(entries[0][1].runtime)
     images: dict[str, ImageData] = {}
     contestants = []
     for label, config, baseline in entries:

@@ -177,8 +177,11 @@ def bench_entries(arguments: list[str]) -> tuple[list[tuple[str, TrainConfig, st
         entries.append((label or "as composed", config, named[-1] if named else None))
     if len({label for label, *_ in entries}) < len(entries):
         raise UserError("compare: names the same entry twice")
-    if len({(c.runtime.device, c.runtime.precision == "tf32") for _, c, _ in entries}) > 1:
-        raise UserError("compare: one process runs on one device, with TF32 or without; compare those in two runs")
+    if len({(c.runtime.device, c.runtime.precision == "tf32", c.runtime.cudnn_benchmark) for _, c, _ in entries}) > 1:
+        raise UserError(
+            "compare: one process runs on one device, with TF32 or without, with runtime.cudnn_benchmark or without; "
+            "compare those in two runs"
+        )
     return entries, int(rounds)
 
 

@@ -135,6 +135,7 @@ class RuntimeConfig:
     channels_last: bool
     check_every: int = _at_least(1)
     compile: bool = False
+    cudnn_benchmark: bool = False
     cuda_graph: bool = True
     sync_debug: bool = False
     keep_every: int | None = field(default=None, metadata={"at_least": 1})

@@ -28,7 +28,7 @@ from anode_exp.models import TimedBatchNorm, take_evaluations
 from anode_exp.ode import SolveFailed
 from anode_exp.runs import load_run
 from anode_exp.training.progress import bar
-from anode_exp.training.train_step import autocast_for, evaluate, set_float32_precision
+from anode_exp.training.train_step import autocast_for, evaluate, set_backends
 
 
 def evaluate_run(
@@ -56,7 +56,7 @@ def evaluate_run(
             )
         run = load_run(directory, checkpoint, config)
         device = build_device(config.runtime)
-        set_float32_precision(config.runtime.precision)
+        set_backends(config.runtime)
         images = build_data(config.dataset, device)
         memory_format = build_memory_format(config.runtime, run.network, device)
         network = run.network.to(device, memory_format=memory_format)  # type: ignore[call-overload]

@@ -38,7 +38,7 @@ from anode_exp.training.checkpoints import Checkpoints
 from anode_exp.training.graphed_step import Capture, CudaCapture
 from anode_exp.training.progress import bar
 from anode_exp.training.records import commit, device_name, versions
-from anode_exp.training.train_step import autocast_for, set_float32_precision
+from anode_exp.training.train_step import autocast_for, set_backends
 
 
 def run_study(config: TrainConfig, study: StudyConfig, directory: Path | None = None) -> Path:
@@ -51,7 +51,7 @@ def run_study(config: TrainConfig, study: StudyConfig, directory: Path | None = 
     if study.name == "evolution" and (study.run is None or config.model.evolution == "none"):
         raise UserError("study evolution: needs run=DIR, a run with model.evolution=reaction_diffusion_advection")
     device = build_device(config.runtime)
-    set_float32_precision(config.runtime.precision)
+    set_backends(config.runtime)
     images = build_data(config.dataset, device)
     normalise = build_normalisation(config.dataset, device, torch.contiguous_format)
     if study.name == "reversibility":  # pictures, to be looked at

@@ -35,7 +35,7 @@ from anode_exp.training.peak_memory import PeakMemory
 from anode_exp.training.progress import bar, log_to, logging_for
 from anode_exp.training.records import RunRecord, commit, device_name, read_results, versions, write_atomically
 from anode_exp.training.streams import clear_workspaces, run_streams
-from anode_exp.training.train_step import set_float32_precision
+from anode_exp.training.train_step import set_backends
 
 log = logging.getLogger(__name__)
 
@@ -82,7 +82,7 @@ def train_together(
     log_to(*(directory for _, directory in runs))
     first = runs[0][0]
     device = build_device(first.runtime)
-    set_float32_precision(first.runtime.precision)
+    set_backends(first.runtime)
     clear_workspaces(device)  # an earlier job of this process, failed perhaps, is no part of this one's memory
     images = build_data(first.dataset, device)
     streams = run_streams(device, len(runs))

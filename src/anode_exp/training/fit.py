@@ -166,9 +166,8 @@ class Trainer:
         self.averaged = None
         if recipe.moving_average:  # a copy, made before anything is compiled
             self.averaged = MovingAverage(network, recipe.moving_average)
-        self.step = training_step(
-            network, optimizer, self.autocast, runtime, self.device, recipe.batch_size, recipe.label_smoothing
-        )
+        size = min(recipe.batch_size, len(images.train))
+        self.step = training_step(network, optimizer, self.autocast, runtime, self.device, size, recipe.label_smoothing)
         self.waited_s = 0.0
         self.status = "completed"
         self.reason: str | None = None
@@ -309,8 +308,11 @@ class Trainer:
         """
         self.memory.restart()
         batches = self._batches(1)
-        source = chain.from_iterable(batches.starting_at(0) for _ in range(REHEARSED_STEPS))
+        source = chain.from_iterable(batches.starting_at(0) for _ in range(1 + REHEARSED_STEPS))
         losses = torch.full((max(len(batches), REHEARSED_STEPS),), math.nan, device=self.device)
+        if self.runtime.cudnn_benchmark:  # the algorithms that it tries are those of the first rehearsal only
+            self._take(source, losses, 0)
+            self.memory.restart()
         for i in range(REHEARSED_STEPS):
             self._take(source, losses, i)
         peak = self.memory.peak_bytes

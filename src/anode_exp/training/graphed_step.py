@@ -224,10 +224,14 @@ def training_step(
     batch_size: int,
     label_smoothing: float = 0.0,
 ) -> Step:
-    """The step that a configuration asks for: captured on CUDA, eager elsewhere and with adaptive steps; f compiled."""
+    """The step that a configuration asks for: captured on CUDA, eager elsewhere and with adaptive steps; f compiled.
+
+    Args:
+        batch_size: of the batches to capture and to compile f for; others run eagerly, and f as it is.
+    """
     if runtime.compile:
         for block in ode_blocks(network):
-            block.field.compile()
+            block.field.compile(batch_size=batch_size)
     if device.type == "cuda" and runtime.cuda_graph:
         if all(isinstance(block.grid, TimeGrid) for block in ode_blocks(network)):
             return GraphedStep(network, optimizer, autocast, label_smoothing=label_smoothing, batch_size=batch_size)
