@@ -6,6 +6,7 @@ import runpy
 import subprocess
 import sys
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
@@ -228,11 +229,51 @@ def test_several_seeds_are_one_contestant(tmp_path):
 
 def test_the_script_for_a_gpu_composes_its_entries():
     script = runpy.run_path("scripts/speed_on_a_gpu.py")
-    entries, _ = bench_entries(["dataset=cifar10", f"compare={json.dumps(script['ENTRIES'])}"])
-    row = {"epoch_s": 1.0, "bytes_per_step": 1e9, "operators_per_step": 1, "of_floor": 0.5}
-    table = script["figures"]({label: row for label, *_ in entries})
-    assert [what for what, *_, reached in table if not reached] == [
+    labels = []
+    for command in (part.command for part in script["parts"](["recipe.lr=0.2"]) if "bench" in part.command):
+        entries, _ = bench_entries(command[command.index("bench") + 1 :])
+        labels += [label for label, *_ in entries]
+        assert {config.recipe.lr for _, config, _ in entries} == {0.2}
+    assert len(set(labels)) == len(labels) == sum(map(len, script["ENTRIES"].values()))
+    row = {"step_s": 1 / script["EPOCH_STEPS"], "bytes_per_step": 1e9, "operators_per_step": 1, "of_floor": 0.5}
+    table = script["figures"](dict.fromkeys(labels, row))
+    assert [what for what, *_, reached in table if reached == "NO"] == [
         "times the DataLoader loop",
         "times the eager loop on the device",
         "fp32: step over the floor of its bytes",
     ]
+    assert all(measured == "1.00" for what, goal, measured, _ in table if not goal), "choices, each over the default"
+    some = script["figures"]({label: row for label in labels if "fp32" not in label})
+    assert {what for what, _, measured, _ in some if measured == "not measured"} == {
+        what for what, *_ in table if "fp32" in what
+    }
+
+
+def test_the_script_for_a_gpu_reports_every_part(tmp_path, capsys):
+    """One that fails, one that hangs with a process of its own, one that there is no time for; the rest is there."""
+    script = runpy.run_path("scripts/speed_on_a_gpu.py")
+    found = tmp_path / "found"
+    found.mkdir()
+    row = {"label": script["BF16"], "step_s": 0.01, "bytes_per_step": 1, "operators_per_step": 1, "of_floor": 0.5}
+    (found / "bench.json").write_text(json.dumps({"rows": [row]}))
+    hangs = "import subprocess; p = subprocess.Popen(['sleep', '100']); print(p.pid, flush=True); p.wait()"
+    todo = [
+        script["Part"](name, [sys.executable, "-c", code], limit)
+        for name, code, limit in (
+            ("tests", "raise SystemExit('two failed')", 60),
+            ("memory", hangs, 3),
+            ("step", f"print({str(found)!r})", 60),
+        )
+    ]  # fmt: skip
+    folder = tmp_path / "gpu"
+    folder.mkdir()
+    assert not script["examine"](folder, todo)
+    text = (folder / "summary.txt").read_text()
+    outcomes = {line.split()[0]: " ".join(line.split()[1:-1]) for line in text.splitlines()[2:5]}
+    assert outcomes == {"tests": "failed, exit code 1", "memory": "stopped after 3 s", "step": "passed"}
+    assert "two failed" in (folder / "tests.log").read_text() and (folder / "step" / "bench.json").exists()
+    assert "1.96" in text and "not measured" in text and text.strip() in capsys.readouterr().out
+    pid = int((folder / "memory.log").read_text())
+    assert not Path(f"/proc/{pid}").exists() or "Z" in Path(f"/proc/{pid}/stat").read_text().split()[2]
+    script["examine"](folder, todo[:1], total_s=1)
+    assert "no time left" in (folder / "summary.txt").read_text()

@@ -81,7 +81,7 @@ def test_a_run_stays_within_its_budget(tmp_path, share):
 
 def test_the_least_budget_that_a_run_is_told_is_enough(tmp_path):
     """Measured by the captured steps that will run: workspaces, copies and rounding are in it."""
-    settings = ["dataset=digits", "model=squeezenext", "solver=rk2", "solver.n_steps=4", "recipe.max_steps=12",
+    settings = ["dataset=digits", "model=squeezenext", "solver=rk2", "solver.n_steps=2", "recipe.max_steps=12",
                 "recipe.batch_size=128", "runtime.device=cuda", "gradient=budget"]  # fmt: skip
     with pytest.raises(UserError, match=r"give \d+MiB or more") as error:
         train(jobs([*settings, "gradient.memory=1MiB"], multirun=False).configs[0], tmp_path / "short")
@@ -93,7 +93,7 @@ def test_the_least_budget_that_a_run_is_told_is_enough(tmp_path):
 
 
 def test_every_default_budget_of_the_study_fits(tmp_path):
-    run_study(*study("budget", ["solver.n_steps=4", "study.repeats=1", "runtime.device=cuda"]), tmp_path)
+    run_study(*study("budget", ["solver.n_steps=2", "study.repeats=1", "runtime.device=cuda"]), tmp_path)
     rows = [json.loads(line) for line in (tmp_path / "study.jsonl").read_text().splitlines()]
     assert len(rows) == 8
     for row in rows:
