@@ -228,6 +228,40 @@ def test_every_run_has_a_stream_of_its_own_and_there_are_as_many_as_in_torchs_po
         run_streams(device, MOST_STREAMS + 1)
 
 
+def test_cudnn_times_its_algorithms_before_the_recording(tmp_path, caplog):
+    settings = ["dataset=digits", "model=resnet10", "recipe.epochs=1", "runtime.device=cuda"]
+    before = torch.backends.cudnn.benchmark
+    try:
+        with caplog.at_level("WARNING"):
+            results = train(jobs([*settings, "runtime.cudnn_benchmark=true"], multirun=False).configs[0], tmp_path)
+        assert torch.backends.cudnn.benchmark
+    finally:
+        torch.backends.cudnn.benchmark = before
+    assert results["status"] == "completed" and "could not be captured" not in caplog.text
+
+
+def test_compiled_steps_are_captured_and_the_smaller_last_batch_compiles_nothing(tmp_path, caplog):
+    """With 1,280 images an epoch has whole batches only; with 1,300 it compiles as many graphs."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    graphs = [0]
+    for size in (1280, 1300):
+        settings = ["dataset=digits", f"dataset.train_size={size}", "model=resnet4", "recipe.epochs=1",
+                    "runtime.device=cuda", "runtime.compile=true"]  # fmt: skip
+        with caplog.at_level("WARNING"):
+            results = train(jobs(settings, multirun=False).configs[0], tmp_path / str(size))
+        assert results["status"] == "completed"
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert "could not be captured" not in caplog.text
+    assert graphs[2] - graphs[1] == graphs[1] > 0
+
+
+def test_the_speed_leaves_out_warm_up_and_recording(tmp_path):
+    settings = ["dataset=digits", "model=squeezenext", "recipe.epochs=1", "recipe.batch_size=64", "runtime.device=cuda"]
+    results = train(jobs(settings, multirun=False).configs[0], tmp_path)
+    assert results["images_per_s"] > 1437 / results["wall_time_s"]["train"]
+
+
 def test_seeds_at_once_train_as_alone(tmp_path):
     """Streams of one device: each run's losses are those it has alone, and so is its peak memory."""
     settings = ["dataset=digits", "model=squeezenext", "recipe.epochs=1", "recipe.batch_size=128",

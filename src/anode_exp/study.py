@@ -38,6 +38,7 @@ from anode_exp.training.checkpoints import Checkpoints
 from anode_exp.training.graphed_step import Capture, CudaCapture
 from anode_exp.training.progress import bar
 from anode_exp.training.records import commit, device_name, versions
+from anode_exp.training.streams import run_streams
 from anode_exp.training.train_step import autocast_for, set_backends
 
 
@@ -72,7 +73,8 @@ def run_study(config: TrainConfig, study: StudyConfig, directory: Path | None = 
         "memory": _memory,
         "reversibility": _reversibility,
     }[study.name]
-    with (directory / "study.jsonl").open("w") as file:
+    (stream,) = run_streams(device, 1)
+    with torch.cuda.stream(stream), (directory / "study.jsonl").open("w") as file:
         for row in rows(config, study, images.num_classes, batch, directory):
             file.write(json.dumps(row) + "\n")
             file.flush()

@@ -62,7 +62,7 @@ def train_together(
     tick: Callable[[], object] = lambda: None,
     stop: StopRequest | None = None,
 ) -> list[dict[str, Any]]:
-    """Several runs that share a data set, a step of each in turn; on CUDA each on a stream of its own, one run too.
+    """Several runs that share a data set, a step of each in turn; on CUDA every run has a stream of its own.
 
     Networks this small leave most of a GPU idle. Every run computes what it would alone, and its peak memory is that of
     its first steps, which it takes alone; its times are those of a shared device.

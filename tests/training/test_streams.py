@@ -86,6 +86,19 @@ def test_nothing_of_cuda_is_touched_without_it():
     clear_workspaces(torch.device("cpu"))
 
 
+def test_what_follows_a_warm_up_that_fails_waits_for_it(monkeypatch):
+    """Weights are put back on the stream that was current: its work must not overtake the steps already launched."""
+    cuda = Cuda(monkeypatch)
+    capture = CudaCapture()
+
+    def fails():
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        capture.warm_up(fails)
+    assert cuda.current is cuda.default and cuda.default.waited_for == [capture.stream]
+
+
 def test_a_capture_is_on_the_runs_own_stream(monkeypatch):
     cuda = Cuda(monkeypatch)
     (own,) = run_streams(CUDA, 1)

@@ -316,6 +316,7 @@ class Trainer:
         for i in range(REHEARSED_STEPS):
             self._take(source, losses, i)
         peak = self.memory.peak_bytes
+        losses.cpu()  # waits for the device: what it replays must not go before
         if isinstance(self.step, GraphedStep):
             self.step.forget()
         self.optimizer.zero_grad(set_to_none=True)

@@ -56,10 +56,12 @@ class CudaCapture:
 
     def warm_up(self, work: Callable[[], object]) -> None:
         self.stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self.stream):
-            for _ in range(WARM_UP_STEPS):
-                work()
-        torch.cuda.current_stream().wait_stream(self.stream)
+        try:
+            with torch.cuda.stream(self.stream):
+                for _ in range(WARM_UP_STEPS):
+                    work()
+        finally:  # also what puts weights back must not overtake a step
+            torch.cuda.current_stream().wait_stream(self.stream)
 
     def record(self, work: Callable[[], Any]) -> Any:
         # torch's context waits for the device and empties the allocator's cache before it records. Where it fails, it
