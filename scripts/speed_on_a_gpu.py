@@ -177,6 +177,7 @@ def main() -> None:
     settings = sys.argv[1:]
     if not torch.cuda.is_available() and "runtime.device=cpu" not in settings:
         sys.exit("no CUDA device is visible; for a rehearsal without one see the head of this script")
+    os.chdir(Path(__file__).parents[1])
     folder = Path("outputs") / f"{datetime.now():%Y-%m-%d/%H-%M-%S}-gpu"
     folder.mkdir(parents=True)
     smi = shutil.which("nvidia-smi")

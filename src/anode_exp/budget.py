@@ -455,5 +455,5 @@ def plan_table(plan: dict[str, Any]) -> str:
         for i, b in enumerate(plan["blocks"], 1)
     ]
     budget, predicted, measured = (plan[f"{k}_bytes"] / 2**20 for k in ("budget", "predicted", "measured"))
-    head = f"plan for {budget:,.1f} MiB: peak {predicted:,.1f} MiB predicted, {measured:,.1f} MiB in a dry step"
+    head = f"plan for {budget:,.1f} MiB: peak {predicted:,.1f} MiB predicted, {measured:,.1f} MiB measured"
     return f"{head}\n{tabulate(rows, headers='keys')}"
