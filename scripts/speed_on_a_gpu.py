@@ -9,7 +9,7 @@ and results for each part, and summary.txt.
 
 Settings are added to every bench and study. A rehearsal without a GPU:
 
-    python scripts/speed_on_a_gpu.py runtime.device=cpu model.width=0.25 recipe.batch_size=8 dataset.train_size=64
+    python scripts/speed_on_a_gpu.py runtime.device=cpu recipe.batch_size=2 dataset.train_size=8
 """
 
 import json
@@ -79,7 +79,8 @@ def parts(settings: list[str]) -> list[Part]:
 
 def take(part: Part, folder: Path, limit_s: float) -> str:
     """Run a part; its log and what it left are in the folder. Returns how it went."""
-    log = folder / f"{part.name}.log"
+    log, results = folder / f"{part.name}.log", Path("outputs")
+    before = set(results.glob("*/*"))
     with log.open("w") as file:
         process = subprocess.Popen(part.command, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
         try:
@@ -90,10 +91,8 @@ def take(part: Part, folder: Path, limit_s: float) -> str:
             if not isinstance(error, subprocess.TimeoutExpired):
                 raise
             code = None
-    lines = log.read_text(errors="replace").splitlines()
-    left = Path(lines[-1]) if lines else folder
-    if code == 0 and lines and left.is_dir():  # bench and studies end with the folder that they wrote
-        shutil.copytree(left, folder / part.name)
+    for left in set(results.glob("*/*")) - before:  # what a study had written when it was stopped is there too
+        shutil.copytree(left, folder / part.name, dirs_exist_ok=True)
     return "passed" if code == 0 else f"stopped after {limit_s:.0f} s" if code is None else f"failed, exit code {code}"
 
 

@@ -249,20 +249,27 @@ def test_the_script_for_a_gpu_composes_its_entries():
     }
 
 
-def test_the_script_for_a_gpu_reports_every_part(tmp_path, capsys):
+def test_the_script_for_a_gpu_reports_every_part(tmp_path, capsys, monkeypatch):
     """One that fails, one that hangs with a process of its own, one that there is no time for; the rest is there."""
     script = runpy.run_path("scripts/speed_on_a_gpu.py")
-    found = tmp_path / "found"
-    found.mkdir()
+    monkeypatch.chdir(tmp_path)
     row = {"label": script["BF16"], "step_s": 0.01, "bytes_per_step": 1, "operators_per_step": 1, "of_floor": 0.5}
-    (found / "bench.json").write_text(json.dumps({"rows": [row]}))
-    hangs = "import subprocess; p = subprocess.Popen(['sleep', '100']); print(p.pid, flush=True); p.wait()"
+
+    def writes(name, file, text):
+        code = (
+            "import pathlib; d = pathlib.Path('outputs/day', {!r}); d.mkdir(parents=True); (d / {!r}).write_text({!r})"
+        )
+        return code.format(name, file, text) + "\n"
+
+    bench = writes("bench", "bench.json", json.dumps({"rows": [row]}))
+    hangs = writes("memory", "study.jsonl", "a row")
+    hangs += "import subprocess; p = subprocess.Popen(['sleep', '100']); print(p.pid, flush=True); p.wait()"
     todo = [
         script["Part"](name, [sys.executable, "-c", code], limit)
         for name, code, limit in (
             ("tests", "raise SystemExit('two failed')", 60),
-            ("memory", hangs, 3),
-            ("step", f"print({str(found)!r})", 60),
+            ("memory", hangs, 6),
+            ("step", bench, 60),
         )
     ]  # fmt: skip
     folder = tmp_path / "gpu"
@@ -270,8 +277,9 @@ def test_the_script_for_a_gpu_reports_every_part(tmp_path, capsys):
     assert not script["examine"](folder, todo)
     text = (folder / "summary.txt").read_text()
     outcomes = {line.split()[0]: " ".join(line.split()[1:-1]) for line in text.splitlines()[2:5]}
-    assert outcomes == {"tests": "failed, exit code 1", "memory": "stopped after 3 s", "step": "passed"}
+    assert outcomes == {"tests": "failed, exit code 1", "memory": "stopped after 6 s", "step": "passed"}
     assert "two failed" in (folder / "tests.log").read_text() and (folder / "step" / "bench.json").exists()
+    assert (folder / "memory" / "study.jsonl").read_text() == "a row", "what there was when it was stopped"
     assert "1.96" in text and "not measured" in text and text.strip() in capsys.readouterr().out
     pid = int((folder / "memory.log").read_text())
     assert not Path(f"/proc/{pid}").exists() or "Z" in Path(f"/proc/{pid}/stat").read_text().split()[2]
