@@ -6,6 +6,8 @@ from contextlib import contextmanager
 import pytest
 import torch
 
+from anode_exp import train as train_module
+from anode_exp.composition import jobs
 from anode_exp.errors import UserError
 from anode_exp.training.graphed_step import WARM_UP_STEPS, CudaCapture
 from anode_exp.training.streams import MOST_STREAMS, clear_workspaces, run_streams
@@ -82,8 +84,31 @@ def test_more_runs_than_streams_are_refused():
         run_streams(CUDA, MOST_STREAMS + 1)
 
 
-def test_nothing_of_cuda_is_touched_without_it():
+def test_workspaces_are_cleared_behind_the_work_there_is(monkeypatch):
+    order = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: order.append("wait"))
+    monkeypatch.setattr(torch._C, "_cuda_clearCublasWorkspaces", lambda: order.append("clear"), raising=False)
     clear_workspaces(torch.device("cpu"))
+    assert order == []
+    clear_workspaces(CUDA)
+    assert order == ["wait", "clear"]
+
+
+def test_a_group_of_runs_begins_without_the_workspaces_of_others(tmp_path, monkeypatch):
+    """Once, before the data and before any run of it: a recording that is replayed still needs its own."""
+    order = []
+
+    def noted(name):
+        whole = getattr(train_module, name)
+        monkeypatch.setattr(train_module, name, lambda *a, **k: order.append(name) or whole(*a, **k))
+
+    for name in ("clear_workspaces", "build_data", "run_streams", "PeakMemory"):
+        noted(name)
+    settings = ["dataset=fake", "dataset.train_size=4", "dataset.test_size=4", "model=resnet4", "recipe.epochs=1",
+                "runtime.device=cpu"]  # fmt: skip
+    runs = [(jobs([*settings, f"seed={s}"], multirun=False).configs[0], tmp_path / str(s)) for s in (0, 1)]
+    train_module.train_together(runs)
+    assert order == ["clear_workspaces", "build_data", "run_streams", "PeakMemory", "PeakMemory"]
 
 
 def test_what_follows_a_warm_up_that_fails_waits_for_it(monkeypatch):
