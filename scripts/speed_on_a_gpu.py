@@ -1,74 +1,190 @@
-"""What a CUDA device has to show, in one table: correctness there, and the speed the project aims at on an NVIDIA H200.
+"""What a CUDA device has to show, in one command: correctness there, and the speed aimed at on an NVIDIA H200.
 
-    python scripts/speed_on_a_gpu.py        about 6 minutes; needs CIFAR-10 under ANODE_DATA, or the network to fetch it
+    python scripts/speed_on_a_gpu.py [SETTING…]        at most 8 minutes; needs no data and no network
 
-Runs the CUDA tests, then every composition below in turns within one process, and the studies of memory and of budgets
-at 2 and 8 steps. Tables and JSON stay under outputs/.
+Runs the CUDA tests, bench on the compositions below, and the studies of memory (2 and 8 steps) and budgets (4 steps):
+each in a process of its own, with a limit of its own. What fails or takes too long is reported, and the rest runs; what
+comes last may find no time left. All that it found is in one folder, outputs/DATE/TIME-gpu, of about a megabyte: a log
+and results for each part, and summary.txt.
+
+Settings are added to every bench and study. A rehearsal without a GPU:
+
+    python scripts/speed_on_a_gpu.py runtime.device=cpu recipe.batch_size=2 dataset.train_size=8
 """
 
 import json
+import os
+import shutil
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
 
 import torch
 from tabulate import tabulate
 
-from anode_exp.bench import run_bench
-from anode_exp.composition import bench_entries, folder
+TOTAL_S = 480
+EPOCH_STEPS = 196  # of CIFAR-10 at batch 256; images at random take the same time
 
 SQUEEZENEXT = "model=squeezenext solver=rk2 solver.n_steps=2"
 FP32, BF16 = f"{SQUEEZENEXT} runtime.precision=fp32", f"{SQUEEZENEXT} runtime.precision=bf16"
-FUSED = "runtime.compile=true"
+FUSED, CUDNN, CONTIGUOUS = "runtime.compile=true", "runtime.cudnn_benchmark=true", "runtime.channels_last=false"
 RESNET = "model=resnet18 solver=euler solver.n_steps=2 runtime.precision=bf16"
-ENTRIES = [
-    BF16, f"{BF16} {FUSED}", FP32, f"{FP32} {FUSED}", f"{BF16} runtime.cuda_graph=false", f"{BF16} baseline=eager",
-    f"{BF16} baseline=dataloader", f"{FP32} baseline=eager", RESNET, f"{RESNET} {FUSED}", f"{BF16} seeds=5",
-    f"{BF16} {FUSED} seeds=5",
-]  # fmt: skip
+RESNET_FP32 = "model=resnet18 solver=euler solver.n_steps=2 runtime.precision=fp32"
+ENTRIES = {
+    "step": [
+        BF16, FP32, RESNET, RESNET_FP32, f"{BF16} {CONTIGUOUS}", f"{FP32} {CONTIGUOUS}", f"{RESNET_FP32} {CONTIGUOUS}",
+        f"{BF16} runtime.cuda_graph=false", f"{BF16} seeds=5", f"{BF16} baseline=eager", f"{FP32} baseline=eager",
+        f"{BF16} baseline=dataloader",
+    ],
+    "fused": [f"{BF16} {FUSED}"],
+    "cudnn_benchmark": [
+        f"{entry} {CUDNN}"
+        for entry in (BF16, FP32, RESNET, RESNET_FP32, f"{FP32} {CONTIGUOUS}", f"{RESNET_FP32} {CONTIGUOUS}")
+    ],
+    "fused_fp32": [f"{FP32} {FUSED}"],
+    "fused_resnet18": [f"{RESNET} {FUSED}"],
+    "fused_seeds": [f"{BF16} {FUSED} seeds=5"],
+}  # fmt: skip
 
 
-def figures(rows: dict[str, dict[str, float]]) -> list[tuple[str, str, str, bool]]:
-    """(what, goal, measured, reached) of each figure."""
+@dataclass
+class Part:
+    """A command, and the most seconds that it may take."""
 
-    def best(label: str, key: str) -> float:
-        return min(rows[label][key], rows[f"{label} {FUSED}"][key])
+    name: str
+    command: list[str]
+    limit_s: float
 
-    table: list[tuple[str, float, float, Callable[[float, float], bool]]] = [
-        ("SqueezeNext RK2 bf16: epoch, s", 1.0, best(BF16, "epoch_s"), float.__le__),
-        ("SqueezeNext RK2 fp32: epoch, s", 1.5, best(FP32, "epoch_s"), float.__le__),
-        ("without fusion, bf16: epoch, s", 1.0, rows[BF16]["epoch_s"], float.__le__),
-        ("without fusion, fp32: epoch, s", 1.5, rows[FP32]["epoch_s"], float.__le__),
-        ("times the DataLoader loop", 10.0, rows[f"{BF16} baseline=dataloader"]["epoch_s"] / best(BF16, "epoch_s"),
-         float.__ge__),
-        ("times the eager loop on the device", 3.0, rows[f"{BF16} baseline=eager"]["epoch_s"] / best(BF16, "epoch_s"),
-         float.__ge__),
-        ("ResNet-18 Euler bf16: epoch, s", 2.5, best(RESNET, "epoch_s"), float.__le__),
-        ("5 seeds at once over one", 2.5, rows[f"{BF16} seeds=5"]["epoch_s"] / rows[BF16]["epoch_s"], float.__le__),
-        ("fp32: GB moved a step, unfused (expected 24)", 24.0, rows[FP32]["bytes_per_step"] / 1e9, float.__le__),
-        ("fp32: operators a step, unfused (expected 1,750)", 1750.0, float(rows[FP32]["operators_per_step"]),
-         float.__le__),
-        ("fp32: step over the floor of its bytes", 1.0, 1 / rows[FP32]["of_floor"], float.__le__),
-    ]  # fmt: skip
+
+def parts(settings: list[str]) -> list[Part]:
+    run = [sys.executable, "-m", "anode_exp"]
+    bench = [*run, "bench", "dataset=fake", "dataset.train_size=50000", "dataset.test_size=10", "recipe.batch_size=256"]
+    study = ["study.batch_size=256", "study.repeats=3"]
+    memory = ["study.n_steps=[2,8]", "study.blocks_per_stage=[1]"]
+    steps = {name: [*bench, f"compare={json.dumps(entries)}", *settings] for name, entries in ENTRIES.items()}
     return [
-        (what, f"{'≤' if holds is float.__le__ else '≥'} {goal:g}", f"{value:,.2f}", holds(value, goal))
-        for what, goal, value, holds in table
+        Part("tests", [sys.executable, "-m", "pytest", "-q", "--durations=5", "tests/test_cuda.py"], 160),
+        Part("step", steps.pop("step"), 80),
+        Part("fused", steps.pop("fused"), 70),
+        Part("memory", [*run, "study", "memory", *study, *memory, *settings], 50),
+        Part("budget", [*run, "study", "budget", *study, "solver.n_steps=4", *settings], 50),
+        *(Part(name, command, 60) for name, command in steps.items()),
     ]
 
 
+def take(part: Part, folder: Path, limit_s: float) -> str:
+    """Run a part; its log and what it left are in the folder. Returns how it went."""
+    log, results = folder / f"{part.name}.log", Path("outputs")
+    before = set(results.glob("*/*"))
+    with log.open("w") as file:
+        process = subprocess.Popen(part.command, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
+        try:
+            code = process.wait(limit_s)
+        except BaseException as error:  # workers too: the next part wants the device
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            if not isinstance(error, subprocess.TimeoutExpired):
+                raise
+            code = None
+    for left in set(results.glob("*/*")) - before:  # what a study had written when it was stopped is there too
+        shutil.copytree(left, folder / part.name, dirs_exist_ok=True)
+    return "passed" if code == 0 else f"stopped after {limit_s:.0f} s" if code is None else f"failed, exit code {code}"
+
+
+def figures(rows: dict[str, dict[str, float]]) -> list[tuple[str, str, str, str]]:
+    """(what, goal, measured, reached) of each figure; what no part measured is said to be so."""
+
+    def epoch(*labels: str) -> float:
+        """Seconds of the fastest of these that were measured."""
+        return min(rows[label]["step_s"] for label in labels if label in rows) * EPOCH_STEPS
+
+    def best(label: str) -> float:
+        return epoch(label, f"{label} {FUSED}", f"{label} {CUDNN}", f"{label} {CONTIGUOUS}")
+
+    def over(ours: str, other: str) -> float:
+        return rows[ours]["step_s"] / rows[other]["step_s"]
+
+    at_most, at_least = float.__le__, float.__ge__
+    table: list[tuple[str, float | None, Callable[[], float], Callable[[float, float], bool]]] = [
+        ("SqueezeNext RK2 bf16: epoch, s", 1.0, lambda: best(BF16), at_most),
+        ("SqueezeNext RK2 fp32: epoch, s", 1.5, lambda: best(FP32), at_most),
+        ("without fusion, bf16: epoch, s", 1.0, lambda: epoch(BF16), at_most),
+        ("without fusion, fp32: epoch, s", 1.5, lambda: epoch(FP32), at_most),
+        ("times the DataLoader loop", 10.0, lambda: epoch(f"{BF16} baseline=dataloader") / best(BF16), at_least),
+        ("times the eager loop on the device", 3.0, lambda: epoch(f"{BF16} baseline=eager") / best(BF16), at_least),
+        ("ResNet-18 Euler bf16: epoch, s", 2.5, lambda: best(RESNET), at_most),
+        ("5 seeds at once over one", 2.5, lambda: over(f"{BF16} seeds=5", BF16), at_most),
+        ("fp32: GB moved a step, unfused (expected 24)", 24.0, lambda: rows[FP32]["bytes_per_step"] / 1e9, at_most),
+        ("fp32: operators a step, unfused (expected 1,750)", 1750.0,
+         lambda: float(rows[FP32]["operators_per_step"]), at_most),
+        ("fp32: step over the floor of its bytes", 1.0, lambda: 1 / rows[FP32]["of_floor"], at_most),
+        ("bf16: captured over eager step", None, lambda: over(BF16, f"{BF16} runtime.cuda_graph=false"), at_most),
+        *(
+            (f"{name}: {choice} over default", None,
+             lambda label=label, choice=choice: over(f"{label} {choice}", label), at_most)
+            for name, label in (("bf16", BF16), ("fp32", FP32), ("ResNet-18 fp32", RESNET_FP32))
+            for choice in (CONTIGUOUS, CUDNN, f"{CONTIGUOUS} {CUDNN}", FUSED)
+            if any(f"{label} {choice}" in entries for entries in ENTRIES.values())
+        ),
+    ]  # fmt: skip
+    shown = []
+    for what, goal, measured, holds in table:
+        aim = "" if goal is None else f"{'≤' if holds is at_most else '≥'} {goal:g}"
+        try:
+            value = measured()
+        except (KeyError, ValueError):
+            shown.append((what, aim, "not measured", ""))
+        else:
+            shown.append((what, aim, f"{value:,.2f}", "" if goal is None else "yes" if holds(value, goal) else "NO"))
+    return shown
+
+
+def measured_rows(folder: Path) -> dict[str, dict[str, float]]:
+    """Every row of every bench, by its label."""
+    files = [folder / name / "bench.json" for name in ENTRIES]
+    return {row["label"]: row for f in files if f.exists() for row in json.loads(f.read_text())["rows"]}
+
+
+def summarise(folder: Path, outcomes: list[tuple[str, str, str]]) -> str:
+    text = tabulate(outcomes, ["part", "outcome", "seconds"])
+    text += "\n\n" + tabulate(figures(measured_rows(folder)), ["figure", "goal", "measured", "reached"])
+    (folder / "summary.txt").write_text(text + "\n")
+    return text
+
+
+def examine(folder: Path, todo: list[Part], total_s: float = TOTAL_S) -> bool:
+    """Every part in turn, none past what is left of the whole time; whether all passed. The summary grows with them."""
+    started = time.monotonic()
+    outcomes: list[tuple[str, str, str]] = []
+    for part in todo:
+        print(f"{part.name} …", flush=True)
+        since = time.monotonic()
+        left = total_s - (since - started)
+        outcome = take(part, folder, min(part.limit_s, left)) if left > 5 else "no time left"
+        outcomes.append((part.name, outcome, f"{time.monotonic() - since:.0f}"))
+        text = summarise(folder, outcomes)
+    print(text)
+    return all(outcome == "passed" for _, outcome, _ in outcomes)
+
+
 def main() -> None:
-    if not torch.cuda.is_available():
-        sys.exit("no CUDA device is visible")
-    tests = subprocess.run([sys.executable, "-m", "pytest", "-q", "tests/test_cuda.py"])
-    entries, rounds = bench_entries(["dataset=cifar10", "recipe.batch_size=256", f"compare={json.dumps(ENTRIES)}"])
-    directory = run_bench(entries, rounds, folder([], "bench"))
-    rows = {row["label"]: row for row in json.loads((directory / "bench.json").read_text())["rows"]}
-    for study in ("memory", "budget"):
-        settings = ["study.batch_size=256", "study.repeats=5"]
-        settings += ["study.n_steps=[2,8]", "study.blocks_per_stage=[1]"] if study == "memory" else ["solver.n_steps=8"]
-        subprocess.run([sys.executable, "-m", "anode_exp", "study", study, *settings], check=True)
-    table = [("CUDA tests", "pass", "pass" if tests.returncode == 0 else "fail", tests.returncode == 0), *figures(rows)]
-    print(tabulate([(*row[:3], "yes" if row[3] else "NO") for row in table], ["figure", "goal", "measured", "reached"]))
+    settings = sys.argv[1:]
+    if not torch.cuda.is_available() and "runtime.device=cpu" not in settings:
+        sys.exit("no CUDA device is visible; for a rehearsal without one see the head of this script")
+    os.chdir(Path(__file__).parents[1])
+    folder = Path("outputs") / f"{datetime.now():%Y-%m-%d/%H-%M-%S}-gpu"
+    folder.mkdir(parents=True)
+    smi = shutil.which("nvidia-smi")
+    machine = subprocess.run([smi, "-q"], capture_output=True, text=True).stdout if smi else ""
+    (folder / "machine.txt").write_text(f"torch {torch.__version__}\n{torch.__config__.show()}\n{machine}")
+    passed = examine(folder, parts(settings))
+    print(f"\n{folder}")
+    sys.exit(0 if passed else 1)
 
 
 if __name__ == "__main__":

@@ -8,8 +8,9 @@ import torch
 from torch import nn
 
 from anode_exp.gradient import GRADIENT_MODES, GradientMode
-from anode_exp.models import OdeBlock
-from anode_exp.ode import TABLEAUX, ExplicitRungeKutta, TimeGrid
+from anode_exp.models import OdeBlock, ode_blocks
+from anode_exp.ode import TABLEAUX, Evaluations, ExplicitRungeKutta, TimeGrid
+from anode_exp.training.graphed_step import WARM_UP_STEPS
 
 # Tests run several processes side by side: each with threads of its own for every core slows all of them many times.
 torch.set_num_threads(1)
@@ -31,6 +32,32 @@ class Field(nn.Module):
 @pytest.fixture
 def field_module() -> Field:
     return Field()
+
+
+class Repeat:
+    """Repeats the recorded work on the same memory: what a replay does, but by running it."""
+
+    def __init__(self, network: nn.Module) -> None:
+        self.network, self.replays = network, 0
+
+    def warm_up(self, work):
+        for _ in range(WARM_UP_STEPS):
+            work()
+
+    def record(self, work):
+        self.work = work
+        self.results = tuple(x.clone() for x in work() or ())
+        return self.results
+
+    def replay(self):
+        self.replays += 1
+        counters = [block.field.evaluations for block in ode_blocks(self.network)]
+        for block in ode_blocks(self.network):  # a device replays without the host, which counts evaluations
+            block.field.evaluations = Evaluations()
+        for kept, new in zip(self.results, self.work() or (), strict=True):
+            kept.copy_(new)
+        for block, counter in zip(ode_blocks(self.network), counters, strict=True):
+            block.field.evaluations = counter
 
 
 def solver(name: str) -> ExplicitRungeKutta:

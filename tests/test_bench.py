@@ -5,19 +5,27 @@ import os
 import runpy
 import subprocess
 import sys
+from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import Field, solver
 
+from anode_exp import bench
 from anode_exp.bench import TorchCheckpoint
+from anode_exp.build import build_data, build_model
 from anode_exp.composition import bench_entries
 from anode_exp.data import Augmentation, Split
 from anode_exp.data.torchvision_loader import torchvision_loader
 from anode_exp.errors import UserError
 from anode_exp.gradient import FullBackprop
 from anode_exp.ode import TimeGrid, VectorField
+from anode_exp.studies import throughput
 from anode_exp.studies.throughput import Contestant, Traffic, measure
+from anode_exp.training import graphed_step
+
+CPU = torch.device("cpu")
 
 SMALL = ["dataset=fake", "dataset.train_size=40", "model=squeezenext", "model.width=0.5", "recipe.batch_size=8"]
 
@@ -54,6 +62,92 @@ def test_contestants_take_turns_and_those_alone_come_last():
         assert row["images_per_s"] == pytest.approx(5 / row["step_s"]) and row["epoch_s"] == 3 * row["step_s"]
         assert row["peak_bytes"] >= 44 and row["kernels_per_step"] is None
     assert bandwidth > 1e8 and rates[torch.float32] > 1e8
+
+
+def test_kernels_are_counted_after_all_that_is_timed(monkeypatch):
+    order = []
+
+    def contestant(label, alone=False):
+        def step():
+            order.append(label)
+
+        return Contestant(label, step, step, images=1, epoch_steps=1, own=list, alone=alone)
+
+    monkeypatch.setattr(throughput, "kernels_per_step", lambda c, device: order.append(f"count {c.label}") or 7)
+    monkeypatch.setattr(throughput, "device_limits", lambda device, dtypes: (1.0, dict.fromkeys(dtypes, 1.0)))
+    monkeypatch.setattr(throughput, "LEAST_ROUND_S", 1e-9)
+    rows, *_ = measure([contestant("a"), contestant("b", True)], torch.device("cpu"), rounds=2, tick=lambda: None)
+    assert order[-2:] == ["count a", "count b"] and not any("count" in entry for entry in order[:-2])
+    assert [row["kernels_per_step"] for row in rows] == [7, 7]
+
+
+def test_a_peak_counts_the_contestants_own_bytes_and_nothing_of_others(monkeypatch):
+    """An allocator holds weights and gradients of one contestant, and what is others'; a step adds activations."""
+    own, others, activations = [torch.zeros(100), torch.zeros(100)], 10**6, 5000
+
+    class Allocator:
+        most = now = others + 800
+
+        def allocated(self):
+            return self.now
+
+        def most_allocated(self):
+            return self.most
+
+        def reset_peaks(self):
+            self.most = self.now
+
+    allocator = Allocator()
+
+    def step():
+        allocator.most = allocator.now + activations
+
+    monkeypatch.setattr(throughput, "allocator_of", lambda device: allocator)
+    monkeypatch.setattr(throughput, "device_limits", lambda device, dtypes: (1.0, dict.fromkeys(dtypes, 1.0)))
+    contestant = Contestant("a", step, step, images=1, epoch_steps=1, own=lambda: own)
+    (row,), *_ = measure([contestant], torch.device("cpu"), rounds=1, tick=lambda: None)
+    assert row["peak_bytes"] == 800 + activations
+
+
+def test_what_a_contestant_holds_between_steps():
+    """Weights, buffers, momentum, and gradients: on CUDA all of them are allocated before a step."""
+    ((_, config, _),), _ = bench_entries([*SMALL, "compare=[seeds=1]"])
+    contestant = bench._contestant("", config, None, build_data(config.dataset, CPU), CPU)
+    before = sum(x.nbytes for x in contestant.own())
+    contestant.step()
+    weights = sum(p.nbytes for p in build_model(config.model, config.solver, config.gradient, 10).parameters())
+    assert sum(x.nbytes for x in contestant.own()) == before + 2 * weights
+
+
+def test_every_network_of_a_contestant_stays_on_its_stream(monkeypatch):
+    """Also where it is counted: default stream and others do not wait for each other."""
+    current, seen = [], []
+
+    @contextmanager
+    def stream(chosen):
+        current.append(chosen)
+        yield
+        current.pop()
+
+    def watched(function):
+        def watches(*args, **kwargs):
+            seen.append(current[-1] if current else None)
+            return function(*args, **kwargs)
+
+        return watches
+
+    monkeypatch.setattr(bench, "run_streams", lambda device, count: [f"stream {i}" for i in range(count)])
+    monkeypatch.setattr(torch.cuda, "stream", stream)
+    monkeypatch.setattr(bench, "build_model", watched(bench.build_model))
+    monkeypatch.setattr(bench, "train_step", watched(bench.train_step))
+    monkeypatch.setattr(graphed_step, "train_step", watched(graphed_step.train_step))
+    for seeds in (1, 2):
+        ((_, config, _),), _ = bench_entries([*SMALL, f"compare=[seeds={seeds}]"])
+        contestant = bench._contestant("", config, None, build_data(config.dataset, CPU), CPU)
+        contestant.step()
+        contestant.counted()
+        assert seen == [f"stream {i}" for i in range(seeds)] * 3
+        seen.clear()
 
 
 def test_torch_checkpoint_is_exact():
@@ -109,6 +203,7 @@ def test_what_is_compared_by_default():
         (["compare=[solver=rk5]"], "solver=rk5: there is no such solver"),
         (["compare=[solver=rk2, solver=rk2]"], "names the same entry twice"),
         (["compare=[runtime.precision=tf32, runtime.precision=fp32]"], "compare those in two runs"),
+        (["compare=[seed=0, runtime.cudnn_benchmark=true]"], "compare those in two runs"),
         (["gradient=budget"], "see study budget"),
         (["solver=rk2,rk4"], "list them in compare"),
         (["rounds=0"], "rounds=0: give a whole number, at least 1"),
@@ -134,11 +229,59 @@ def test_several_seeds_are_one_contestant(tmp_path):
 
 def test_the_script_for_a_gpu_composes_its_entries():
     script = runpy.run_path("scripts/speed_on_a_gpu.py")
-    entries, _ = bench_entries(["dataset=cifar10", f"compare={json.dumps(script['ENTRIES'])}"])
-    row = {"epoch_s": 1.0, "bytes_per_step": 1e9, "operators_per_step": 1, "of_floor": 0.5}
-    table = script["figures"]({label: row for label, *_ in entries})
-    assert [what for what, *_, reached in table if not reached] == [
+    labels = []
+    for command in (part.command for part in script["parts"](["recipe.lr=0.2"]) if "bench" in part.command):
+        entries, _ = bench_entries(command[command.index("bench") + 1 :])
+        labels += [label for label, *_ in entries]
+        assert {config.recipe.lr for _, config, _ in entries} == {0.2}
+    assert len(set(labels)) == len(labels) == sum(map(len, script["ENTRIES"].values()))
+    row = {"step_s": 1 / script["EPOCH_STEPS"], "bytes_per_step": 1e9, "operators_per_step": 1, "of_floor": 0.5}
+    table = script["figures"](dict.fromkeys(labels, row))
+    assert [what for what, *_, reached in table if reached == "NO"] == [
         "times the DataLoader loop",
         "times the eager loop on the device",
         "fp32: step over the floor of its bytes",
     ]
+    assert all(measured == "1.00" for what, goal, measured, _ in table if not goal), "choices, each over the default"
+    some = script["figures"]({label: row for label in labels if "fp32" not in label})
+    assert {what for what, _, measured, _ in some if measured == "not measured"} == {
+        what for what, *_ in table if "fp32" in what
+    }
+
+
+def test_the_script_for_a_gpu_reports_every_part(tmp_path, capsys, monkeypatch):
+    """One that fails, one that hangs with a process of its own, one that there is no time for; the rest is there."""
+    script = runpy.run_path("scripts/speed_on_a_gpu.py")
+    monkeypatch.chdir(tmp_path)
+    row = {"label": script["BF16"], "step_s": 0.01, "bytes_per_step": 1, "operators_per_step": 1, "of_floor": 0.5}
+
+    def writes(name, file, text):
+        code = (
+            "import pathlib; d = pathlib.Path('outputs/day', {!r}); d.mkdir(parents=True); (d / {!r}).write_text({!r})"
+        )
+        return code.format(name, file, text) + "\n"
+
+    bench = writes("bench", "bench.json", json.dumps({"rows": [row]}))
+    hangs = writes("memory", "study.jsonl", "a row")
+    hangs += "import subprocess; p = subprocess.Popen(['sleep', '100']); print(p.pid, flush=True); p.wait()"
+    todo = [
+        script["Part"](name, [sys.executable, "-c", code], limit)
+        for name, code, limit in (
+            ("tests", "raise SystemExit('two failed')", 60),
+            ("memory", hangs, 6),
+            ("step", bench, 60),
+        )
+    ]  # fmt: skip
+    folder = tmp_path / "gpu"
+    folder.mkdir()
+    assert not script["examine"](folder, todo)
+    text = (folder / "summary.txt").read_text()
+    outcomes = {line.split()[0]: " ".join(line.split()[1:-1]) for line in text.splitlines()[2:5]}
+    assert outcomes == {"tests": "failed, exit code 1", "memory": "stopped after 6 s", "step": "passed"}
+    assert "two failed" in (folder / "tests.log").read_text() and (folder / "step" / "bench.json").exists()
+    assert (folder / "memory" / "study.jsonl").read_text() == "a row", "what there was when it was stopped"
+    assert "1.96" in text and "not measured" in text and text.strip() in capsys.readouterr().out
+    pid = int((folder / "memory.log").read_text())
+    assert not Path(f"/proc/{pid}").exists() or "Z" in Path(f"/proc/{pid}/stat").read_text().split()[2]
+    script["examine"](folder, todo[:1], total_s=1)
+    assert "no time left" in (folder / "summary.txt").read_text()

@@ -5,9 +5,10 @@ import json
 
 import pytest
 import torch
-from conftest import make_ode_block
+from conftest import Repeat, make_ode_block
 
-from anode_exp.budget import RESERVE, Plan, Planner
+from anode_exp import train as train_module
+from anode_exp.budget import REPEATS, RESERVE, Plan, Planner, policies
 from anode_exp.composition import jobs
 from anode_exp.config import parse_bytes
 from anode_exp.errors import UserError
@@ -124,6 +125,44 @@ def test_a_kernel_that_takes_more_comes_off_the_budget(monkeypatch):
         p.fitted(p.least() + RESERVE)
 
 
+def test_the_least_budget_fits_whatever_an_allocator_adds(monkeypatch):
+    """Workspaces, the same for every plan, and rounding of every tensor, which is not."""
+    p = by_evaluations(planner(n_steps=3, batch=4))
+    counted = p.measure
+
+    def allocated(plan):
+        return counted(plan) + 40 * 2**20 + 512 * sum(map(len, plan.policies))
+
+    monkeypatch.setattr(p, "measure", allocated)
+    least = p.least() + RESERVE
+    _, measured = p.fitted(least)
+    assert 40 * 2**20 < measured <= least - RESERVE
+    with pytest.raises(UserError, match="does not fit"):
+        p.fitted(least - 1)
+
+
+def test_what_a_run_replays_is_what_is_timed():
+    """Every block under every policy from a recording; eagerly where there can be none."""
+    p = planner(n_steps=2, batch=2, width=0.25)
+    captures = []
+
+    def capture():
+        captures.append(Repeat(p.network))
+        return captures[-1]
+
+    p.new_capture = capture
+    most = p.predict(["full_backprop"] * 4)
+    times = p.seconds(most)
+    assert len(captures) == 4 * len(p.choices) and {c.replays for c in captures} == {REPEATS}
+    assert all(0 < x < float("inf") for row in times.values() for x in row)
+
+    def broken():
+        raise RuntimeError("no graph here")
+
+    p._seconds, p.new_capture = {}, broken
+    assert all(0 < x < float("inf") for row in p.seconds(most).values() for x in row)
+
+
 SMALL = ["dataset=fake", "dataset.train_size=40", "dataset.test_size=20", "model=squeezenext", "model.width=0.5",
          "solver=rk2", "solver.n_steps=3", "recipe.batch_size=16", "gradient=budget", "runtime.device=cpu"]  # fmt: skip
 
@@ -137,6 +176,7 @@ def test_a_run_in_a_budget(tmp_path):
     for block, measured in zip(plan["blocks"], results["nfe"]["blocks"], strict=True):
         found = {k: block[f"evaluations_{k}"] for k in ("forward", "backward")}
         assert found == measured and block["seconds"] > 0 and block["kept_bytes"] > 0
+    assert plan["measured_bytes"] == results["peak_memory_bytes"], "measured by the very steps"
     assert "predicted" in (tmp_path / "run" / "train.log").read_text()
     assert load_run(tmp_path / "run").epoch == 1
 
@@ -149,10 +189,29 @@ def test_a_run_in_a_budget(tmp_path):
     assert results["nfe"]["blocks"][1] == {"forward": 6, "backward": 6}
 
 
-def test_a_run_that_nothing_fits(tmp_path):
-    (config,) = jobs([*SMALL, "gradient.memory=1MB"], multirun=False).configs
-    with pytest.raises(UserError, match=r"does not fit 1.0 MiB .* give \d+MiB"):
-        train(config, tmp_path / "run")
+@pytest.mark.parametrize("averaged", [[], ["recipe.moving_average=0.9", "dataset.train_size=5000"]])
+def test_the_least_that_a_run_is_told_to_have_is_enough(tmp_path, monkeypatch, averaged):
+    """With what is not the network's: averaged weights, and the order, crops and flips of every image of an epoch."""
+    settings = [*SMALL, "recipe.max_steps=3", "recipe.batch_size=8", "model.width=0.25", *averaged]
+    (config,) = jobs([*settings, "gradient.memory=1MB"], multirun=False).configs
+    with pytest.raises(UserError, match=r"does not fit 1.0 MiB .* give \d+MiB") as error:
+        train(config, tmp_path / "short")
+    offered = str(error.value).partition("give ")[2].partition(" ")[0]
+    (config,) = jobs([*settings, f"gradient.memory={offered}"], multirun=False).configs
+    results = train(config, tmp_path / "run")
+    plan = json.loads((tmp_path / "run" / "plan.json").read_text())
+    assert results["peak_memory_bytes"] == plan["measured_bytes"] <= plan["budget_bytes"]
+
+    def as_planned(config, directory, trainer, resume):
+        for block, entry in zip(ode_blocks(trainer.network), plan["blocks"], strict=True):
+            block.gradient = policies(3)[entry["policy"]]
+
+    monkeypatch.setattr(train_module, "_plan", as_planned)
+    assert train(config, tmp_path / "unrehearsed")["train_loss"] == results["train_loss"], "it leaves no trace"
+    for ours, theirs in zip(
+        *(load_run(tmp_path / d, "last").network.buffers() for d in ("run", "unrehearsed")), strict=True
+    ):
+        assert torch.equal(ours, theirs)
 
 
 @pytest.mark.parametrize(

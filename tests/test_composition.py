@@ -24,7 +24,7 @@ def test_defaults():
     assert config.gradient.name == "dto_checkpoint"
     assert config.dataset.name == "cifar10" and config.dataset.validation_size == 0 and config.dataset.download
     recipe = config.recipe
-    assert (recipe.name, recipe.epochs, recipe.batch_size, recipe.test_batch_size) == ("paper", 350, 256, 128)
+    assert (recipe.name, recipe.epochs, recipe.batch_size, recipe.test_batch_size) == ("paper", 350, 256, None)
     assert (recipe.lr, recipe.momentum, recipe.weight_decay) == (0.1, 0.9, 5e-4)
     assert (recipe.milestones, recipe.gamma) == ([150, 250], 0.1)
     assert config.seed == 0

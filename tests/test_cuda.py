@@ -7,12 +7,18 @@ import pytest
 import torch
 from conftest import make_ode_block
 
-from anode_exp.composition import jobs
+from anode_exp.bench import _contestant
+from anode_exp.build import build_data
+from anode_exp.composition import bench_entries, jobs, study
 from anode_exp.data import Augmentation, EpochBatches, Normalisation, Split
+from anode_exp.errors import UserError
 from anode_exp.gradient import GRADIENT_MODES
 from anode_exp.models import MODELS
+from anode_exp.studies.throughput import measure
+from anode_exp.study import run_study
 from anode_exp.train import train, train_together
 from anode_exp.training.graphed_step import GraphedStep, set_learning_rate
+from anode_exp.training.streams import MOST_STREAMS, run_streams
 from anode_exp.training.train_step import autocast_for, train_step
 
 pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
@@ -73,6 +79,40 @@ def test_a_run_stays_within_its_budget(tmp_path, share):
     assert used <= budget and used == pytest.approx(plan["predicted_bytes"], rel=0.1)
 
 
+def test_the_least_budget_that_a_run_is_told_is_enough(tmp_path):
+    """Measured by the captured steps that will run: workspaces, copies and rounding are in it."""
+    settings = ["dataset=digits", "model=squeezenext", "solver=rk2", "solver.n_steps=2", "recipe.max_steps=12",
+                "recipe.batch_size=128", "runtime.device=cuda", "gradient=budget"]  # fmt: skip
+    with pytest.raises(UserError, match=r"give \d+MiB or more") as error:
+        train(jobs([*settings, "gradient.memory=1MiB"], multirun=False).configs[0], tmp_path / "short")
+    offered = str(error.value).partition("give ")[2].partition(" ")[0]
+    results = train(jobs([*settings, f"gradient.memory={offered}"], multirun=False).configs[0], tmp_path / "run")
+    plan = json.loads((tmp_path / "run" / "plan.json").read_text())
+    assert results["peak_memory_bytes"] <= plan["budget_bytes"]
+    assert results["peak_memory_bytes"] == pytest.approx(plan["measured_bytes"], rel=0.001)
+
+
+def test_every_default_budget_of_the_study_fits(tmp_path):
+    run_study(*study("budget", ["solver.n_steps=2", "study.repeats=1", "runtime.device=cuda"]), tmp_path)
+    rows = [json.loads(line) for line in (tmp_path / "study.jsonl").read_text().splitlines()]
+    assert len(rows) == 8
+    for row in rows:
+        assert row["dry_step_bytes"] <= row["budget_bytes"]
+        assert row["cuda_bytes"] == pytest.approx(row["dry_step_bytes"], rel=0.05)
+
+
+def test_bench_counts_gradients_and_kernels():
+    """Weights, momentum and gradients are the least that a step has; several seeds, each on its own stream."""
+    device = torch.device("cuda")
+    entries, _ = bench_entries(["dataset=digits", "model=resnet18", "recipe.batch_size=8", "compare=[seeds=1,seeds=2]"])
+    images = build_data(entries[0][1].dataset, device)
+    contestants = [_contestant(label, config, baseline, images, device) for label, config, baseline in entries]
+    rows, *_ = measure(contestants, device, 2, lambda: None)
+    weights = sum(x.nbytes for x in contestants[0].own()) // 3  # but for buffers, of a thousandth of that
+    assert rows[0]["peak_bytes"] > 2.99 * weights
+    assert 0 < rows[0]["kernels_per_step"] < rows[1]["kernels_per_step"]
+
+
 def test_adaptive_steps(tmp_path):
     settings = ["dataset=digits", "model=squeezenext", "solver=dopri5", "solver.adaptive=true", "recipe.max_steps=3",
                 "gradient=reverse_adjoint", "runtime.device=cuda"]  # fmt: skip
@@ -110,6 +150,44 @@ def test_the_captured_step_trains_as_the_eager_one(mode):
     assert all(torch.equal(ours, theirs) for ours, theirs in pairs)
 
 
+def test_a_capture_that_fails_leaves_an_eager_run(caplog):
+    """A network that reads a tensor on the host while it is captured: CUDA invalidates the capture."""
+    device = torch.device("cuda")
+
+    def read(module, inputs):
+        if torch.cuda.is_current_stream_capturing():
+            float(inputs[0].sum())
+
+    def trained(graphed):
+        torch.manual_seed(0)
+        network = MODELS["resnet4"](10, make_ode_block("dto_checkpoint")).to(device)
+        network.register_forward_pre_hook(read)
+        lr = torch.tensor(0.05, device=device)
+        optimizer = torch.optim.SGD(network.parameters(), lr=lr, momentum=0.9, fused=True)
+        autocast = autocast_for("fp32", device)
+        step = (
+            GraphedStep(network, optimizer, autocast) if graphed else partial(train_step, network, optimizer, autocast)
+        )
+        generator = torch.Generator().manual_seed(1)
+        for _ in range(4):
+            step(torch.randn(16, 3, 32, 32, generator=generator).to(device), torch.arange(16, device=device) % 10)
+        state = [s["momentum_buffer"] for s in optimizer.state.values()]
+        return [x.cpu() for x in (*network.parameters(), *network.buffers(), *state)]
+
+    torch.backends.cudnn.deterministic, before = True, torch.backends.cudnn.deterministic
+    stream = torch.cuda.current_stream()
+    try:
+        with caplog.at_level("WARNING"):
+            ours = trained(True)
+        assert torch.cuda.current_stream() == stream
+        torch.cuda.empty_cache()  # an internal error, if the allocator believed that the capture were still on
+        truth = trained(False)
+    finally:
+        torch.backends.cudnn.deterministic = before
+    assert all(torch.equal(a, b) for a, b in zip(ours, truth, strict=True))
+    assert "could not be captured" in caplog.text and "runtime.cuda_graph=false" in caplog.text
+
+
 def test_a_captured_run_needs_the_eager_ones_memory_and_never_waits(tmp_path):
     settings = ["dataset=digits", "model=squeezenext", "solver=rk2", "recipe.epochs=1", "recipe.batch_size=128",
                 "runtime.device=cuda"]  # fmt: skip
@@ -129,6 +207,59 @@ def test_a_captured_run_goes_on_after_an_interruption(tmp_path):
     train(jobs(settings, multirun=False).configs[0], tmp_path / "run")
     (config,) = jobs([*settings[:2], "recipe.epochs=2", *settings[3:]], multirun=False).configs
     assert train(config, tmp_path / "run", resume=True)["epochs"] == 2
+
+
+def test_a_later_run_of_the_process_has_the_memory_of_the_first(tmp_path):
+    """What libraries keep for the first one's stream is no part of the second's, nor is the evaluation of either."""
+    settings = ["dataset=digits", "model=squeezenext", "recipe.epochs=2", "recipe.batch_size=128",
+                "runtime.device=cuda"]  # fmt: skip
+    config = jobs(settings, multirun=False).configs[0]
+    first, second = (train(config, tmp_path / name) for name in ("first", "second"))
+    assert second["peak_memory_bytes"] == pytest.approx(first["peak_memory_bytes"], rel=0.005)
+    (large,) = jobs([*settings, "recipe.test_batch_size=100000"], multirun=False).configs
+    assert train(large, tmp_path / "large")["peak_memory_bytes"] == pytest.approx(first["peak_memory_bytes"], rel=0.005)
+    assert first["reserved_memory_bytes"] < 1.6 * first["peak_memory_bytes"], "cached once: also the capture's blocks"
+
+
+def test_every_run_has_a_stream_of_its_own_and_there_are_as_many_as_in_torchs_pool():
+    device = torch.device("cuda")
+    assert len({stream.stream_id for stream in run_streams(device, MOST_STREAMS)}) == MOST_STREAMS
+    with pytest.raises(UserError, match="33 runs at once"):
+        run_streams(device, MOST_STREAMS + 1)
+
+
+def test_cudnn_times_its_algorithms_before_the_recording(tmp_path, caplog):
+    settings = ["dataset=digits", "model=resnet10", "recipe.epochs=1", "runtime.device=cuda"]
+    before = torch.backends.cudnn.benchmark
+    try:
+        with caplog.at_level("WARNING"):
+            results = train(jobs([*settings, "runtime.cudnn_benchmark=true"], multirun=False).configs[0], tmp_path)
+        assert torch.backends.cudnn.benchmark
+    finally:
+        torch.backends.cudnn.benchmark = before
+    assert results["status"] == "completed" and "could not be captured" not in caplog.text
+
+
+def test_compiled_steps_are_captured_and_the_smaller_last_batch_compiles_nothing(tmp_path, caplog):
+    """With 1,280 images an epoch has whole batches only; with 1,300 it compiles as many graphs."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    graphs = [0]
+    for size in (1280, 1300):
+        settings = ["dataset=digits", f"dataset.train_size={size}", "model=resnet4", "recipe.epochs=1",
+                    "runtime.device=cuda", "runtime.compile=true"]  # fmt: skip
+        with caplog.at_level("WARNING"):
+            results = train(jobs(settings, multirun=False).configs[0], tmp_path / str(size))
+        assert results["status"] == "completed"
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert "could not be captured" not in caplog.text
+    assert graphs[2] - graphs[1] == graphs[1] > 0
+
+
+def test_the_speed_leaves_out_warm_up_and_recording(tmp_path):
+    settings = ["dataset=digits", "model=squeezenext", "recipe.epochs=1", "recipe.batch_size=64", "runtime.device=cuda"]
+    results = train(jobs(settings, multirun=False).configs[0], tmp_path)
+    assert results["images_per_s"] > 1437 / results["wall_time_s"]["train"]
 
 
 def test_seeds_at_once_train_as_alone(tmp_path):

@@ -227,3 +227,11 @@ def test_recorded_settings_count_but_not_where_the_data_lie(reproduced):
     moved = typed(read_config(next((cwd / "outputs").rglob("config.yaml")).parent))
     moved.dataset.root, moved.runtime.device, moved.recipe.lr = "elsewhere", "cpu", 0.3
     assert differing(recorded, moved) == ["recipe.lr"]
+
+
+def test_the_evaluation_batch_counts_where_it_is_part_of_the_result():
+    fixed = [composed(["model=resnet4", f"recipe.test_batch_size={n}"]) for n in ("null", "128", "64")]
+    assert all(differing(fixed[0], other) == [] for other in fixed[1:])
+    adaptive = ["model=resnet4", "solver=dopri5", "solver.adaptive=true"]
+    null, same, other = (composed([*adaptive, f"recipe.test_batch_size={n}"]) for n in ("null", "128", "64"))
+    assert differing(null, same) == [] and differing(null, other) == ["recipe.test_batch_size"]

@@ -32,7 +32,8 @@ from anode_exp.studies.throughput import Contestant, measure
 from anode_exp.training.graphed_step import Step, set_learning_rate, training_step
 from anode_exp.training.progress import bar
 from anode_exp.training.records import commit, device_name, versions
-from anode_exp.training.train_step import autocast_for, set_float32_precision, train_step
+from anode_exp.training.streams import run_streams
+from anode_exp.training.train_step import autocast_for, set_backends, train_step
 
 
 class TorchCheckpoint:
@@ -57,7 +58,7 @@ def run_bench(entries: list[tuple[str, TrainConfig, str | None]], rounds: int, d
     """
     device = build_device(entries[0][1].runtime)
     # One process, one setting of the global flags: that of the first entry.
-    set_float32_precision(entries[0][1].runtime.precision)
+    set_backends(entries[0][1].runtime)
     images: dict[str, ImageData] = {}
     contestants = []
     for label, config, baseline in entries:
@@ -83,9 +84,8 @@ def run_bench(entries: list[tuple[str, TrainConfig, str | None]], rounds: int, d
 def _contestant(
     label: str, config: TrainConfig, baseline: str | None, images: ImageData, device: torch.device
 ) -> Contestant:
-    """A step of each of the configuration's seeds, several on a stream each."""
-    several = config.seeds > 1 and device.type == "cuda"
-    streams = [torch.cuda.Stream(device) if several else None for _ in range(config.seeds)]
+    """A step of each of the configuration's seeds, on CUDA each on a stream of its own, as in a run."""
+    streams = run_streams(device, config.seeds)
     networks = []
     for seed, stream in enumerate(streams, config.seed):
         with torch.cuda.stream(stream):
@@ -98,8 +98,9 @@ def _contestant(
                 take()
 
     def eagerly() -> None:
-        for _, take, _ in networks:
-            take()
+        for stream, (_, take, _) in zip(streams, networks, strict=True):
+            with torch.cuda.stream(stream):
+                take()
 
     def own() -> list[Tensor]:
         return [x for _, _, tensors in networks for x in tensors()]
@@ -137,7 +138,8 @@ def _network(
 
     def own() -> list[Tensor]:
         state = [x for s in optimizer.state.values() for x in s.values() if isinstance(x, Tensor)]
-        return [*network.parameters(), *network.buffers(), *state]
+        gradients = [p.grad for p in network.parameters() if p.grad is not None]
+        return [*network.parameters(), *network.buffers(), *state, *gradients]
 
     return lambda: take(*next(source)), lambda: counted(*next(source)), own
 

@@ -7,15 +7,21 @@ one way alone: while block i is in its forward or backward pass, the blocks befo
     peak(plan) = max over moments m of  live(m) + Σ_{j before m} kept_j(policy_j),
 
 and the fastest plan below a budget is found exactly, block by block, over the plans that no other betters in both bytes
-and time. Times are those of each block alone, on the run's own batch.
+and time. Times are those of each block alone, on a batch of the run's size, as a graph where the run replays one.
+
+What no dry step sees (the data set, copies of the batch, an epoch's order, libraries' workspaces, the allocator's
+rounding) is measured with the steps that will run: once for the lightest plan, as a constant of every prediction, and
+again for each plan that is offered.
 """
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -32,13 +38,15 @@ from anode_exp.gradient import (
     StepCheckpoint,
 )
 from anode_exp.models import OdeBlock, ode_blocks, take_evaluations
-from anode_exp.training.graphed_step import set_learning_rate
-from anode_exp.training.peak_memory import LiveTensorBytes
+from anode_exp.training.graphed_step import Capture, set_learning_rate
+from anode_exp.training.peak_memory import LiveTensorBytes, allocator_of
 from anode_exp.training.train_step import train_step
+
+log = logging.getLogger(__name__)
 
 SMALL_BATCHES = (2, 4)
 RESERVE = 2**16
-"""Bytes of a budget left to what is not the network's: order, crops and flips of a batch."""
+"""Bytes of a budget left to what the measured steps do not have: checks of the losses between them, mostly."""
 
 REPEATS = 3  # timed passes of a block under each policy; the fastest counts
 
@@ -112,8 +120,12 @@ class Planner:
     Args:
         network: on its device, in training mode.
         new_optimizer: makes the optimiser of a dry step; its state is filled, and its learning rate set to 0.
-        batch: images [B, 3, H, W] and labels [B] of the run's shape and layout.
+        batch: images [B, 3, H, W] and labels [B] in the run's layout.
         tick: called after every dry run, for a progress bar.
+        batch_size: of the run; by default the batch's.
+        rehearse: takes the steps that will run, with the policies that are set, and returns their peak bytes. By
+            default one eager step on the batch, which then is the run's whole batch.
+        new_capture: makes the recordings of blocks to be timed; None times them eagerly.
     """
 
     def __init__(
@@ -123,10 +135,15 @@ class Planner:
         autocast: Callable[[], torch.autocast],
         batch: tuple[Tensor, Tensor],
         tick: Callable[[], object] = lambda: None,
+        batch_size: int | None = None,
+        rehearse: Callable[[], int] | None = None,
+        new_capture: Callable[[], Capture] | None = None,
     ) -> None:
         self.network, self.autocast, self.tick = network, autocast, tick
+        self.rehearse, self.new_capture = rehearse, new_capture
         # Copies: a view would count with the whole storage that it looks at.
         self.batch = (batch[0].clone(), batch[1].clone())
+        self.batch_size = len(batch[1]) if batch_size is None else batch_size
         self.optimizer = new_optimizer(network)
         set_learning_rate(self.optimizer, 0.0)
         for p in network.parameters():  # a run has momentum from its second step on
@@ -137,6 +154,8 @@ class Planner:
         self._seconds: dict[str, list[float]] = {}
         with self._undone():
             self.profiles = {name: self._profile(mode) for name, mode in self.choices.items()}
+        if rehearse is not None:
+            self.optimizer.state.clear()  # the steps that will run have their own
 
     @staticmethod
     def dry_runs(n_steps: int) -> int:
@@ -177,7 +196,7 @@ class Planner:
             raise RuntimeError("two batches of different size took different operations")
 
         def at_full_batch(pair: tuple[int, int]) -> int:
-            return pair[0] + (pair[1] - pair[0]) * (len(self.batch[1]) - b1) // (b2 - b1)
+            return pair[0] + (pair[1] - pair[0]) * (self.batch_size - b1) // (b2 - b1)
 
         live = [at_full_batch(pair) for pair in zip(first.timeline, second.timeline, strict=True)]
         marked = [at_full_batch((m1[3], m2[3])) for m1, m2 in zip(first.marks, second.marks, strict=True)]
@@ -231,19 +250,22 @@ class Planner:
         y.register_hook(lambda _: line.mark("backward", i))
         line.mark("leave", i)
 
-    @property
+    @cached_property
     def constant_bytes(self) -> int:
-        """What CUDA holds beside the step's own tensors: the data set, mostly. Not counted elsewhere."""
-        if self.device.type != "cuda":
-            return 0
-        return torch.cuda.memory_allocated(self.device) - sum(x.nbytes for x in [*self._own, *self.batch])
+        """What a step holds that no dry step sees: measured, less predicted, of the lightest plan."""
+        names = self._lightest()
+        return self.measure(Plan(names, 0, 0.0)) - self._counted(names)
 
     def predict(self, names: Sequence[str]) -> int:
         """Peak bytes of a training step with these policies."""
+        return self._counted(names) + self.constant_bytes
+
+    def _counted(self, names: Sequence[str]) -> int:
+        """Peak bytes of the tensors of a step, from the dry steps alone."""
         kept = [self.profiles[name].kept[i] for i, name in enumerate(names)]
         inside = [sum(kept[:i]) + self.profiles[name].inside[i] for i, name in enumerate(names)]
         outside = [sum(kept[:i]) + most for i, most in enumerate(self._outside)]
-        return max(*inside, *outside) + self.constant_bytes
+        return max(*inside, *outside)
 
     @property
     def _outside(self) -> list[int]:
@@ -251,23 +273,29 @@ class Planner:
 
     def least(self) -> int:
         """The smallest budget that a plan fits."""
-        low, high = 0, self.predict(["full_backprop"] * len(self.blocks))
-        high = min([high, *(self.predict([name] * len(self.blocks)) for name in self.choices)])
+        return self.predict(self._lightest())
+
+    def _lightest(self) -> tuple[str, ...]:
+        """The policies of the fewest bytes."""
+        any_time = {name: [0.0] * len(self.blocks) for name in self.choices}
+        low, high = 0, min(self._counted([name] * len(self.blocks)) for name in self.choices)
         while high - low > 1:
             middle = (low + high) // 2
-            fits = self._fastest(middle, {name: [0.0] * len(self.blocks) for name in self.choices}) is not None
-            low, high = (low, middle) if fits else (middle, high)
-        return high
+            low, high = (middle, high) if self._fastest(middle, any_time) is None else (low, middle)
+        names = self._fastest(high, any_time)
+        assert names is not None
+        return names
 
     def seconds(self, budget: int) -> dict[str, list[float]]:
         """Seconds of each block's forward and backward pass under every policy that could fit the budget; inf else."""
         lightest = [min(p.kept[i] for p in self.profiles.values()) for i in range(len(self.blocks))]
+        room = budget - self.constant_bytes
         with self._undone():
             for name in self.choices:
                 times = self._seconds.setdefault(name, [float("inf")] * len(self.blocks))
                 for i, block in enumerate(self.blocks):
-                    needed = sum(lightest[:i]) + self.profiles[name].inside[i] + self.constant_bytes
-                    if needed <= budget and times[i] == float("inf"):
+                    needed = sum(lightest[:i]) + self.profiles[name].inside[i]
+                    if needed <= room and times[i] == float("inf"):
                         block.gradient = self.choices[name]
                         times[i] = self._time(block, self.profiles[name].shapes[i])
                 self.tick()
@@ -275,28 +303,48 @@ class Planner:
 
     def _time(self, block: OdeBlock, shape: tuple[int, ...]) -> float:
         generator = torch.Generator().manual_seed(0)
-        y = torch.randn(len(self.batch[1]), *shape, generator=generator).to(self.device)
+        y = torch.randn(self.batch_size, *shape, generator=generator).to(self.device)
         if y.dim() == 4 and self.batch[0].is_contiguous(memory_format=torch.channels_last):
             y = y.contiguous(memory_format=torch.channels_last)
         y.requires_grad_()
+
+        def passes() -> None:
+            y.grad = None
+            with self.autocast():
+                out = block(y)
+            out.backward(torch.ones_like(out))
+
+        run = self._recorded(passes)
         best = float("inf")
         for _ in range(REPEATS):
             self._wait()
             started = time.perf_counter()
-            with self.autocast():
-                out = block(y)
-            out.backward(torch.ones_like(out))
+            run()
             self._wait()
             best = min(best, time.perf_counter() - started)
-            y.grad = None
+        self.network.zero_grad(set_to_none=True)
         return best
+
+    def _recorded(self, passes: Callable[[], None]) -> Callable[[], None]:
+        """As the run will take them: eagerly, launches of a GPU's kernels would be what is timed."""
+        if self.new_capture is None:
+            return passes
+        try:
+            capture = self.new_capture()
+            capture.warm_up(passes)
+            self.network.zero_grad(set_to_none=True)
+            capture.record(passes)
+        except Exception as error:
+            log.debug(f"timed eagerly: {error}")  # a run that cannot be captured says so itself
+            return passes
+        return capture.replay
 
     def _wait(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
     def _fastest(self, budget: int, seconds: dict[str, list[float]]) -> tuple[str, ...] | None:
-        budget -= self.constant_bytes
+        """The fastest plan whose counted bytes fit."""
         outside = self._outside
         if outside[0] > budget:
             return None
@@ -322,42 +370,54 @@ class Planner:
         Raises:
             UserError: if there is none.
         """
-        if self._fastest(budget, {name: [0.0] * len(self.blocks) for name in self.choices}) is None:
+        if budget < self.least():
             raise UserError(f"no plan fits {budget} bytes; the least is {self.least()}")
-        seconds = self.seconds(budget)
-        names = self._fastest(budget, seconds)
+        names = self._fastest(budget - self.constant_bytes, self.seconds(budget))
         assert names is not None
-        return Plan(names, self.predict(names), sum(seconds[name][i] for i, name in enumerate(names)))
+        return self._plan_of(names)
+
+    def _plan_of(self, names: tuple[str, ...]) -> Plan:
+        return Plan(names, self.predict(names), sum(self._seconds[name][i] for i, name in enumerate(names)))
 
     def measure(self, plan: Plan) -> int:
-        """Peak bytes of one real training step on the whole batch: the allocator's on CUDA, counted elsewhere."""
+        """Peak bytes of real training steps: the allocator's on CUDA, counted elsewhere."""
         with self._undone():
             self.use(plan.policies)
-            if self.device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats(self.device)
-                train_step(self.network, self.optimizer, self.autocast, *self.batch)
-                return torch.cuda.max_memory_allocated(self.device)
-            with LiveTensorBytes([*self._own, *self.batch]) as live:
-                train_step(self.network, self.optimizer, self.autocast, *self.batch)
-            return live.peak
+            if self.rehearse is not None:
+                return self.rehearse()
+            allocator = allocator_of(self.device)
+            if allocator is None:
+                with LiveTensorBytes([*self._own, *self.batch]) as live:
+                    train_step(self.network, self.optimizer, self.autocast, *self.batch)
+                return live.peak
+            allocator.empty_cache()
+            allocator.reset_peaks()
+            others = allocator.allocated() - sum(x.nbytes for x in [*self._own, *self.batch])
+            train_step(self.network, self.optimizer, self.autocast, *self.batch)
+            return allocator.most_allocated() - others
 
     def fitted(self, budget: int) -> tuple[Plan, int]:
         """A plan whose measured peak is below the budget too, and that peak.
 
         What a kernel allocates for itself is in no prediction; where the measured peak shows it, it comes off the
-        budget, and the plan is made anew.
+        budget, and the plan is made anew; the last to be tried is the lightest.
 
         Raises:
             UserError: if nothing fits; names the smallest budget that does.
         """
-        target = budget - RESERVE
+        target = room = budget - RESERVE
         while target >= self.least():
             plan = self.plan(target)
             measured = self.measure(plan)
-            if measured <= budget - RESERVE:
+            if measured <= room:
                 return plan, measured
-            target -= max(measured - (budget - RESERVE), 2**20)
-        least = -(-(self.least() + budget - target) // 2**20)
+            target -= max(measured - room, 2**20)
+        names = self._lightest()
+        self.seconds(self.least())
+        measured = self.measure(Plan(names, 0, 0.0))
+        if measured <= room:
+            return self._plan_of(names), measured
+        least = -(-(measured + RESERVE) // 2**20)
         raise UserError(
             f"gradient.memory: a training step does not fit {budget / 2**20:.1f} MiB with any checkpoint policy; "
             f"give {least}MiB or more, a smaller recipe.batch_size, or a smaller network"
@@ -395,5 +455,5 @@ def plan_table(plan: dict[str, Any]) -> str:
         for i, b in enumerate(plan["blocks"], 1)
     ]
     budget, predicted, measured = (plan[f"{k}_bytes"] / 2**20 for k in ("budget", "predicted", "measured"))
-    head = f"plan for {budget:,.1f} MiB: peak {predicted:,.1f} MiB predicted, {measured:,.1f} MiB in a dry step"
+    head = f"plan for {budget:,.1f} MiB: peak {predicted:,.1f} MiB predicted, {measured:,.1f} MiB measured"
     return f"{head}\n{tabulate(rows, headers='keys')}"

@@ -12,7 +12,16 @@ import torch
 from torch import nn
 
 from anode_exp import data
-from anode_exp.config import DatasetConfig, GradientConfig, ModelConfig, RecipeConfig, RuntimeConfig, SolverConfig
+from anode_exp.config import (
+    TEST_BATCH_SIZE,
+    DatasetConfig,
+    GradientConfig,
+    ModelConfig,
+    RecipeConfig,
+    RuntimeConfig,
+    SolverConfig,
+    TrainConfig,
+)
 from anode_exp.errors import UserError
 from anode_exp.gradient import GRADIENT_MODES
 from anode_exp.models import MODELS, Autonomous, Evolution, OdeBlock, ode_blocks
@@ -148,6 +157,20 @@ def build_normalisation(
     dataset: DatasetConfig, device: torch.device, memory_format: torch.memory_format
 ) -> data.Normalisation:
     return data.Normalisation(dataset.mean, dataset.std, device, memory_format)
+
+
+def evaluation_batch_size(config: TrainConfig, device: torch.device) -> int:
+    """Images that an evaluation takes at once: ``recipe.test_batch_size``, or what suits the run where that is null.
+
+    Adaptive steps are chosen for a whole batch, so that it is part of the result: as in ANODE's published code.
+    Fixed steps give each image the same output in any batch: 1,000 on CUDA, where launches are what small batches
+    take; within a byte budget no more than a training step has, which needs at least as much memory.
+    """
+    if config.recipe.test_batch_size is not None:
+        return config.recipe.test_batch_size
+    if config.solver.adaptive or device.type != "cuda":
+        return TEST_BATCH_SIZE
+    return min(1000, config.recipe.batch_size) if config.gradient.name == "budget" else 1000
 
 
 def build_augmentation(dataset: DatasetConfig) -> data.Augmentation:

@@ -23,6 +23,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from anode_exp.config import (
+    TEST_BATCH_SIZE,
     BenchSettings,
     StudyConfig,
     TrainConfig,
@@ -224,9 +225,11 @@ _DATA = ("dataset", "dataset.root", "dataset.download", "dataset.train_size", "d
          "dataset.mean", "dataset.std")  # fmt: skip
 STUDY_READS: dict[str, tuple[str, ...]] = {
     "memory": ("experiment", "model", "model.*", "solver", "solver.n_steps", *_DATA, "seed",
-               "runtime.device", "runtime.precision", "runtime.channels_last"),
+               "runtime.device", "runtime.precision", "runtime.channels_last", "runtime.cuda_graph",
+               "runtime.cudnn_benchmark"),
     "budget": ("experiment", "model", "model.*", "solver", "solver.n_steps", *_DATA, "seed",
-               "runtime.device", "runtime.precision", "runtime.channels_last"),
+               "runtime.device", "runtime.precision", "runtime.channels_last", "runtime.cuda_graph",
+               "runtime.cudnn_benchmark"),
     "gradient_error": ("experiment", "model", "model.*", "solver.max_evaluations", "solver.min_step", *_DATA, "seed",
                        "runtime.device"),
     "reversibility": ("experiment", "solver", "solver.n_steps", *_DATA, "seed", "runtime.device"),
@@ -348,8 +351,11 @@ def bench_entries(arguments: list[str]) -> tuple[list[tuple[str, TrainConfig, st
     check_used(_given(_parse(shared)), [config for _, config, _ in entries])
     if len({label for label, *_ in entries}) < len(entries):
         raise UserError("compare: names the same entry twice")
-    if len({(c.runtime.device, c.runtime.precision == "tf32") for _, c, _ in entries}) > 1:
-        raise UserError("compare: one process runs on one device, with TF32 or without; compare those in two runs")
+    if len({(c.runtime.device, c.runtime.precision == "tf32", c.runtime.cudnn_benchmark) for _, c, _ in entries}) > 1:
+        raise UserError(
+            "compare: one process runs on one device, with TF32 or without, with runtime.cudnn_benchmark or without; "
+            "compare those in two runs"
+        )
     return entries, own_settings.rounds
 
 
@@ -400,7 +406,11 @@ def composed(overrides: list[str], advice: str = "a run takes one") -> TrainConf
 def differing(recorded: TrainConfig, asked: TrainConfig) -> list[str]:
     """Settings in which two runs differ that change a number of them."""
     mine, theirs = (_flat(asdict(config)) for config in (recorded, asked))
-    free = (*(k for k in MAY_CHANGE_ON_RESUME if k != "recipe.epochs"), "runtime.device")
+    free = {*MAY_CHANGE_ON_RESUME, "runtime.device"} - {"recipe.epochs"}
+    batch = "recipe.test_batch_size"
+    mine[batch], theirs[batch] = mine[batch] or TEST_BATCH_SIZE, theirs[batch] or TEST_BATCH_SIZE
+    if not asked.solver.adaptive:  # then it changes no accuracy
+        free.add(batch)
     return sorted(k for k in mine.keys() | theirs.keys() if k not in free and mine.get(k) != theirs.get(k))
 
 
@@ -452,6 +462,7 @@ def check_evaluation(overrides: list[str], calibrate: int) -> None:
             "runtime.device",
             "runtime.precision",
             "runtime.channels_last",
+            "runtime.cudnn_benchmark",
         ):
             raise UserError(f"{key}: of training steps; an evaluation takes none, leave it out")
 

@@ -104,13 +104,17 @@ class DatasetConfig:
     std: list[float]
 
 
+TEST_BATCH_SIZE = 128
+"""Images that an evaluation of ANODE's published code takes at once."""
+
+
 @dataclass(kw_only=True)
 class RecipeConfig:
     name: str
     epochs: int = _at_least(1)
     max_steps: int | None = _at_least(1)
     batch_size: int = _at_least(1)
-    test_batch_size: int = _at_least(1)
+    test_batch_size: int | None = _at_least(1)
     lr: float = _at_least(0)
     momentum: float = _at_least(0)
     weight_decay: float = _at_least(0)
@@ -133,6 +137,7 @@ class RuntimeConfig:
     channels_last: bool
     check_every: int = _at_least(1)
     compile: bool = False
+    cudnn_benchmark: bool = False
     cuda_graph: bool = True
     sync_debug: bool = False
     keep_every: int | None = field(default=None, metadata={"at_least": 1})

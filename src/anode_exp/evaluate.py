@@ -12,7 +12,14 @@ import torch
 from tabulate import tabulate
 from torch import Tensor, nn
 
-from anode_exp.build import build_augmentation, build_data, build_device, build_memory_format, build_normalisation
+from anode_exp.build import (
+    build_augmentation,
+    build_data,
+    build_device,
+    build_memory_format,
+    build_normalisation,
+    evaluation_batch_size,
+)
 from anode_exp.config import TrainConfig, read_config, typed
 from anode_exp.data import DATASETS, EpochBatches, evaluation_batches
 from anode_exp.errors import UserError
@@ -21,7 +28,7 @@ from anode_exp.models import TimedBatchNorm, take_evaluations
 from anode_exp.ode import SolveFailed
 from anode_exp.runs import load_run
 from anode_exp.training.progress import bar
-from anode_exp.training.train_step import autocast_for, evaluate, set_float32_precision
+from anode_exp.training.train_step import autocast_for, evaluate, set_backends
 
 
 def evaluate_run(
@@ -49,11 +56,11 @@ def evaluate_run(
             )
         run = load_run(directory, checkpoint, config)
         device = build_device(config.runtime)
-        set_float32_precision(config.runtime.precision)
+        set_backends(config.runtime)
         images = build_data(config.dataset, device)
         memory_format = build_memory_format(config.runtime, run.network, device)
         network = run.network.to(device, memory_format=memory_format)  # type: ignore[call-overload]
-        size = config.recipe.test_batch_size
+        size = evaluation_batch_size(config, device)
         normalise = build_normalisation(config.dataset, device, memory_format)
         autocast = autocast_for(config.runtime.precision, device)
         if calibrate:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,15 +33,17 @@ from anode_exp.studies.gradient_error import flat_gradient, relative_error, spli
 from anode_exp.studies.memory import measure
 from anode_exp.studies.reversibility import CASE_ROWS, cases, images_there_and_back
 from anode_exp.training.checkpoints import Checkpoints
+from anode_exp.training.graphed_step import Capture, CudaCapture
 from anode_exp.training.progress import bar
 from anode_exp.training.records import commit, device_name, versions
-from anode_exp.training.train_step import autocast_for, set_float32_precision
+from anode_exp.training.streams import run_streams
+from anode_exp.training.train_step import autocast_for, set_backends
 
 
 def run_study(config: TrainConfig, study: StudyConfig, directory: Path) -> Path:
     """Measure, print the table, and leave everything in the folder, which is made if it is not there and returned."""
     device = build_device(config.runtime)
-    set_float32_precision(config.runtime.precision)
+    set_backends(config.runtime)
     num_classes = DATASETS[config.dataset.name][1]
     of = config.model.name
     batch = None
@@ -64,7 +66,8 @@ def run_study(config: TrainConfig, study: StudyConfig, directory: Path) -> Path:
         "memory": _memory,
         "reversibility": _reversibility,
     }[study.name]
-    with (directory / "study.jsonl").open("w") as file:
+    (stream,) = run_streams(device, 1)
+    with torch.cuda.stream(stream), (directory / "study.jsonl").open("w") as file:
         for row in rows(config, study, num_classes, batch, directory):  # type: ignore[operator]
             file.write(json.dumps(row) + "\n")
             file.flush()
@@ -84,6 +87,11 @@ def _network(config: TrainConfig, gradient: GradientConfig, num_classes: int, **
     return build_model(model, solver, gradient, num_classes)
 
 
+def capture_of(config: TrainConfig, device: torch.device) -> Callable[[], Capture] | None:
+    """What records the steps to be timed where runs replay them."""
+    return CudaCapture if device.type == "cuda" and config.runtime.cuda_graph else None
+
+
 def _memory(
     config: TrainConfig, study: StudyConfig, num_classes: int, batch: tuple[Tensor, Tensor], directory: Path
 ) -> Iterator[dict[str, Any]]:
@@ -97,7 +105,10 @@ def _memory(
                 layout = build_memory_format(config.runtime, network, images.device)
                 networks[label] = network.to(images.device, memory_format=layout)  # type: ignore[call-overload]
             laid_out = images.contiguous(memory_format=layout)
-            for row in measure(networks, laid_out, labels, config.runtime.precision, study.repeats, progress.update):
+            for row in measure(
+                networks, laid_out, labels, config.runtime.precision, study.repeats, progress.update,
+                capture_of(config, images.device),
+            ):  # fmt: skip
                 yield {
                     "varied": varied,
                     "n_steps": config.solver.n_steps,
@@ -128,6 +139,7 @@ def _budget(
             autocast_for(precision, batch[0].device),
             (images, labels),
             progress.update,
+            new_capture=capture_of(config, images.device),
         )
         most = planner.predict(["full_backprop"] * len(planner.blocks)) + RESERVE
         least = planner.least() + RESERVE
@@ -141,7 +153,8 @@ def _budget(
             networks[str(i)] = network()
             for block, name in zip(ode_blocks(networks[str(i)]), plan.policies, strict=True):
                 block.gradient = planner.choices[name]
-        for row in measure(networks, images, labels, precision, study.repeats, progress.update):
+        new_capture = capture_of(config, images.device)
+        for row in measure(networks, images, labels, precision, study.repeats, progress.update, new_capture):
             budget, plan, dry = plans[int(row.pop("gradient"))]
             facts = {"budget_bytes": budget, "predicted_bytes": plan.predicted_bytes, "dry_step_bytes": dry}
             yield {**facts, **row, "policies": plan.policies}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import logging
 import time
@@ -12,9 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
-from anode_exp.budget import Planner, plan_table, policies
+from anode_exp.budget import SMALL_BATCHES, Planner, plan_table, policies
 from anode_exp.build import (
     build_augmentation,
     build_data,
@@ -24,17 +22,20 @@ from anode_exp.build import (
     build_normalisation,
     build_optimizer,
     build_schedule,
+    evaluation_batch_size,
 )
 from anode_exp.config import TrainConfig, parse_bytes
 from anode_exp.data import ImageData, evaluation_batches
 from anode_exp.errors import Ended, InUse, UserError
 from anode_exp.models import count_parameters, ode_blocks
 from anode_exp.training.checkpoints import Checkpoints
-from anode_exp.training.fit import Progress, StopRequest, Trainer, stop_requests, total_steps
+from anode_exp.training.fit import Progress, StopRequest, Trainer, memory_for, stop_requests, total_steps
+from anode_exp.training.graphed_step import GraphedStep
 from anode_exp.training.peak_memory import PeakMemory
 from anode_exp.training.progress import bar, log_to, logging_for
 from anode_exp.training.records import RunRecord, commit, device_name, read_results, versions, write_atomically
-from anode_exp.training.train_step import autocast_for, set_float32_precision
+from anode_exp.training.streams import clear_workspaces, run_streams
+from anode_exp.training.train_step import set_backends
 
 log = logging.getLogger(__name__)
 
@@ -61,7 +62,7 @@ def train_together(
     tick: Callable[[], object] = lambda: None,
     stop: StopRequest | None = None,
 ) -> list[dict[str, Any]]:
-    """Several runs that share a data set, a step of each in turn; on CUDA each on a stream of its own.
+    """Several runs that share a data set, a step of each in turn; on CUDA every run has a stream of its own.
 
     Networks this small leave most of a GPU idle. Every run computes what it would alone, and its peak memory is that of
     its first steps, which it takes alone; its times are those of a shared device.
@@ -73,15 +74,18 @@ def train_together(
     Returns:
         As ``train``, for each run. A run that has ended or that another process is writing stays as it is; if none can
         go on, or one fails, that is raised when the others are through.
+
+    Raises:
+        UserError: as ``train``, and on CUDA for more runs than ``MOST_STREAMS``.
     """
     started = time.perf_counter()
     log_to(*(directory for _, directory in runs))
     first = runs[0][0]
     device = build_device(first.runtime)
-    set_float32_precision(first.runtime.precision)
+    set_backends(first.runtime)
+    clear_workspaces(device)  # an earlier job of this process, failed perhaps, is no part of this one's memory
     images = build_data(first.dataset, device)
-    gc.collect()  # an earlier job of this process, failed perhaps, is no part of this one's memory
-    shared = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+    streams = run_streams(device, len(runs))
     results: dict[Path, dict[str, Any]] = {}
     errors: dict[Path, Exception] = {}
     epochs: dict[Path, int] = {}
@@ -110,11 +114,10 @@ def train_together(
     with ExitStack() as closing:
         asked = closing.enter_context(stop_requests()) if stop is None else stop
         waiting = []
-        for config, directory in runs:
-            others = torch.cuda.memory_allocated(device) - shared if device.type == "cuda" else 0
-            run = _run(config, directory, images, PeakMemory(device, others), asked, resume, len(runs), started)
+        for (config, directory), stream in zip(runs, streams, strict=True):
+            memory = PeakMemory(device, images.nbytes)
+            run = _run(config, directory, images, memory, asked, resume, len(runs), started)
             closing.callback(run.close)
-            stream = torch.cuda.Stream(device) if device.type == "cuda" and len(runs) > 1 else None
             # Its first steps alone: warm-up, recording, and memory are then what they are without the others.
             trainer = advance(directory, run, stream)
             for _ in range(ALONE_STEPS - 1 if len(runs) > 1 else 0):
@@ -162,9 +165,6 @@ def _run(
         _check_can_go_on(directory, config, state, images)
     record = RunRecord(directory, config, (done.epochs, done.steps) if resume else None)
     try:
-        if config.gradient.name == "budget":
-            _plan(config, directory, network, images, memory_format, resume)
-            memory = PeakMemory(device, memory.others)
         trainer = Trainer(
             network,
             images,
@@ -179,7 +179,10 @@ def _run(
             record,
             checkpoints,
             stop,
+            evaluation_batch_size(config, device),
         )
+        if config.gradient.name == "budget":
+            _plan(config, directory, trainer, resume)
         if state is not None:
             trainer.restore(state)
         log.info(
@@ -194,7 +197,7 @@ def _run(
         results = {
             "status": trainer.status,
             "reason": trainer.reason,
-            **_summary(trainer.progress, config.recipe.batch_size),
+            **_summary(trainer.progress),
             "peak_memory_kind": memory.kind,
             "reserved_memory_bytes": memory.reserved_bytes,
             "dataset_bytes": images.nbytes,
@@ -216,43 +219,39 @@ def _run(
     return results
 
 
-def _plan(
-    config: TrainConfig,
-    directory: Path,
-    network: nn.Module,
-    images: ImageData,
-    memory_format: torch.memory_format,
-    resume: bool,
-) -> None:
+def _plan(config: TrainConfig, directory: Path, trainer: Trainer, resume: bool) -> None:
     """Choose every block's policy for the byte budget, and record it; a resumed run keeps the one it had.
 
     Raises:
         UserError: if nothing fits.
     """
-    path = directory / "plan.json"
+    path, network = directory / "plan.json", trainer.network
     modes = policies(config.solver.n_steps)
     if resume and path.exists():
         plan = json.loads(path.read_text())
     else:
-        split, device = images.train, images.train.labels.device
-        normalise = build_normalisation(config.dataset, device, memory_format)
-        batch = next(evaluation_batches(split, config.recipe.batch_size, normalise))
-        with bar(Planner.dry_runs(config.solver.n_steps), "planning") as progress:
+        size = min(config.recipe.batch_size, len(trainer.images.train))
+        budget = parse_bytes(str(config.gradient.memory))
+        with (
+            bar(Planner.dry_runs(config.solver.n_steps), "planning") as progress,
+            memory_for("planning", "give a smaller gradient.memory, which the device holds, or recipe.batch_size"),
+        ):
             planner = Planner(
                 network.train(),
                 lambda n: build_optimizer(n, config.recipe),
-                autocast_for(config.runtime.precision, device),
-                batch,
+                trainer.autocast,
+                next(evaluation_batches(trainer.images.train, max(SMALL_BATCHES), trainer.normalise)),
                 progress.update,
+                size,
+                trainer.rehearse,
+                trainer.step.new_capture if isinstance(trainer.step, GraphedStep) else None,
             )
-            budget = parse_bytes(str(config.gradient.memory))
-            if config.recipe.moving_average:  # the averaged copy comes on top of what is planned
-                budget -= sum(x.nbytes for x in (*network.parameters(), *network.buffers()))
             chosen, measured = planner.fitted(budget)
         plan = planner.describe(chosen, budget, measured)
         write_atomically(path, lambda partial: partial.write_text(json.dumps(plan, indent=2) + "\n"))
     for block, entry in zip(ode_blocks(network), plan["blocks"], strict=True):
         block.gradient = modes[entry["policy"]]
+    trainer.memory.restart()
     log.info(plan_table(plan))
 
 
@@ -276,11 +275,9 @@ def _check_can_go_on(directory: Path, config: TrainConfig, state: dict[str, Any]
         )
 
 
-def _summary(progress: Progress, batch_size: int) -> dict[str, Any]:
-    first = progress.first_step_s or 0.0
-    # The first step pays for warm-up and, on the CPU, for counting bytes: it has a figure of its own.
-    images = progress.images - batch_size
-    rate = images / (progress.train_time_s - first) if images > 0 else None
+def _summary(progress: Progress) -> dict[str, Any]:
+    images = progress.images - progress.settling_images
+    rate = images / (progress.train_time_s - progress.settling_time_s) if images > 0 else None
     return {
         "test_accuracy": progress.test_accuracy,
         "best_test_accuracy": progress.best_test_accuracy,
@@ -292,7 +289,7 @@ def _summary(progress: Progress, batch_size: int) -> dict[str, Any]:
         "wall_time_s": {
             "train": progress.train_time_s,
             "evaluation": progress.evaluation_time_s,
-            "first_step": first,
+            "first_step": progress.first_step_s or 0.0,
         },
         "images_per_s": rate,
         "nfe": progress.nfe,

@@ -40,6 +40,31 @@ def test_the_same_gradients_and_buffers(mode):
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 2, "nothing was compiled"
 
 
+def test_other_batches_and_evaluations_compile_nothing():
+    """Of an epoch's smaller last batch, or an evaluation's: the module as it is, with the same numbers."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    eager, compiled = network("dto_checkpoint"), network("dto_checkpoint")
+    for block in ode_blocks(compiled):
+        block.field.compile(backend="aot_eager", batch_size=4)
+
+    def graphs(size, training=True):
+        images = torch.randn(size, 3, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(size))
+        outputs = []
+        for n in (eager, compiled):
+            n.train(training).zero_grad()
+            with torch.set_grad_enabled(training):
+                outputs.append(n(images))
+            if training:
+                outputs[-1].square().sum().backward()
+        torch.testing.assert_close(*outputs, rtol=1e-13, atol=1e-13)
+        return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+    whole = graphs(4)
+    assert whole > 0
+    assert graphs(3) == graphs(7, training=False) == graphs(4, training=False) == graphs(4) == whole
+
+
 def test_what_cannot_be_one_graph_is_an_error():
     class Reads(nn.Module):
         def forward(self, t, y):

@@ -8,13 +8,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import Repeat, make_ode_block
 
+from anode_exp.budget import Planner
 from anode_exp.build import build_model
 from anode_exp.composition import composed, jobs, study
 from anode_exp.errors import UserError
-from anode_exp.models import ode_blocks
+from anode_exp.models import MODELS, ode_blocks
 from anode_exp.report.study import growth, order_in_dt
 from anode_exp.studies.evolution import kernels_over_time
+from anode_exp.studies.memory import measure
 from anode_exp.studies.reversibility import Flow, fixed, steps_for, to_tolerance
 from anode_exp.study import _gradient_error, run_study
 from anode_exp.train import train
@@ -159,6 +162,32 @@ def test_budget(tmp_path):
         assert row["counted_bytes"] <= row["budget_bytes"]
         assert row["counted_bytes"] == pytest.approx(row["predicted_bytes"], rel=0.1)
     assert found[0]["counted_bytes"] < found[-1]["counted_bytes"]
+
+
+def test_default_budgets_fit_whatever_an_allocator_adds(tmp_path, monkeypatch):
+    counted = Planner.measure
+    monkeypatch.setattr(Planner, "measure", lambda p, plan: counted(p, plan) + 512 * sum(map(len, plan.policies)))
+    settings = ["model.width=0.25", "solver.n_steps=2", "study.batch_size=4", "study.repeats=1"]
+    run_study(*study("budget", settings), tmp_path)
+    found = [json.loads(line) for line in (tmp_path / "study.jsonl").read_text().splitlines()]
+    assert len(found) == 8 and all(row["dry_step_bytes"] <= row["budget_bytes"] for row in found)
+
+
+def test_recorded_steps_are_timed_where_runs_replay_theirs():
+    networks = {
+        label: MODELS["squeezenext"](10, make_ode_block(label), width=0.25)
+        for label in ("full_backprop", "dto_checkpoint")
+    }
+    captures = []
+
+    def capture():
+        captures.append(Repeat(list(networks.values())[len(captures)]))
+        return captures[-1]
+
+    batch = torch.randn(2, 3, 32, 32), torch.arange(2)
+    found = list(measure(networks, *batch, "fp32", 3, lambda: None, capture))
+    assert [c.replays for c in captures] == [1 + 3] * 2
+    assert [row["nfe_backward"] for row in found] == [0, 16] and all(row["step_time_s"] > 0 for row in found)
 
 
 def test_a_gradient_mode_of_ones_own():

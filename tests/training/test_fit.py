@@ -13,11 +13,13 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from anode_exp.build import evaluation_batch_size
 from anode_exp.composition import evaluations, jobs, resumed
 from anode_exp.errors import UserError
 from anode_exp.evaluate import evaluate_run
 from anode_exp.runs import load_run
 from anode_exp.train import train, train_together
+from anode_exp.training import fit
 from anode_exp.training import graphed_step as step_module
 from anode_exp.training.records import RunRecord
 
@@ -138,6 +140,67 @@ def test_a_signal_ends_the_run_after_its_step(tmp_path, monkeypatch, number):
     assert len(taken) == results["steps"] == 2
     assert json.loads((tmp_path / "results.json").read_text())["status"] == "interrupted"
     assert signal.getsignal(number) is before
+
+
+@pytest.mark.parametrize(
+    ("where", "message"),
+    [
+        ("train_step", r"a training step: out of memory \(CUDA out of memory.*\); .*recipe.batch_size.*budget"),
+        ("evaluate", r"evaluation: out of memory \(CUDA out of memory.*\); give a smaller recipe.test_batch_size"),
+    ],
+)
+def test_running_out_of_memory_names_the_remedies(tmp_path, monkeypatch, where, message):
+    def short(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nGPU 0 has …")
+
+    monkeypatch.setattr(step_module if where == "train_step" else fit, where, short)
+    with pytest.raises(UserError, match=message) as raised:
+        run(tmp_path)
+    assert "\n" not in str(raised.value)
+
+
+def test_evaluation_batches_of_fixed_steps_change_no_accuracy(tmp_path):
+    """Nor anything else; the loss but for the order in which it is summed."""
+    small, large = (run(tmp_path / n, f"recipe.test_batch_size={n}", "solver=rk2") for n in ("3", "1000"))
+    assert small["train_loss"] == large["train_loss"] and small["test_accuracy"] == large["test_accuracy"]
+    ours, theirs = (lines(tmp_path / n) for n in ("3", "1000"))
+    assert [e["test_loss"] for e in ours] == pytest.approx([e["test_loss"] for e in theirs], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("settings", "on_cuda", "on_cpu"),
+    [
+        ([], 1000, 128),
+        (["solver=dopri5", "solver.adaptive=true"], 128, 128),  # part of the result
+        (["gradient=budget", "gradient.memory=1GiB"], 256, 128),
+        (["recipe.test_batch_size=77"], 77, 77),
+    ],
+    ids=str,
+)
+def test_how_many_images_are_evaluated_at_once(settings, on_cuda, on_cpu):
+    (config,) = jobs(settings, multirun=False).configs
+    assert evaluation_batch_size(config, torch.device("cuda")) == on_cuda
+    assert evaluation_batch_size(config, torch.device("cpu")) == on_cpu
+
+
+def test_the_speed_is_that_of_settled_steps(tmp_path, monkeypatch):
+    """Of each process the first two steps are left out, warm-up and recording on CUDA: here they take 10 s each."""
+    clock = [0.0]
+
+    def timed(network, *args, **kwargs):
+        steps.append(1)
+        clock[0] += 10.0 if len(steps) <= 2 else 0.5
+        return whole(network, *args, **kwargs)
+
+    whole, steps = step_module.train_step, []
+    monkeypatch.setattr(step_module, "train_step", timed)
+    monkeypatch.setattr(fit.time, "perf_counter", lambda: clock[0])
+    results = run(tmp_path / "run", "dataset.train_size=96")  # six steps of 16 images an epoch
+    assert results["images_per_s"] == pytest.approx(16 / 0.5)
+    assert results["wall_time_s"]["first_step"] == 10.0
+    steps.clear()  # another process
+    (config,) = jobs([*SMALL, "dataset.train_size=96", "recipe.epochs=3"], multirun=False).configs
+    assert train(config, tmp_path / "run", resume=True)["images_per_s"] == pytest.approx(16 / 0.5)
 
 
 def test_two_runs_never_share_a_directory(tmp_path):

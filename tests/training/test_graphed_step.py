@@ -1,44 +1,39 @@
 """The captured step, driven by a stand-in for the CUDA graph that repeats the recorded work."""
 
+import logging
+
 import pytest
 import torch
-from conftest import make_ode_block
+from conftest import Repeat, make_ode_block
 from torch import nn
 
 from anode_exp.gradient import GRADIENT_MODES
-from anode_exp.models import MODELS, ode_blocks, take_evaluations
-from anode_exp.ode import Evaluations
-from anode_exp.training.graphed_step import WARM_UP_STEPS, GraphedStep, set_learning_rate
+from anode_exp.models import MODELS, take_evaluations
+from anode_exp.training.graphed_step import GraphedStep, set_learning_rate
 from anode_exp.training.train_step import autocast_for, train_step
 
 
-class Repeat:
-    """Repeats the recorded work on the same memory: what a replay does, but by running it."""
-
-    def __init__(self, network: nn.Module) -> None:
-        self.network, self.replays = network, 0
+class FailsToWarmUp(Repeat):
+    """Two steps of the warm-up train; the third finds no memory."""
 
     def warm_up(self, work):
-        for _ in range(WARM_UP_STEPS):
-            work()
+        work()
+        work()
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nGPU 0 has …")
+
+
+class FailsToRecord(Repeat):
+    """The step reaches what no graph can hold; then the end of the capture complains, as torch's does."""
 
     def record(self, work):
-        self.work = work
-        self.results = tuple(x.clone() for x in work())
-        return self.results
-
-    def replay(self):
-        self.replays += 1
-        counters = [block.field.evaluations for block in ode_blocks(self.network)]
-        for block in ode_blocks(self.network):  # a device replays without the host, which counts evaluations
-            block.field.evaluations = Evaluations()
-        for kept, new in zip(self.results, self.work(), strict=True):
-            kept.copy_(new)
-        for block, counter in zip(ode_blocks(self.network), counters, strict=True):
-            block.field.evaluations = counter
+        try:
+            work()
+            raise RuntimeError("operation not permitted when stream is capturing")
+        except RuntimeError:
+            raise RuntimeError("CUDA error: operation failed due to a previous error during capture")  # noqa: B904
 
 
-def trained(mode: str, graphed: bool) -> tuple[list[torch.Tensor], list[int], int]:
+def trained(mode: str, graphed: bool, kind: type = Repeat) -> tuple[list[torch.Tensor], list[int], int]:
     """Losses, weights, buffers and momentum after ten steps of two epochs, their evaluations, and replays."""
     torch.manual_seed(0)
     network = MODELS["squeezenext"](10, make_ode_block(mode), width=0.5)
@@ -48,7 +43,7 @@ def trained(mode: str, graphed: bool) -> tuple[list[torch.Tensor], list[int], in
     captures = []
 
     def capture():
-        captures.append(Repeat(network))
+        captures.append(kind(network))
         return captures[-1]
 
     step = GraphedStep(network, optimizer, autocast, capture) if graphed else None
@@ -76,6 +71,52 @@ def test_trains_as_the_eager_step_does(mode):
     assert replays == 7, "all but the first step and each epoch's last"
     assert all(torch.equal(a, b) for a, b in zip(ours, truth, strict=True))
     assert our_evaluations == evaluations
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        (FailsToWarmUp, "OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB."),
+        (FailsToRecord, "RuntimeError: operation not permitted when stream is capturing"),
+    ],
+)
+def test_a_capture_that_fails_leaves_an_eager_run(kind, reason, caplog):
+    """Bit for bit the eager one, with one warning that says what went wrong first; nothing is tried again."""
+    with caplog.at_level(logging.WARNING):
+        ours, our_evaluations, replays = trained("dto_checkpoint", graphed=True, kind=kind)
+    truth, evaluations, _ = trained("dto_checkpoint", graphed=False)
+    assert replays == 0
+    assert all(torch.equal(a, b) for a, b in zip(ours, truth, strict=True))
+    assert our_evaluations == evaluations
+    (warning,) = caplog.messages
+    assert reason in warning and "runtime.cuda_graph=false silences this" in warning and "\n" not in warning
+
+
+def test_an_eager_step_that_fails_is_an_error():
+    """Only what recording adds is undone: a first step without memory is no reason to try another."""
+    network = MODELS["squeezenext"](10, make_ode_block(), width=0.25)
+    optimizer = torch.optim.SGD(network.parameters(), lr=torch.tensor(0.1), momentum=0.9)
+    network.register_forward_hook(lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA out of memory")))
+    step = GraphedStep(network, optimizer, autocast_for("fp32", torch.device("cpu")), lambda: Repeat(network))
+    with pytest.raises(torch.OutOfMemoryError):
+        step(torch.randn(2, 3, 32, 32), torch.arange(2))
+
+
+def test_a_recording_can_be_forgotten():
+    network = MODELS["squeezenext"](10, make_ode_block(), width=0.25)
+    optimizer = torch.optim.SGD(network.parameters(), lr=torch.tensor(0.1), momentum=0.9)
+    captures = []
+
+    def capture():
+        captures.append(Repeat(network))
+        return captures[-1]
+
+    step = GraphedStep(network, optimizer, autocast_for("fp32", torch.device("cpu")), capture)
+    for times in (1, 2):
+        for _ in range(3):
+            step(torch.randn(2, 3, 32, 32), torch.arange(2))
+        assert len(captures) == times and captures[-1].replays == 2
+        step.forget()
 
 
 def test_the_learning_rate_is_changed_in_place_where_a_recorded_step_reads_it():

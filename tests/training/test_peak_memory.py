@@ -5,7 +5,10 @@ import torch
 from conftest import make_ode_block
 from torch import nn
 
+from anode_exp.composition import jobs
 from anode_exp.models import MODELS
+from anode_exp.train import train, train_together
+from anode_exp.training import fit, graphed_step, peak_memory
 from anode_exp.training.peak_memory import LiveTensorBytes, PeakMemory
 from anode_exp.training.train_step import autocast_for, train_step
 
@@ -71,3 +74,79 @@ def test_the_optimisers_state_counts():
             network(torch.ones(1, 1000)).sum().backward()
             optimizer.step()
     assert memory.peak_bytes >= 3 * 4 * MB  # weights, gradient, momentum
+
+
+class StandIn:
+    """An allocator that is told what is there. Blocks freed stay reserved."""
+
+    def __init__(self, now: int = 0) -> None:
+        self.now = self.most = self.kept = now
+
+    def use(self, n_bytes: int, keep: bool = False) -> None:
+        self.most, self.kept = max(self.most, self.now + n_bytes), max(self.kept, self.now + n_bytes)
+        self.now += n_bytes if keep else 0
+
+    def allocated(self) -> int:
+        return self.now
+
+    def most_allocated(self) -> int:
+        return self.most
+
+    def most_reserved(self) -> int:
+        return self.kept
+
+    def reset_peaks(self) -> None:
+        self.most = self.now
+
+    def empty_cache(self) -> None:
+        self.kept = self.now
+
+
+@pytest.fixture
+def allocator(monkeypatch) -> StandIn:
+    there = StandIn(now=100 * MB)  # an earlier run's workspaces, and the data set
+    monkeypatch.setattr(peak_memory, "allocator_of", lambda device: there)
+    return there
+
+
+def test_a_pause_does_not_count(allocator):
+    memory = PeakMemory(torch.device("cpu"), shared=30 * MB)
+    assert memory.kind == "cuda_max_allocated"
+    allocator.use(5 * MB)
+    with memory.paused():
+        assert memory.peak_bytes == 35 * MB, "the data set and its own, nothing of others"
+        allocator.use(50 * MB)
+    assert (memory.peak_bytes, memory.reserved_bytes) == (35 * MB, 105 * MB)
+    allocator.use(7 * MB)
+    assert (memory.peak_bytes, memory.reserved_bytes) == (37 * MB, 105 * MB)
+    memory.restart()
+    assert (memory.peak_bytes, memory.reserved_bytes) == (30 * MB, 100 * MB)
+    memory.alone()
+    allocator.use(MB)
+    assert (memory.peak_bytes, memory.reserved_bytes) == (30 * MB, None)
+
+
+def test_runs_are_charged_with_their_own_training(tmp_path, allocator, monkeypatch):
+    """Not with evaluations, nor with what other runs of the process left or hold."""
+    small = ["dataset=fake", "dataset.train_size=24", "dataset.test_size=8", "model=resnet4", "recipe.batch_size=8",
+             "recipe.epochs=2", "runtime.device=cpu"]  # fmt: skip
+    configs = [jobs([*small, f"seed={seed}"], multirun=False).configs[0] for seed in (0, 1, 2)]
+
+    def spending(function, n_bytes, keep=0):
+        def spends(*args, **kwargs):
+            allocator.use(keep, keep=True)
+            allocator.use(n_bytes)
+            return function(*args, **kwargs)
+
+        return spends
+
+    monkeypatch.setattr(graphed_step, "train_step", spending(graphed_step.train_step, 6 * MB, keep=MB))
+    monkeypatch.setattr(fit, "evaluate", spending(fit.evaluate, 500 * MB))
+    first = train(configs[0], tmp_path / "first")
+    own = first["dataset_bytes"] + 6 * MB + 6 * MB  # six steps, each of which leaves something
+    assert first["peak_memory_bytes"] == own
+    assert first["reserved_memory_bytes"] == 100 * MB + 3 * MB + 6 * MB, "of the epoch before the first evaluation"
+    together = train_together([(c, tmp_path / str(c.seed)) for c in configs[1:]])
+    for results in together:  # their first three steps, which they take alone
+        assert results["peak_memory_bytes"] == first["dataset_bytes"] + 3 * MB + 6 * MB
+        assert results["reserved_memory_bytes"] is None

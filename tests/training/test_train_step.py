@@ -57,6 +57,30 @@ def test_nothing_is_read_on_the_host(mode, tableau, precision):
 
 
 @pytest.mark.parametrize("mode", GRADIENT_MODES)
+def test_a_whole_step_runs_on_the_meta_device(mode):
+    """It holds no values: a read on the host, or a tensor left on the CPU, is an error."""
+    meta = torch.device("meta")
+    net = network(mode).to(meta)
+    optimizer = sgd(net)
+    split = Split(torch.empty(8, 32, 32, 3, dtype=torch.uint8, device=meta), torch.empty(8, dtype=int, device=meta))
+    epoch = EpochBatches.__new__(EpochBatches)  # the meta device has no generator: what it would draw is given
+    epoch.split, epoch.batch_size, epoch.flip = split, 4, True
+    epoch.normalise = Normalisation([0.5] * 3, [0.25] * 3, meta)
+    epoch.order, epoch.offsets = torch.empty(8, dtype=int, device=meta), torch.empty(2, 8, 1, dtype=int, device=meta)
+    epoch.flips = torch.empty(8, 1, dtype=bool, device=meta)
+    before = [p._version for p in net.parameters()]
+    for images, labels in epoch:
+        loss, correct = train_step(net, optimizer, lambda: torch.autocast("cpu", enabled=False), images, labels)
+        assert loss.is_meta and correct.is_meta and loss.shape == correct.shape == ()
+    everything = [*net.parameters(), *(p.grad for p in net.parameters()), *net.buffers()]
+    everything += [x for s in optimizer.state.values() for x in s.values() if isinstance(x, torch.Tensor)]
+    assert all(x.is_meta for x in everything)
+    assert all(p._version > v for p, v in zip(net.parameters(), before, strict=True)), "it trained"
+    with pytest.raises(RuntimeError, match=r"(?i)meta"):
+        float(loss)
+
+
+@pytest.mark.parametrize("mode", GRADIENT_MODES)
 def test_nothing_is_read_on_the_host_of_a_resnet(mode):
     net = network(mode, "euler", "resnet18")
     with NoHostRead():

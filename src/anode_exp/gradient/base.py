@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, Protocol
 
@@ -28,8 +29,10 @@ class GradientMode(Protocol):
         ...
 
 
-def current_autocast(device_type: str) -> Callable[[], torch.autocast]:
+def current_autocast(device_type: str) -> Callable[[], AbstractContextManager[Any]]:
     """A factory of contexts equal to the autocast in force now: a Function's backward does not inherit it."""
+    if not torch.amp.is_autocast_available(device_type):  # such as meta, on which whole steps are tried
+        return nullcontext
     settings: dict[str, Any] = {
         "dtype": torch.get_autocast_dtype(device_type),
         "enabled": torch.is_autocast_enabled(device_type),

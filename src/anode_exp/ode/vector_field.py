@@ -111,14 +111,19 @@ class VectorField:
         # Under autocast a norm may return float32 for a bfloat16 state; the state's dtype decides.
         return dy.to(y.dtype)
 
-    def compile(self, backend: str = "inductor") -> None:
+    def compile(self, backend: str = "inductor", batch_size: int | None = None) -> None:
         """Compile the module's forward, for this field alone, as one graph or not at all.
+
+        Every shape is compiled anew. With ``batch_size`` only training on batches of that size is compiled; an epoch's
+        smaller last batch and evaluations run the module as it is, to rounding the same. Padding that batch would
+        change the statistics of batch norm, and kernels for any size are slower on every other batch.
 
         Compiled variants are kept by code object, so fields of one class would use up the limit of recompilations
         together; each gets a copy of the code. A graph break, or a limit reached, is an error in its first evaluation.
 
         Args:
             backend: of ``torch.compile``.
+            batch_size: leading size of the states to compile for; None compiles for every state.
         """
         forward = type(self.module).forward
         own = FunctionType(
@@ -128,7 +133,10 @@ class VectorField:
 
         def forward_of(t: float, y: Tensor) -> Tensor:
             # Under a dispatch mode (one that counts bytes, say) torch would skip compilation, then and ever after.
-            function = own if is_in_torch_dispatch_mode() else compiled
+            as_it_is = is_in_torch_dispatch_mode()
+            if batch_size is not None:
+                as_it_is |= len(y) != batch_size or not self.module.training
+            function = own if as_it_is else compiled
             return function(self.module, t, y)
 
         self._forward = forward_of

@@ -12,10 +12,16 @@ import torch
 from torch import Tensor, nn
 
 from anode_exp.models import take_evaluations
-from anode_exp.training.peak_memory import LiveTensorBytes
+from anode_exp.training.graphed_step import Capture, GraphedStep
+from anode_exp.training.peak_memory import LiveTensorBytes, allocator_of
 from anode_exp.training.train_step import autocast_for, train_step
 
 LEARNING_RATE = 1e-4  # weights must stay finite, and not matter
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def measure(
@@ -25,13 +31,17 @@ def measure(
     precision: str,
     repeats: int,
     tick: Callable[[], object],
+    new_capture: Callable[[], Capture] | None = None,
 ) -> Iterator[dict[str, Any]]:
     """A row for each network: peak bytes, median seconds a step, and the median of its ratios to the first's.
 
     The networks take their timed steps in turn, so that a machine whose speed drifts slows all of them.
 
     ``counted_bytes`` are live tensor bytes, on any device; ``cuda_bytes`` the allocator's largest figure above what was
-    allocated before, None without CUDA. Both count weights, gradients and momentum of the one network.
+    allocated before, None without CUDA. Both count weights, gradients and momentum of the one network, and the batch.
+
+    Args:
+        new_capture: makes recordings, whose replays are timed: so do runs on CUDA. None times eager steps.
     """
     device = images.device
     autocast = autocast_for(precision, device)
@@ -40,6 +50,7 @@ def measure(
     def step(label: str) -> None:
         train_step(networks[label], optimizers[label], autocast, images, labels)
 
+    allocator = allocator_of(device)
     peaks: dict[str, dict[str, Any]] = {}
     for label, network in networks.items():
         step(label)  # makes the optimiser's state
@@ -51,12 +62,13 @@ def measure(
             step(label)
         evaluations = take_evaluations(network)
         cuda_bytes = None
-        if device.type == "cuda":
+        if allocator is not None:
             optimizers[label].zero_grad()
-            before = torch.cuda.memory_allocated(device) - sum(x.nbytes for x in own)
-            torch.cuda.reset_peak_memory_stats(device)
+            allocator.empty_cache()
+            allocator.reset_peaks()
+            others = allocator.allocated() - sum(x.nbytes for x in [*own, images, labels])
             step(label)
-            cuda_bytes = torch.cuda.max_memory_allocated(device) - before
+            cuda_bytes = allocator.most_allocated() - others
         peaks[label] = {
             "counted_bytes": live.peak,
             "cuda_bytes": cuda_bytes,
@@ -66,13 +78,23 @@ def measure(
         optimizers[label].zero_grad()
         tick()
 
+    recorded = {}
+    if new_capture is not None:
+        for label, network in networks.items():
+            recorded[label] = GraphedStep(network, optimizers[label], autocast, new_capture)
+            for _ in range(2):
+                recorded[label](images, labels)
+
     seconds: dict[str, list[float]] = {label: [] for label in networks}
     for _ in range(repeats):
         for label in networks:
+            _wait(device)
             started = time.perf_counter()
-            step(label)
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
+            if label in recorded:
+                recorded[label](images, labels)
+            else:
+                step(label)
+            _wait(device)
             seconds[label].append(time.perf_counter() - started)
             optimizers[label].zero_grad()
             tick()

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from anode_exp.training.peak_memory import LiveTensorBytes
+from anode_exp.training.peak_memory import LiveTensorBytes, allocator_of
 
 LEAST_ROUND_S = 0.05
 """A contestant's turn takes as many steps as fill this time, so that waiting for a device at its end weighs little."""
@@ -31,7 +31,7 @@ class Contestant:
         counted: the same without a recorded graph, whose replay would show neither operators nor allocations.
         images: a step.
         epoch_steps: of the data set whole.
-        own: tensors held between steps, for the count of live bytes.
+        own: tensors held between steps, gradients among them, for the count of its bytes.
         dtype: of its matrix products.
         alone: timed after all others, a step after the other: its worker processes would slow those, and fetch ahead
             while they run.
@@ -115,11 +115,12 @@ def _inspect(c: Contestant, device: torch.device) -> tuple[dict[str, Any], int]:
     traffic = Traffic()
     with traffic:
         c.counted()
-    if device.type == "cuda":
-        before = torch.cuda.memory_allocated(device) - sum(x.nbytes for x in c.own())
-        torch.cuda.reset_peak_memory_stats(device)
+    allocator = allocator_of(device)
+    if allocator is not None:
+        allocator.reset_peaks()
+        others = allocator.allocated() - sum(x.nbytes for x in c.own())
         c.counted()
-        peak = torch.cuda.max_memory_allocated(device) - before
+        peak = allocator.most_allocated() - others
     else:
         with LiveTensorBytes(c.own()) as live:
             c.counted()
@@ -135,7 +136,6 @@ def _inspect(c: Contestant, device: torch.device) -> tuple[dict[str, Any], int]:
         "label": c.label,
         "peak_bytes": peak,
         "operators_per_step": traffic.operators,
-        "kernels_per_step": kernels_per_step(c, device),
         "bytes_per_step": traffic.bytes,
         "flops_per_step": traffic.flops,
     }
@@ -173,6 +173,7 @@ def measure(
     first = seconds[contestants[0].label]
     for c in contestants:
         row, mine = rows[c.label], seconds[c.label]
+        row["kernels_per_step"] = kernels_per_step(c, device)  # after all that is timed, which a profiler may slow
         quartiles = statistics.quantiles(mine, n=4) if len(mine) > 1 else [mine[0]] * 3
         median = statistics.median(mine)
         floor = max(row["bytes_per_step"] / bandwidth, row["flops_per_step"] / rates[c.dtype])

@@ -8,9 +8,11 @@ import os
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from itertools import chain
 from types import FrameType
 from typing import Any
 
@@ -19,11 +21,12 @@ from torch import Tensor, nn
 
 from anode_exp.config import RecipeConfig, RuntimeConfig
 from anode_exp.data import Augmentation, EpochBatches, ImageData, Normalisation, Split, evaluation_batches
+from anode_exp.errors import UserError
 from anode_exp.models import take_evaluations
 from anode_exp.ode import SolveFailed
 from anode_exp.training.averaging import MovingAverage
 from anode_exp.training.checkpoints import Checkpoints
-from anode_exp.training.graphed_step import restart_momentum, set_learning_rate, training_step
+from anode_exp.training.graphed_step import GraphedStep, restart_momentum, set_learning_rate, training_step
 from anode_exp.training.peak_memory import PeakMemory
 from anode_exp.training.progress import bar
 from anode_exp.training.records import RunRecord
@@ -49,16 +52,24 @@ class Progress:
     train_time_s: float = 0.0
     evaluation_time_s: float = 0.0
     first_step_s: float | None = None
+    settling_time_s: float = 0.0  # of train_time_s and images, those of the first SETTLING_STEPS of every process
+    settling_images: int = 0
     peak_memory_bytes: int = 0
+
+
+SETTLING_STEPS = 2
+"""Steps that pay for more than themselves: warm-up, recording a graph on CUDA, counting bytes elsewhere."""
 
 
 @dataclass
 class EpochPart:
-    """The steps of the epoch in progress: their losses [k], correct predictions, and seconds."""
+    """The steps of the epoch in progress: their losses [k], correct predictions, and seconds, as in ``Progress``."""
 
     losses: Tensor
     correct: Tensor
     train_time_s: float = 0.0
+    settling_time_s: float = 0.0
+    settling_images: int = 0
 
 
 def total_steps(recipe: RecipeConfig, images: int) -> int:
@@ -97,6 +108,25 @@ def stop_requests() -> Iterator[StopRequest]:
             signal.signal(number, handler)
 
 
+@contextmanager
+def memory_for(what: str, remedy: str) -> Iterator[None]:
+    """Running out of a device's memory in here is a UserError that says what to do."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        traceback.clear_frames(error.__traceback__)  # they hold activations, and runs at its side go on
+        raise UserError(f"{what}: out of memory ({str(error).splitlines()[0]}); {remedy}") from error
+
+
+REHEARSED_STEPS = 3
+"""One eager, one that records and replays a graph, and one more where an epoch's smaller batch comes between."""
+
+SMALLER_STEP = (
+    "give a smaller recipe.batch_size, a gradient mode that keeps less (gradient=step_checkpoint, gradient=revolve), "
+    "or a budget (gradient=budget gradient.memory=…)"
+)
+
+
 class Trainer:
     """Trains until the recipe ends, the loss is no longer finite, or a signal asks to stop.
 
@@ -125,22 +155,24 @@ class Trainer:
         record: RunRecord,
         checkpoints: Checkpoints,
         stop: StopRequest,
+        evaluation_batch_size: int,
     ) -> None:
         self.network, self.images, self.normalise, self.augmentation = network, images, normalise, augmentation
         self.optimizer, self.schedule, self.recipe, self.runtime, self.seed = optimizer, schedule, recipe, runtime, seed
         self.memory, self.record, self.checkpoints, self.stop = memory, record, checkpoints, stop
+        self.evaluation_batch_size = evaluation_batch_size
         self.device = images.train.labels.device
         self.autocast = autocast_for(runtime.precision, self.device)
         self.averaged = None
         if recipe.moving_average:  # a copy, made before anything is compiled
             self.averaged = MovingAverage(network, recipe.moving_average)
-        self.step = training_step(
-            network, optimizer, self.autocast, runtime, self.device, recipe.batch_size, recipe.label_smoothing
-        )
+        size = min(recipe.batch_size, len(images.train))
+        self.step = training_step(network, optimizer, self.autocast, runtime, self.device, size, recipe.label_smoothing)
         self.waited_s = 0.0
         self.status = "completed"
         self.reason: str | None = None
         self.progress = Progress()
+        self._settling = SETTLING_STEPS
         self._part: EpochPart | None = None
         self.total_steps = total_steps(recipe, len(images.train))
 
@@ -198,6 +230,8 @@ class Trainer:
             self.status = "diverged"
         progress.train_time_s += part.train_time_s
         progress.images += sum(sizes)
+        progress.settling_time_s += part.settling_time_s
+        progress.settling_images += part.settling_images
         progress.peak_memory_bytes = max(progress.peak_memory_bytes, self.memory.peak_bytes)
         line: dict[str, Any] = {
             "epoch": progress.epochs,
@@ -212,7 +246,8 @@ class Trainer:
         }
         if self.status == "completed":
             try:
-                line |= self._evaluate()
+                with self.memory.paused():
+                    line |= self._evaluate()
             except SolveFailed as error:
                 self.status, self.reason = "diverged", f"evaluation: {error}"
         self.record.epoch({**line, "step_losses": step_losses})
@@ -246,23 +281,66 @@ class Trainer:
         size, n = self.recipe.batch_size, len(self.images.train)
         return [min(size, n - i * size) for i in range(n_steps)]
 
+    def _batches(self, epoch: int) -> EpochBatches:
+        return EpochBatches(
+            self.images.train, self.recipe.batch_size, self.augmentation, self.normalise, self.seed, epoch
+        )
+
+    def _take(self, source: Iterator[tuple[Tensor, Tensor]], losses: Tensor, i: int) -> Tensor:
+        """Step i on the next batch; its loss goes to its place, and correct predictions are returned."""
+        averaged = [] if self.averaged is None else self.averaged.tensors()
+        with (
+            memory_for("a training step", SMALLER_STEP),
+            self.memory.step(self.network, self.optimizer, averaged),
+            self._sync_debug(),
+        ):
+            images, labels = next(source)
+            losses[i], right = self.step(images, labels)
+            del images
+            if self.averaged is not None:
+                self.averaged.update(self.network)
+        return right
+
+    def rehearse(self) -> int:
+        """Peak bytes of the run's first steps, taken as it will take them: its batches, its stream, its recording.
+
+        To be called before the run. Weights, buffers and counters are the caller's to put back; all else is.
+        """
+        self.memory.restart()
+        batches = self._batches(1)
+        source = chain.from_iterable(batches.starting_at(0) for _ in range(1 + REHEARSED_STEPS))
+        losses = torch.full((max(len(batches), REHEARSED_STEPS),), math.nan, device=self.device)
+        if self.runtime.cudnn_benchmark:  # the algorithms that it tries are those of the first rehearsal only
+            self._take(source, losses, 0)
+            self.memory.restart()
+        for i in range(REHEARSED_STEPS):
+            self._take(source, losses, i)
+        peak = self.memory.peak_bytes
+        losses.cpu()  # waits for the device: what it replays must not go before
+        if isinstance(self.step, GraphedStep):
+            self.step.forget()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.state.clear()
+        if self.averaged is not None:
+            self.averaged.steps = 0  # the next update is a first one
+        self.memory.restart()
+        return peak
+
     def _train_epoch(self, number: int) -> Generator[None, None, EpochPart]:
         """The steps of one epoch that are still to take. ``self._part`` holds them if a request to stop interrupts."""
         progress, device = self.progress, self.device
-        batches = EpochBatches(
-            self.images.train, self.recipe.batch_size, self.augmentation, self.normalise, self.seed, number
-        )
+        batches = self._batches(number)
         part, self._part = self._part, None
         taken = 0 if part is None else len(part.losses)
         n_steps = min(len(batches), taken + self.total_steps - progress.steps)
         losses = torch.full((n_steps,), math.nan, device=device)
         correct = torch.zeros((), dtype=torch.long, device=device)
-        earlier = 0.0
+        earlier, settling_time, settling_images = 0.0, 0.0, 0
         if part is not None:
             losses[:taken], correct, earlier = part.losses.to(device), part.correct.to(device), part.train_time_s
+            settling_time, settling_images = part.settling_time_s, part.settling_images
         sizes = self._batch_sizes(n_steps)
-        averaged = [] if self.averaged is None else self.averaged.tensors()
-        started = self._clock()
+        started = since = self._clock()
         end = taken
         source = batches.starting_at(taken)
         with bar(n_steps, f"epoch {number}/{self.recipe.epochs}", taken) as shown:
@@ -270,20 +348,20 @@ class Trainer:
                 end = i + 1
                 progress.steps += 1
                 try:
-                    with self.memory.step(self.network, self.optimizer, averaged), self._sync_debug():
-                        images, labels = next(source)
-                        losses[i], right = self.step(images, labels)
-                        del images
-                        if self.averaged is not None:
-                            self.averaged.update(self.network)
+                    right = self._take(source, losses, i)
                 except SolveFailed as error:
                     self.status, self.reason = "diverged", str(error)
                     break
                 correct += right
-                if progress.first_step_s is None:
+                if self._settling:
                     if device.type == "cuda":
                         torch.cuda.synchronize(device)
-                    progress.first_step_s = self._clock() - started
+                    now = self._clock()
+                    if progress.first_step_s is None:
+                        progress.first_step_s = now - since
+                    self._settling -= 1
+                    settling_time, settling_images = settling_time + now - since, settling_images + sizes[i]
+                    since = now
                 shown.update()
                 if self.stop.signal is not None:
                     self.status = "interrupted"
@@ -310,7 +388,8 @@ class Trainer:
             }
             progress.nfe["blocks"] = blocks
         losses = losses[:end].cpu()  # waits for the device, so the time below is that of finished steps
-        done = EpochPart(losses, correct.cpu(), earlier + self._clock() - started)
+        seconds = earlier + self._clock() - started
+        done = EpochPart(losses, correct.cpu(), seconds, settling_time, settling_images)
         if self.status == "interrupted":
             self._part = done
         return done
@@ -332,10 +411,11 @@ class Trainer:
         return line
 
     def evaluate_split(self, split: Split, name: str) -> tuple[float, float]:
-        size = self.recipe.test_batch_size
+        size = self.evaluation_batch_size
         batches = evaluation_batches(split, size, self.normalise)
         network = self.network if self.averaged is None else self.averaged.network
-        return evaluate(network, self.autocast, bar(-(-len(split) // size), name, iterable=batches))
+        with memory_for("evaluation", "give a smaller recipe.test_batch_size"):
+            return evaluate(network, self.autocast, bar(-(-len(split) // size), name, iterable=batches))
 
 
 def _describe(line: dict[str, Any], epochs: int, status: str) -> str:

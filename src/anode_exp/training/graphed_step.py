@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -40,40 +41,59 @@ class Capture(Protocol):
 
 
 class CudaCapture:
-    """``torch.cuda.CUDAGraph``, recorded on a stream of its own.
+    """``torch.cuda.CUDAGraph``, recorded on the current stream, or on one of its own where that is the default stream.
 
     Libraries keep a workspace for every stream: graphs recorded on one stream would share it, and replayed side by side
-    overwrite each other's.
+    overwrite each other's. On the run's own stream the recording needs no second workspace, and no second cache of
+    freed blocks.
     """
 
     def __init__(self) -> None:
         self.graph = torch.cuda.CUDAGraph()
-        self.stream = torch.cuda.Stream()
+        self.pool = torch.cuda.graph_pool_handle()
+        current = torch.cuda.current_stream()
+        self.stream = torch.cuda.Stream() if current == torch.cuda.default_stream() else current
 
     def warm_up(self, work: Callable[[], object]) -> None:
         self.stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self.stream):
-            for _ in range(WARM_UP_STEPS):
-                work()
-        torch.cuda.current_stream().wait_stream(self.stream)
-        torch.cuda.synchronize()
-        torch.cuda.empty_cache()  # what the other stream held is of no use to the recording
+        try:
+            with torch.cuda.stream(self.stream):
+                for _ in range(WARM_UP_STEPS):
+                    work()
+        finally:  # also what puts weights back must not overtake a step
+            torch.cuda.current_stream().wait_stream(self.stream)
 
     def record(self, work: Callable[[], Any]) -> Any:
-        with torch.cuda.graph(self.graph, stream=self.stream):
-            return work()
+        # torch's context waits for the device and empties the allocator's cache before it records. Where it fails, it
+        # leaves its stream current: the outer context puts the one before back.
+        with torch.cuda.stream(self.stream):
+            try:
+                with torch.cuda.graph(self.graph, pool=self.pool, stream=self.stream):
+                    return work()
+            except BaseException:
+                self._stop_allocating()
+                raise
 
     def replay(self) -> None:
         self.graph.replay()
+
+    def _stop_allocating(self) -> None:
+        """What ``capture_end`` leaves undone when it raises: without, the next ``empty_cache`` is an internal error."""
+        device = self.stream.device_index
+        try:
+            torch._C._cuda_endAllocateToPool(device, self.pool)
+        except RuntimeError:  # it has ended: the graph releases its pool itself
+            return
+        torch._C._cuda_releasePool(device, self.pool)
 
 
 class GraphedStep:
     """``train_step`` as a graph: forward, backward and optimiser, replayed for every batch of the recorded size.
 
     The first step runs eagerly, for the optimiser makes its state in it. The second records: warm-up and recording
-    would train, so weights, buffers and momentum are put back before the first replay. A batch of another size, such as
-    an epoch's last, runs eagerly. The learning rate must be a tensor for a replay to read; ``set_learning_rate`` fills
-    it.
+    would train, so weights, buffers, momentum and counters are put back afterwards, whether recording succeeds or not.
+    If it fails, a warning says why, and every step runs eagerly. A batch of another size, such as an epoch's last, runs
+    eagerly too. The learning rate must be a tensor for a replay to read; ``set_learning_rate`` fills it.
 
     Args:
         batch_size: of the batches to record; by default that of the second.
@@ -92,6 +112,11 @@ class GraphedStep:
     ) -> None:
         self.label_smoothing, self.batch_size = label_smoothing, batch_size
         self.network, self.optimizer, self.autocast, self.new_capture = network, optimizer, autocast, new_capture
+        self._failed = False
+        self.forget()
+
+    def forget(self) -> None:
+        """Drop the recording: the next step is a first one again. That recording has failed is not forgotten."""
         self._capture: Capture | None = None
         self._ran_eagerly = False
         self._images = self._labels = torch.empty(0)
@@ -99,14 +124,15 @@ class GraphedStep:
         self._evaluations: list[dict[str, int]] = []
 
     def __call__(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        if self._capture is None:
+        if self._capture is None and not self._failed:
             if not self._ran_eagerly or self.batch_size not in (None, len(labels)):
                 self._ran_eagerly = True
                 return self._eager(images, labels)
-            self._record(images, labels)
-        if images.shape != self._images.shape:
+            with _syncing_allowed():
+                self._record(images, labels)
+        if self._capture is None or images.shape != self._images.shape:
             return self._eager(images, labels)
-        assert self._capture is not None and self._results is not None
+        assert self._results is not None
         self._images.copy_(images)
         self._labels.copy_(labels)
         self._capture.replay()
@@ -122,33 +148,59 @@ class GraphedStep:
         state = [x for s in self.optimizer.state.values() for x in s.values() if isinstance(x, Tensor)]
         return [*self.network.parameters(), *self.network.buffers(), *state]
 
-    def _record(self, images: Tensor, labels: Tensor) -> None:
-        with _syncing_allowed():
-            self._record_syncing(images, labels)
+    def _counters(self) -> list[dict[str, int]]:
+        return [asdict(block.field.evaluations) for block in ode_blocks(self.network)]
 
-    def _record_syncing(self, images: Tensor, labels: Tensor) -> None:
+    def _record(self, images: Tensor, labels: Tensor) -> None:
+        """Record, or give up for good; weights, buffers, momentum and counters are as before in either case."""
+        tensors = self._tensors()
         # On the host, so that the copies are no part of the device's peak.
-        before = [x.detach().to("cpu", copy=True) for x in self._tensors()]
+        before = [x.detach().to("cpu", copy=True) for x in tensors]
+        counted = self._counters()
+        reason = None
+        try:
+            self._capture_step(images, labels)
+        except Exception as error:
+            reason = _root(error)
+            self.forget()
+            self._failed = True
+            self.optimizer.zero_grad(set_to_none=True)
+        with torch.no_grad():
+            for x, value in zip(tensors, before, strict=True):
+                x.copy_(value)
+        for block, counts in zip(ode_blocks(self.network), counted, strict=True):
+            for name, count in counts.items():
+                setattr(block.field.evaluations, name, count)
+        if reason is not None:
+            gc.collect()  # what the attempt held
+            torch.cuda.empty_cache()
+            log.warning(
+                f"the training step could not be captured as a CUDA graph ({reason}); it runs eagerly from here on, "
+                "with the same numbers; runtime.cuda_graph=false silences this"
+            )
+
+    def _capture_step(self, images: Tensor, labels: Tensor) -> None:
         self._images, self._labels = images.clone(), labels.clone()
         capture = self.new_capture()
 
         def work() -> tuple[Tensor, Tensor]:
             return self._eager(self._images, self._labels)
 
-        counted = [asdict(block.field.evaluations) for block in ode_blocks(self.network)]
         capture.warm_up(work)
         self.optimizer.zero_grad(set_to_none=True)  # the recording then makes gradients of its own
-        start = [asdict(block.field.evaluations) for block in ode_blocks(self.network)]
+        start = self._counters()
         self._results = capture.record(work)
-        end = [asdict(block.field.evaluations) for block in ode_blocks(self.network)]
+        end = self._counters()
         self._evaluations = [{k: e[k] - s[k] for k in e} for s, e in zip(start, end, strict=True)]
-        for block, counts in zip(ode_blocks(self.network), counted, strict=True):
-            for name, count in counts.items():
-                setattr(block.field.evaluations, name, count)
-        with torch.no_grad():
-            for x, value in zip(self._tensors(), before, strict=True):
-                x.copy_(value)
         self._capture = capture
+
+
+def _root(error: BaseException) -> str:
+    """In one line, what went wrong first: the end of a capture complains about whatever broke it."""
+    while error.__cause__ is not None or error.__context__ is not None:
+        error = error.__cause__ or error.__context__  # type: ignore[assignment]
+    lines = str(error).splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
 @contextmanager
@@ -174,10 +226,14 @@ def training_step(
     batch_size: int,
     label_smoothing: float = 0.0,
 ) -> Step:
-    """The step that a configuration asks for: captured on CUDA, eager elsewhere and with adaptive steps; f compiled."""
+    """The step that a configuration asks for: captured on CUDA, eager elsewhere and with adaptive steps; f compiled.
+
+    Args:
+        batch_size: of the batches to capture and to compile f for; others run eagerly, and f as it is.
+    """
     if runtime.compile:
         for block in ode_blocks(network):
-            block.field.compile()
+            block.field.compile(batch_size=batch_size)
     if device.type == "cuda" and runtime.cuda_graph:
         if all(isinstance(block.grid, TimeGrid) for block in ode_blocks(network)):
             return GraphedStep(network, optimizer, autocast, label_smoothing=label_smoothing, batch_size=batch_size)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -55,36 +55,85 @@ class LiveTensorBytes(TorchDispatchMode):
         return out
 
 
-class PeakMemory:
-    """Peak bytes of a job's training steps.
+class Allocator(Protocol):
+    """A device's caching allocator: bytes of tensors there (allocated), and those with free blocks kept (reserved)."""
 
-    On CUDA the largest allocated (``torch.cuda.max_memory_allocated``), data set included, since the job began. On the
-    CPU the live tensor bytes of the first instrumented steps, parameters, gradients and optimiser state included, the
-    data set not. Two steps are instrumented: the optimiser's state is there from the second on.
+    def allocated(self) -> int: ...
+
+    def most_allocated(self) -> int:
+        """Since the last reset."""
+        ...
+
+    def most_reserved(self) -> int:
+        """Since the last reset."""
+        ...
+
+    def reset_peaks(self) -> None: ...
+
+    def empty_cache(self) -> None: ...
+
+
+class CudaAllocator:
+    """Torch's, on CUDA."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def allocated(self) -> int:
+        return torch.cuda.memory_allocated(self.device)
+
+    def most_allocated(self) -> int:
+        return torch.cuda.max_memory_allocated(self.device)
+
+    def most_reserved(self) -> int:
+        return torch.cuda.max_memory_reserved(self.device)
+
+    def reset_peaks(self) -> None:
+        torch.cuda.reset_peak_memory_stats(self.device)
+
+    def empty_cache(self) -> None:
+        torch.cuda.empty_cache()
+
+
+def allocator_of(device: torch.device) -> Allocator | None:
+    """None where there is none that counts."""
+    return CudaAllocator(device) if device.type == "cuda" else None
+
+
+class PeakMemory:
+    """Peak bytes of a run's training steps.
+
+    On CUDA the largest allocated (``torch.cuda.max_memory_allocated``), data set included, during training steps. On
+    the CPU the live tensor bytes of the first instrumented steps, parameters, gradients and optimiser state included,
+    the data set not. Two steps are instrumented: the optimiser's state is there from the second on.
 
     Args:
-        others: bytes allocated on the device that are no part of this job, which ``alone`` takes off.
+        shared: bytes on the device that every run there has, the data set's. All else that is there now is others'.
     """
 
     INSTRUMENTED_STEPS = 2
 
-    def __init__(self, device: torch.device, others: int = 0) -> None:
-        self.device = device
-        self.others = others
+    def __init__(self, device: torch.device, shared: int = 0) -> None:
+        self.allocator = allocator_of(device)
+        self.kind = "live_tensor_bytes" if self.allocator is None else "cuda_max_allocated"
+        self.others = 0 if self.allocator is None else self.allocator.allocated() - shared
         self._alone: int | None = None
-        self.kind = "cuda_max_allocated" if device.type == "cuda" else "live_tensor_bytes"
-        self._counted = 0
-        self._steps = 0
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats(device)
+        self.restart()
+
+    def restart(self) -> None:
+        """Forget the steps so far."""
+        self._peak = self._steps = 0
+        self._reserved: int | None = None
+        if self.allocator is not None:
+            self.allocator.empty_cache()
+            self.allocator.reset_peaks()
 
     @contextmanager
     def step(
         self, network: nn.Module, optimizer: torch.optim.Optimizer, others: Iterable[Tensor] = ()
     ) -> Iterator[None]:
         """Wraps one training step, batch preparation included; ``others`` are tensors there besides."""
-        if self.device.type == "cuda" or self._steps >= self.INSTRUMENTED_STEPS:
+        if self.allocator is not None or self._steps >= self.INSTRUMENTED_STEPS:
             yield
             return
         self._steps += 1
@@ -97,7 +146,19 @@ class PeakMemory:
             with live:
                 yield
         finally:
-            self._counted = max(self._counted, live.peak)
+            self._peak = max(self._peak, live.peak)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """What happens in here is no training step, and does not count: an evaluation has larger batches."""
+        if self.allocator is None:
+            yield
+            return
+        self._peak, self._reserved = self.peak_bytes, self.reserved_bytes
+        try:
+            yield
+        finally:
+            self.allocator.reset_peaks()
 
     def alone(self) -> None:
         """What comes from here on shares the device with other jobs: the peak stays what it is."""
@@ -107,13 +168,16 @@ class PeakMemory:
     def peak_bytes(self) -> int:
         if self._alone is not None:
             return self._alone
-        if self.device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self.device) - self.others
-        return self._counted
+        if self.allocator is not None:
+            return max(self._peak, self.allocator.most_allocated() - self.others)
+        return self._peak
 
     @property
     def reserved_bytes(self) -> int | None:
-        """The most the CUDA caching allocator reserved; None elsewhere, and beside other jobs."""
-        if self.device.type != "cuda" or self._alone is not None:
+        """The most that the CUDA caching allocator reserved up to the first pause, whose blocks it keeps from then on.
+
+        None elsewhere, and next to other jobs.
+        """
+        if self.allocator is None or self._alone is not None:
             return None
-        return torch.cuda.max_memory_reserved(self.device)
+        return self.allocator.most_reserved() if self._reserved is None else self._reserved

@@ -8,17 +8,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from anode_exp.config import RuntimeConfig
+
 
 def autocast_for(precision: str, device: torch.device) -> Callable[[], torch.autocast]:
     """A factory of forward contexts: bfloat16 autocast for ``bf16``, nothing for ``fp32`` and ``tf32``."""
     return lambda: torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
 
-def set_float32_precision(precision: str) -> None:
-    """``tf32`` lets CUDA round float32 factors to TF32; ``fp32`` and ``bf16`` keep float32 operations exact."""
-    allow = precision == "tf32"
+def set_backends(runtime: RuntimeConfig) -> None:
+    """The process's settings of CUDA's libraries.
+
+    Precision ``tf32`` lets CUDA round float32 factors to TF32; ``fp32`` and ``bf16`` keep float32 operations exact.
+    ``cudnn_benchmark`` lets cuDNN time its algorithms where a shape is new, in eager steps before any recording. What
+    it finds is kept for the process, whatever the setting is later.
+    """
+    allow = runtime.precision == "tf32"
     torch.backends.cuda.matmul.allow_tf32 = allow
     torch.backends.cudnn.allow_tf32 = allow
+    torch.backends.cudnn.benchmark = runtime.cudnn_benchmark
 
 
 def train_step(

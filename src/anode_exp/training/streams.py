@@ -1,0 +1,46 @@
+"""A CUDA stream for each run, and the workspaces that libraries keep for every stream."""
+
+from __future__ import annotations
+
+import gc
+
+import torch
+
+from anode_exp.errors import UserError
+
+MOST_STREAMS = 32
+"""Torch's pool of streams: one more would be the first of them again, and two runs would share a workspace."""
+
+
+def run_streams(device: torch.device, count: int) -> list[torch.cuda.Stream | None]:
+    """A stream for each of several runs at once, behind the work there so far; None for each without CUDA.
+
+    A run stays on its stream: what is freed there is used again there, and its graph is recorded there. So its memory
+    is cached once, and libraries keep one workspace for it.
+
+    Raises:
+        UserError: for more runs than there are streams.
+    """
+    if device.type != "cuda":
+        return [None] * count
+    if count > MOST_STREAMS:
+        raise UserError(
+            f"{count} runs at once: a GPU takes {MOST_STREAMS}, a stream each; give seeds={MOST_STREAMS} or fewer, "
+            "and the others afterwards"
+        )
+    streams = [torch.cuda.Stream(device) for _ in range(count)]
+    for stream in streams:
+        stream.wait_stream(torch.cuda.current_stream(device))
+    return list(streams)
+
+
+def clear_workspaces(device: torch.device) -> None:
+    """Free what earlier runs of this process left on the device: garbage, and cuBLAS's workspaces.
+
+    cuBLAS keeps one of 32 MiB (NVIDIA H100, H200) for every handle and stream, for ever. A graph that was recorded with
+    them must not be replayed afterwards.
+    """
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch._C._cuda_clearCublasWorkspaces()
