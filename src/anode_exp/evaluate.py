@@ -40,8 +40,11 @@ def evaluate_run(
     for config in configs:
         if trained.model.block == "residual" and (config.solver.name, config.solver.n_steps) != ("euler", 1):
             raise UserError(f"{directory}: has residual blocks, which are one Euler step; no other solver fits them")
-        if typed(trained).model.statistics == "by_time" and config.model.statistics != "by_time":
-            raise UserError(f"model.statistics={config.model.statistics}: this run has by_time, which is no single set")
+        if typed(trained).model.statistics == "by_time" and config.model.statistics != "by_time" and not calibrate:
+            raise UserError(
+                f"model.statistics={config.model.statistics}: this run has by_time, which is not a single set; "
+                "estimate one from training batches with calibrate=50"
+            )
         if DATASETS[config.dataset.name][1] != DATASETS[trained.dataset.name][1]:
             raise UserError(
                 f"dataset={config.dataset.name}: has {DATASETS[config.dataset.name][1]} classes, this run's network "
@@ -56,14 +59,14 @@ def evaluate_run(
         size = config.recipe.test_batch_size
         normalise = build_normalisation(config.dataset, device, memory_format)
         autocast = autocast_for(config.runtime.precision, device)
-        if calibrate:
-            augmentation = build_augmentation(config.dataset)
-            epoch = EpochBatches(images.train, config.recipe.batch_size, augmentation, normalise, config.seed, 1)
-            calibrate_norms(network, autocast, islice(epoch, calibrate))
+        augmentation = build_augmentation(config.dataset)
+        epoch = EpochBatches(images.train, config.recipe.batch_size, augmentation, normalise, config.seed, 1)
         batches = evaluation_batches(images.test, size, normalise)
         total = -(-len(images.test) // size)
         name = config.solver.describe()
         try:
+            if calibrate:
+                calibrate_norms(network, autocast, islice(epoch, calibrate))
             loss, accuracy = evaluate(network, autocast, bar(total, name, iterable=batches))
         except SolveFailed as error:
             raise UserError(f"{directory}, {name}: {error}") from error
@@ -92,14 +95,17 @@ def calibrate_norms(
     """Set every BatchNorm's running statistics to the mean over its evaluations of those that training would use."""
     norms = [m for m in network.modules() if isinstance(m, nn.BatchNorm2d)]
     momenta = [m.momentum for m in norms]
-    calls: Counter[tuple[nn.Module, int]] = Counter()
+    calls: Counter[nn.Module] = Counter()
 
     def weigh(norm: nn.Module, _: Any) -> None:
-        key = (norm, norm.row if isinstance(norm, TimedBatchNorm) else 0)
-        calls[key] += 1
-        norm.momentum = 1 / calls[key]  # type: ignore[assignment]
+        calls[norm] += 1
+        norm.momentum = 1 / calls[norm]  # type: ignore[assignment]
 
-    hooks = [norm.register_forward_pre_hook(weigh) for norm in norms]
+    hooks = [m.register_forward_pre_hook(weigh) for m in norms if not isinstance(m, TimedBatchNorm)]
+    timed = [m for m in norms if isinstance(m, TimedBatchNorm)]
+    for m in timed:
+        m.momentum = None
+        m.row_weight.zero_()
     network.train()
     for images, _ in batches:
         with autocast():
@@ -109,6 +115,8 @@ def calibrate_norms(
         hook.remove()
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
+    for m in timed:
+        m.row_weight.clamp_(max=1.0)
     take_evaluations(network)
 
 

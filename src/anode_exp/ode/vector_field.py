@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from types import FunctionType
 
@@ -116,6 +116,8 @@ class VectorField:
 
         Compiled variants are kept by code object, so fields of one class would use up the limit of recompilations
         together; each gets a copy of the code. A graph break, or a limit reached, is an error in its first evaluation.
+        A module whose tensors depend on t has a context manager ``at(t)`` that chooses them: they are inputs of the
+        graph, into which no time is compiled.
 
         Args:
             backend: of ``torch.compile``.
@@ -125,11 +127,14 @@ class VectorField:
             forward.__code__.replace(), forward.__globals__, forward.__name__, forward.__defaults__, forward.__closure__
         )
         compiled = torch.compile(own, fullgraph=True, backend=backend)
+        at: Callable[[float], AbstractContextManager[None]] = getattr(self.module, "at", lambda t: nullcontext())
 
         def forward_of(t: float, y: Tensor) -> Tensor:
             # Under a dispatch mode (one that counts bytes, say) torch would skip compilation, then and ever after.
-            function = own if is_in_torch_dispatch_mode() else compiled
-            return function(self.module, t, y)
+            if is_in_torch_dispatch_mode():
+                return own(self.module, t, y)
+            with at(t):
+                return compiled(self.module, t, y)
 
         self._forward = forward_of
 
