@@ -27,7 +27,7 @@ usage: python -m anode_exp VERB [settings]
   train seeds=5        so many seeds at once on one device
   train resume=DIR     go on with a run that was interrupted, or for more epochs
   evaluate run=DIR     accuracy of a trained run, also under another solver, steps and data set
-  study NAME           memory, budget, gradient_error, reversibility, evolution: a measurement with table and plot
+  study NAME           memory, budget, gradient_error, reversibility, evolution, batchnorm: a measurement, table, plot
   bench compare=[…]    time training steps of several compositions in turn, and of usual ways to train
   reproduce anode      a paper's figures and table, run by run; goes on where it stopped; also anodev2
   report anode         curves and tables of those runs beside the paper's, as one page

@@ -169,6 +169,7 @@ class StudyConfig:
     weight_std: float = field(default=1.0, metadata={"above": 0})
     run: str | None = None
     checkpoint: str = "best"
+    calibrate: int = field(default=50, metadata={"at_least": 1})
 
 
 _WORDS = {

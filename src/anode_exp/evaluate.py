@@ -35,57 +35,62 @@ def evaluate_run(
     Raises:
         UserError: if the run has no such checkpoint, or its network does not fit the data set or solver.
     """
-    trained = read_config(directory)
     rows = []
     for config in configs:
-        if trained.model.block == "residual" and (config.solver.name, config.solver.n_steps) != ("euler", 1):
-            raise UserError(f"{directory}: has residual blocks, which are one Euler step; no other solver fits them")
-        if typed(trained).model.statistics == "by_time" and config.model.statistics != "by_time" and not calibrate:
-            raise UserError(
-                f"model.statistics={config.model.statistics}: this run has by_time, which is not a single set; "
-                "estimate one from training batches with calibrate=50"
-            )
-        if DATASETS[config.dataset.name][1] != DATASETS[trained.dataset.name][1]:
-            raise UserError(
-                f"dataset={config.dataset.name}: has {DATASETS[config.dataset.name][1]} classes, this run's network "
-                f"{DATASETS[trained.dataset.name][1]}; choose a data set of as many"
-            )
-        run = load_run(directory, checkpoint, config)
-        device = build_device(config.runtime)
-        set_float32_precision(config.runtime.precision)
-        images = build_data(config.dataset, device)
-        memory_format = build_memory_format(config.runtime, run.network, device)
-        network = run.network.to(device, memory_format=memory_format)  # type: ignore[call-overload]
-        size = config.recipe.test_batch_size
-        normalise = build_normalisation(config.dataset, device, memory_format)
-        autocast = autocast_for(config.runtime.precision, device)
-        augmentation = build_augmentation(config.dataset)
-        epoch = EpochBatches(images.train, config.recipe.batch_size, augmentation, normalise, config.seed, 1)
-        batches = evaluation_batches(images.test, size, normalise)
-        total = -(-len(images.test) // size)
-        name = config.solver.describe()
-        try:
-            if calibrate:
-                calibrate_norms(network, autocast, islice(epoch, calibrate))
-            loss, accuracy = evaluate(network, autocast, bar(total, name, iterable=batches))
-        except SolveFailed as error:
-            raise UserError(f"{directory}, {name}: {error}") from error
-        rows.append(
-            {
-                "checkpoint": checkpoint,
-                "epoch": run.epoch,
-                "dataset": config.dataset.name,
-                "images": len(images.test),
-                "solver": config.solver.name,
-                "n_steps": None if config.solver.adaptive else config.solver.n_steps,
-                "statistics": config.model.statistics + (f", {calibrate} batches anew" if calibrate else ""),
-                "nfe": sum(e.forward for e in take_evaluations(network)) // total,
-                "test_loss": loss,
-                "test_accuracy": accuracy,
-            }
-        )
+        rows.append(evaluated(directory, checkpoint, config, calibrate))
         append_line(directory / "evaluations.jsonl", rows[-1])
     return rows
+
+
+def evaluated(
+    directory: Path, checkpoint: str, config: TrainConfig, calibrate: int = 0, show: bool = True
+) -> dict[str, Any]:
+    """One row of ``evaluate_run``, recorded nowhere; ``show`` draws a progress bar."""
+    trained = typed(read_config(directory))
+    if trained.model.block == "residual" and (config.solver.name, config.solver.n_steps) != ("euler", 1):
+        raise UserError(f"{directory}: has residual blocks, which are one Euler step; no other solver fits them")
+    if trained.model.statistics == "by_time" and config.model.statistics != "by_time" and not calibrate:
+        raise UserError(
+            f"model.statistics={config.model.statistics}: this run has by_time, which is not a single set; "
+            "estimate one from training batches with calibrate=50"
+        )
+    if DATASETS[config.dataset.name][1] != DATASETS[trained.dataset.name][1]:
+        raise UserError(
+            f"dataset={config.dataset.name}: has {DATASETS[config.dataset.name][1]} classes, this run's network "
+            f"{DATASETS[trained.dataset.name][1]}; choose a data set of as many"
+        )
+    run = load_run(directory, checkpoint, config)
+    device = build_device(config.runtime)
+    set_float32_precision(config.runtime.precision)
+    images = build_data(config.dataset, device)
+    memory_format = build_memory_format(config.runtime, run.network, device)
+    network = run.network.to(device, memory_format=memory_format)  # type: ignore[call-overload]
+    size = config.recipe.test_batch_size
+    normalise = build_normalisation(config.dataset, device, memory_format)
+    autocast = autocast_for(config.runtime.precision, device)
+    augmentation = build_augmentation(config.dataset)
+    epoch = EpochBatches(images.train, config.recipe.batch_size, augmentation, normalise, config.seed, 1)
+    batches: Iterable[tuple[Tensor, Tensor]] = evaluation_batches(images.test, size, normalise)
+    total = -(-len(images.test) // size)
+    name = config.solver.describe()
+    try:
+        if calibrate:
+            calibrate_norms(network, autocast, islice(epoch, calibrate))
+        loss, accuracy = evaluate(network, autocast, bar(total, name, iterable=batches) if show else batches)
+    except SolveFailed as error:
+        raise UserError(f"{directory}, {name}: {error}") from error
+    return {
+        "checkpoint": checkpoint,
+        "epoch": run.epoch,
+        "dataset": config.dataset.name,
+        "images": len(images.test),
+        "solver": config.solver.name,
+        "n_steps": None if config.solver.adaptive else config.solver.n_steps,
+        "statistics": config.model.statistics + (f", {calibrate} batches anew" if calibrate else ""),
+        "nfe": sum(e.forward for e in take_evaluations(network)) // total,
+        "test_loss": loss,
+        "test_accuracy": accuracy,
+    }
 
 
 @torch.no_grad()

@@ -30,6 +30,7 @@ from anode_exp.models import ode_blocks
 from anode_exp.ode import SolveFailed, TimeGrid, Tolerance
 from anode_exp.report.study import REPORTS
 from anode_exp.runs import load_run
+from anode_exp.studies.batchnorm import both_ways, kept_epochs
 from anode_exp.studies.evolution import kernels_over_time
 from anode_exp.studies.gradient_error import flat_gradient, relative_error, split_error
 from anode_exp.studies.memory import measure
@@ -42,8 +43,12 @@ from anode_exp.training.train_step import autocast_for, set_float32_precision
 
 def run_study(config: TrainConfig, study: StudyConfig, directory: Path | None = None) -> Path:
     """Measure, print the table, and leave everything in a folder, by default under ``outputs/``, which is returned."""
+    if study.name == "batchnorm" and not study.run:
+        raise UserError(
+            "study batchnorm: needs run=DIR, or run=DIR,DIR for several; train them with runtime.keep_every=1"
+        )
     if study.run is not None:
-        of_run = typed(read_config(Path(study.run)))
+        of_run = typed(read_config(Path(study.run.split(",")[0] if study.name == "batchnorm" else study.run)))
         config = dataclasses.replace(config, model=of_run.model, dataset=of_run.dataset, seed=of_run.seed)
         if study.checkpoint == "every":
             config = dataclasses.replace(config, solver=of_run.solver)
@@ -65,6 +70,7 @@ def run_study(config: TrainConfig, study: StudyConfig, directory: Path | None = 
     facts = {"device": device_name(device), "versions": versions(), "commit": commit()}
     (directory / "environment.json").write_text(json.dumps(facts, indent=2) + "\n")
     rows = {
+        "batchnorm": _batchnorm,
         "budget": _budget,
         "evolution": _evolution,
         "gradient_error": _gradient_error,
@@ -216,6 +222,17 @@ def _gradient_error(
                             mine |= split_error(g, stored, exact)
                         yield {**mine, "relative_error": relative_error(g, exact)}
                     progress.update()
+
+
+def _batchnorm(
+    config: TrainConfig, study: StudyConfig, num_classes: int, batch: tuple[Tensor, Tensor], directory: Path
+) -> Iterator[dict[str, Any]]:
+    runs = [(folder, kept_epochs(folder)) for folder in map(Path, (study.run or "").split(","))]
+    with bar(sum(len(epochs) for _, epochs in runs), study.name) as progress:
+        for folder, epochs in runs:
+            for epoch in epochs:
+                yield both_ways(folder, epoch, study.calibrate, config.runtime.device)
+                progress.update()
 
 
 def _evolution(

@@ -137,15 +137,16 @@ class TimedBatchNorm(BatchNorm):
         """Statistics of other times are interpolated; the one set of a network with no more serves all times."""
         times = state_dict.pop(prefix + "row_times", torch.zeros(1)).tolist()
         weight = state_dict.pop(prefix + "row_weight", torch.ones(len(times)))
+        known = [i for i, s in enumerate(weight.tolist()) if s > 0]
+        places = [[(i, 1.0)] for i in range(len(times))]
         if not torch.equal(torch.tensor(times), torch.tensor(self.times)):
-            known = [i for i, s in enumerate(weight.tolist()) if s > 0]
             weight = torch.ones(len(self.times)) if known else self.row_weight
             known = known or list(range(len(times)))
-            places = [interpolation([times[i] for i in known], t) for t in self.times]
-            for name in (prefix + "running_mean", prefix + "running_var"):
-                if name in state_dict:
-                    rows = state_dict[name].reshape(len(times), -1)[known]
-                    state_dict[name] = torch.stack([_interpolated(rows, place) for place in places])
+            places = [[(known[i], w) for i, w in interpolation([times[k] for k in known], t)] for t in self.times]
+        for name in (prefix + "running_mean", prefix + "running_var"):
+            if name in state_dict:
+                rows = state_dict[name].reshape(len(times), -1)
+                state_dict[name] = torch.stack([_interpolated(rows, place) for place in places])
         state_dict[prefix + "row_times"] = self.row_times
         state_dict[prefix + "row_weight"] = weight if self.between else self.row_weight
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
