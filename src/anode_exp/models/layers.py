@@ -175,7 +175,10 @@ class TimedBatchNorm(BatchNorm):
         if self.affine_times is not None:
             assert self.weight_offset is not None and self.bias_offset is not None
             places = interpolation(self.affine_times, t)
-            weight, bias = 1.0 + _interpolated(self.weight_offset, places), _interpolated(self.bias_offset, places)
+            # Sums, for a view of a parameter requires a gradient even where none is recorded.
+            weight, bias = (
+                x + _interpolated(offset, places) for x, offset in ((1.0, self.weight_offset), (0.0, self.bias_offset))
+            )
         self._now = mean, var, weight, bias
 
     def end(self) -> None:

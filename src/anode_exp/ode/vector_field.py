@@ -127,6 +127,8 @@ class VectorField:
             forward.__code__.replace(), forward.__globals__, forward.__name__, forward.__defaults__, forward.__closure__
         )
         compiled = torch.compile(own, fullgraph=True, backend=backend)
+        # In training and evaluation, with and without a graph, each for one batch size and then for any.
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 16)
         at: Callable[[float], AbstractContextManager[None]] = getattr(self.module, "at", lambda t: nullcontext())
 
         def forward_of(t: float, y: Tensor) -> Tensor:
