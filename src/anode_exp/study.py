@@ -49,7 +49,10 @@ def run_study(config: TrainConfig, study: StudyConfig, directory: Path | None = 
         )
     if study.run is not None:
         of_run = typed(read_config(Path(study.run.split(",")[0] if study.name == "batchnorm" else study.run)))
+        device_asked = config.runtime.device
         config = dataclasses.replace(config, model=of_run.model, dataset=of_run.dataset, seed=of_run.seed)
+        if study.name == "batchnorm":  # nothing about it but where it is computed
+            config = dataclasses.replace(of_run, runtime=dataclasses.replace(of_run.runtime, device=device_asked))
         if study.checkpoint == "every":
             config = dataclasses.replace(config, solver=of_run.solver)
     if study.name == "evolution" and (study.run is None or config.model.evolution == "none"):
