@@ -26,11 +26,11 @@ from anode_exp.build import (
 from anode_exp.config import GradientConfig, StudyConfig, TrainConfig, parse_bytes, read_config, typed
 from anode_exp.data import Normalisation, evaluation_batches
 from anode_exp.errors import UserError
+from anode_exp.evaluate import both_ways, kept_epochs
 from anode_exp.models import ode_blocks
 from anode_exp.ode import SolveFailed, TimeGrid, Tolerance
 from anode_exp.report.study import REPORTS
 from anode_exp.runs import load_run
-from anode_exp.studies.batchnorm import both_ways, kept_epochs
 from anode_exp.studies.evolution import kernels_over_time
 from anode_exp.studies.gradient_error import flat_gradient, relative_error, split_error
 from anode_exp.studies.memory import measure

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -65,7 +64,7 @@ def interpolation(times: Sequence[float], t: float) -> list[tuple[int, float]]:
     Args:
         times: rising.
     """
-    right = min(bisect_left(times, t), len(times) - 1)
+    right = next((i for i, at in enumerate(times) if at >= t), len(times) - 1)
     left = max(right - 1, 0)
     w = 1.0 if right == left else (t - times[left]) / (times[right] - times[left])
     if w > 1.0 - TIME_ROUNDING:
