@@ -14,8 +14,12 @@ import pytest
 from anode_exp.composition import CONF, composed, differing, options
 from anode_exp.config import read_config, typed
 from anode_exp.errors import UserError
-from anode_exp.report.paper import copy_records, read_records, write_report
+from anode_exp.report.paper import Group, accuracy_rows, copy_records, read_records, write_report
+from anode_exp.reproduce import is_done, recorded_config, reproduce
 from anode_exp.reproduction import cells, is_calibrated, specification
+from anode_exp.train import train_together
+from anode_exp.training.checkpoints import Checkpoints
+from anode_exp.training.fit import StopRequest
 
 SMALL = ["recipe.epochs=1", "dataset=digits", "dataset.train_size=64", "dataset.test_size=32", "recipe.batch_size=32"]
 
@@ -141,13 +145,13 @@ def test_goes_on_where_it_stopped(reproduced):
     assert "6 of 6 runs are recorded, 0 to go" in command(cwd, "reproduce", *asked).stdout
 
 
-def test_runs_are_evaluated_with_statistics_by_time_too(reproduced):
+def test_runs_are_evaluated_with_one_set_of_statistics_too(reproduced):
     cwd, *_ = reproduced
     rows = {
         p.parent.name: [json.loads(line) for line in p.read_text().splitlines()] for p in cwd.rglob("evaluations.jsonl")
     }
     assert set(rows) == {f"{m}_seed-{s}" for m in ("anode", "reverse_adjoint") for s in (0, 1)}
-    assert all([r["statistics"] for r in lines] == ["by_time, 50 batches anew"] for lines in rows.values())
+    assert all([r["statistics"] for r in lines] == ["forward, 50 batches anew"] for lines in rows.values())
 
 
 def test_other_settings_are_refused(reproduced):
@@ -178,13 +182,42 @@ def test_the_report_beside_the_paper(reproduced):
     with (cwd / "page" / "accuracy.csv").open() as file:
         rows = list(csv.DictReader(file))
     (row,) = [r for r in rows if r["figure"] == "Table, ResNet-4" and r["method"] == "ANODE"]
-    assert row["last epoch"] == "75.00 / 77.00 / 76.00" and row["published"] == "76.92 / 77.45 / 77.30"
+    assert row["last epoch, statistics by time"] == "75.00 / 77.00 / 76.00"
+    assert row["published"] == "76.92 / 77.45 / 77.30" and row["statistics in training"] == "by time"
+    one_set = sum(
+        json.loads((folders[f"anode_seed-{s}"] / "evaluations.jsonl").read_text())["test_accuracy"] for s in (0, 1)
+    )
+    assert row["last epoch, one set"].endswith(f"{100 * one_set / 2:.2f}")
     copied = list((cwd / "page" / "records").rglob("metrics.jsonl"))
     assert len(copied) == 6 and not any("step_losses" in path.read_text() for path in copied)
     again = command(cwd, "report", "anode", "length=short", "directory=page/records", "to=again")
     assert again.returncode == 0, again.stderr
     remade = (cwd / "again" / "README.md").read_text().replace(" directory=page/records", "")
     assert remade == text, "the records kept are enough"
+
+
+def test_runs_recorded_with_one_set_are_recognised_and_keep_it(tmp_path):
+    """Training is the same: a run from before statistics by time were the default is not made again, but goes on."""
+    asked = ["figure=table_resnet4", "method=anode", "length=short", "seeds=1", f"directory={tmp_path}", *SMALL]
+    (one_set,) = cells("anode", [*asked, "model.statistics=forward"])
+    (cell,) = cells("anode", asked)
+    assert one_set.config.model.statistics == "forward" and cell.config.model.statistics == "by_time"
+    train_together([(one_set.config, cell.directory)], stop=StopRequest(signal.SIGTERM))  # after its first step
+    text = (cell.directory / "config.yaml").read_text().splitlines(keepends=True)
+    (cell.directory / "config.yaml").write_text("".join(x for x in text if "statistics:" not in x and "norm_" not in x))
+    assert not is_done(cell)
+    assert reproduce([cell]) == 0
+    assert is_done(cell) and recorded_config(cell).model.statistics == "forward"
+    state = Checkpoints(cell.directory / "checkpoints").load()
+    assert not any("row_times" in key for key in state["network"]), "resumed with what it had"
+    evaluated = (cell.directory / "evaluations.jsonl").read_text()
+    assert json.loads(evaluated)["statistics"] == "by_time, 50 batches anew"
+    assert reproduce([cell]) == 0 and (cell.directory / "evaluations.jsonl").read_text() == evaluated
+    (record,) = read_records(tmp_path)
+    (row,) = accuracy_rows([Group("table_resnet4", "anode", "ANODE", None, [record], [])])
+    assert row["last epoch, statistics by time"].startswith(f"{100 * json.loads(evaluated)['test_accuracy']:.2f}")
+    assert row["last epoch, one set"].startswith(f"{100 * record.results['test_accuracy']:.2f}")
+    assert row["statistics in training"] == "one set"
 
 
 def test_other_evaluations_of_a_run_are_not_its_own(reproduced):

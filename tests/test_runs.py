@@ -81,6 +81,15 @@ def test_statistics_may_be_estimated_anew(trained):
     assert rows[0]["test_loss"] != rows[1]["test_loss"]
 
 
+def test_a_run_with_statistics_by_time_has_no_single_set_but_one_can_be_estimated(trained):
+    assert anode_exp.load_run(trained).config.model.statistics == "by_time"
+    with pytest.raises(UserError, match="not a single set; estimate one from training batches with calibrate=50"):
+        evaluate_run(trained, "last", evaluations(trained, ["model.statistics=forward"]))
+    adaptive = ["solver=bosh3", "solver.adaptive=true", "solver.rtol=0.1", "solver.atol=0.1"]
+    own, found = (evaluate_run(trained, "last", evaluations(trained, s))[0] for s in ([], adaptive))
+    assert found["n_steps"] is None and found["test_accuracy"] == pytest.approx(own["test_accuracy"], abs=0.15)
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [

@@ -24,7 +24,7 @@ from anode_exp.config import (
 )
 from anode_exp.errors import UserError
 from anode_exp.gradient import GRADIENT_MODES
-from anode_exp.models import MODELS, Autonomous, Evolution, OdeBlock, ode_blocks
+from anode_exp.models import MODELS, Autonomous, Evolution, OdeBlock, TimedBatchNorm, ode_blocks
 from anode_exp.ode import TABLEAUX, ExplicitRungeKutta, TimeGrid, Tolerance
 
 
@@ -83,6 +83,16 @@ def build_model(model: ModelConfig, solver: SolverConfig, gradient: GradientConf
     mode = GRADIENT_MODES["dto_checkpoint" if gradient.name == "budget" else gradient.name](**chosen)
 
     def make_ode_block(f: nn.Module) -> OdeBlock:
+        if isinstance(f, Autonomous) and (model.statistics == "by_time" or model.norm_affine == "by_time"):
+            intervals = model.norm_intervals
+            tableau, n_steps = TABLEAUX[solver.name].without_unused_stages(), solver.n_steps
+            times = [0.0]
+            if model.statistics == "by_time" and solver.adaptive:
+                times = [m / intervals for m in range(intervals + 1)]
+            elif model.statistics == "by_time":
+                times = sorted({(n + c) / n_steps for n in range(n_steps) for c in tableau.c})
+            between = model.statistics == "by_time" and solver.adaptive
+            f.time_norms(times, between, intervals if model.norm_affine == "by_time" else None)
         evolution = None
         if model.evolution != "none":
             evolution = Evolution(
@@ -90,9 +100,6 @@ def build_model(model: ModelConfig, solver: SolverConfig, gradient: GradientConf
             )
         block = OdeBlock(f, ExplicitRungeKutta(TABLEAUX[solver.name]), grid, mode, evolution)
         block.field.leaves_trace = model.statistics == "every_evaluation"
-        if model.statistics == "by_time" and isinstance(f, Autonomous):
-            tableau = block.solver.tableau
-            f.time_statistics(sorted({(n + c) / solver.n_steps for n in range(solver.n_steps) for c in tableau.c}))
         return block
 
     width = {} if model.width is None else {"width": model.width}
@@ -108,7 +115,9 @@ def build_model(model: ModelConfig, solver: SolverConfig, gradient: GradientConf
     for block in ode_blocks(network):
         norms = [m for m in block.modules() if isinstance(m, nn.BatchNorm2d | nn.GroupNorm)]
         if norms:
-            nn.init.constant_(norms[-1].weight, model.field_gain)
+            last = norms[-1]
+            offset = last.weight_offset if isinstance(last, TimedBatchNorm) else None
+            nn.init.constant_(last.weight if offset is None else offset, model.field_gain - (offset is not None))
     return network
 
 

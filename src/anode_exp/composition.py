@@ -234,6 +234,7 @@ STUDY_READS: dict[str, tuple[str, ...]] = {
                        "runtime.device"),
     "reversibility": ("experiment", "solver", "solver.n_steps", *_DATA, "seed", "runtime.device"),
     "evolution": (),
+    "batchnorm": ("runtime.device",),
 }  # fmt: skip
 """The settings, besides its own, that each study uses. What a run brings with it is not to be set beside it."""
 
@@ -282,13 +283,16 @@ def study(name: str, overrides: list[str], thorough: bool = False) -> tuple[Trai
             who = f"study {name}" + (" with run=DIR" if checked.run is not None else "")
             raise UserError(f"{key}: {who} does not use it; it uses {taken}")
     if checked.run is not None:
-        recorded = typed(read_config(Path(checked.run)))
+        folders = checked.run.split(",") if name == "batchnorm" else [checked.run]
+        recorded, *_ = [typed(read_config(Path(f))) for f in folders]
         for key in ("root", "download"):
             if f"dataset.{key}" in _given(parsed):
                 setattr(recorded.dataset, key, getattr(config.dataset, key))
         config = replace(config, model=recorded.model, dataset=recorded.dataset, seed=recorded.seed)
-        if checked.checkpoint == "every":
+        if checked.checkpoint == "every" or name == "batchnorm":
             config = replace(config, solver=recorded.solver)
+    elif name == "batchnorm":
+        raise UserError("study batchnorm: needs run=DIR, or run=DIR,DIR for several trained with runtime.keep_every=1")
     if name == "evolution" and (checked.run is None or config.model.evolution == "none"):
         raise UserError("study evolution: needs run=DIR, a run with model.evolution=reaction_diffusion_advection")
     if name != "gradient_error":  # whose model's block decides nothing, for it names its solvers

@@ -9,13 +9,14 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 
 from anode_exp.composition import differing, evaluations, study
-from anode_exp.config import read_config, typed
+from anode_exp.config import TrainConfig, read_config, typed
 from anode_exp.errors import InUse, UserError
 from anode_exp.evaluate import evaluate_run, table
 from anode_exp.json_lines import read_lines
-from anode_exp.reproduction import CALIBRATION_BATCHES, Cell, is_calibrated
+from anode_exp.reproduction import CALIBRATION_BATCHES, Cell, is_calibrated, other_statistics
 from anode_exp.study import run_study
 from anode_exp.train import train_together
 from anode_exp.training.fit import StopRequest, stop_requests
@@ -35,7 +36,8 @@ def is_done(cell: Cell) -> bool:
         return (cell.directory / "cell.json").exists()  # written last
     if not (cell.directory / "config.yaml").exists():
         return False
-    other = differing(typed(read_config(cell.directory)), cell.config)
+    # Training is the same whatever the running statistics, and a run is evaluated both ways.
+    other = [k for k in differing(typed(read_config(cell.directory)), cell.config) if k != "model.statistics"]
     if other:
         raise UserError(
             f"{cell.directory}: holds a run with another {', '.join(other[:3])}; give directory= for a new reproduction"
@@ -44,12 +46,20 @@ def is_done(cell: Cell) -> bool:
     return results is not None and results["status"] in ("completed", "diverged")
 
 
+def recorded_config(cell: Cell) -> TrainConfig | None:
+    """A cell's configuration, with the running statistics that its run keeps where it has begun."""
+    if cell.config is None or not (cell.directory / "config.yaml").exists():
+        return cell.config
+    statistics = typed(read_config(cell.directory)).model.statistics
+    return replace(cell.config, model=replace(cell.config.model, statistics=statistics))
+
+
 def lacks_calibration(cell: Cell) -> bool:
-    """Whether a completed run of an ODE network is still to be evaluated with BatchNorm statistics by time."""
-    config, results = cell.config, read_results(cell.directory)
+    """Whether a completed run of an ODE network is still to be evaluated with the other BatchNorm statistics too."""
+    config, results = recorded_config(cell), read_results(cell.directory)
     if config is None or results is None or results["status"] != "completed":
         return False
-    if config.model.block != "ode" or config.model.field_norm != "batch" or config.model.statistics != "forward":
+    if config.model.block != "ode" or config.model.field_norm != "batch":
         return False
     rows = read_lines(cell.directory / "evaluations.jsonl")
     return not config.solver.adaptive and not any(is_calibrated(row, config, results["epochs"]) for row in rows)
@@ -112,15 +122,18 @@ def _run(group: list[Cell], failed: list[tuple[str, bool]], tick: Callable[[], o
                 return
             cell.directory.mkdir(parents=True, exist_ok=True)
             _place(cell)
-        runs = [(cell.config, cell.directory) for cell in group if cell.config is not None and not is_done(cell)]
+        runs = [
+            (config, cell.directory)
+            for cell in group
+            if (config := recorded_config(cell)) is not None and not is_done(cell)
+        ]
         try:
             if runs:
                 train_together(runs, resume=True, tick=tick, stop=stop)
         finally:  # also of those that went well beside one that failed
             for cell in group:
-                if lacks_calibration(cell):
-                    # A compiled f knows no time.
-                    configs = evaluations(cell.directory, ["model.statistics=by_time", "runtime.compile=false"])
+                if lacks_calibration(cell) and (config := recorded_config(cell)) is not None:
+                    configs = evaluations(cell.directory, [f"model.statistics={other_statistics(config)}"])
                     print(table(evaluate_run(cell.directory, "last", configs, calibrate=CALIBRATION_BATCHES)))
         return
     except InUse as error:

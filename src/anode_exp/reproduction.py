@@ -17,11 +17,16 @@ from anode_exp.errors import UserError
 CALIBRATION_BATCHES = 50
 
 
-def is_calibrated(row: dict[str, Any], config: TrainConfig, epochs: int) -> bool:
-    """Whether a row of ``evaluations.jsonl`` is a run's own test after its last epoch, BatchNorm statistics by time.
+def other_statistics(config: TrainConfig) -> str:
+    """The scheme by which a run is evaluated besides its own: statistics by time, or one set for all times."""
+    return "forward" if config.model.statistics == "by_time" else "by_time"
 
-    Training does not depend on running statistics, so the same weights serve: this is what a run with
-    ``model.statistics=by_time`` would have reached.
+
+def is_calibrated(row: dict[str, Any], config: TrainConfig, epochs: int) -> bool:
+    """Whether a row of ``evaluations.jsonl`` is a run's own test after its last epoch, with the other statistics.
+
+    Training does not depend on running statistics, so the same weights serve: this is what a run with the other
+    ``model.statistics`` would have reached.
     """
     same = {
         "checkpoint": "last",
@@ -29,7 +34,7 @@ def is_calibrated(row: dict[str, Any], config: TrainConfig, epochs: int) -> bool
         "dataset": config.dataset.name,
         "solver": config.solver.name,
         "n_steps": config.solver.n_steps,
-        "statistics": f"by_time, {CALIBRATION_BATCHES} batches anew",
+        "statistics": f"{other_statistics(config)}, {CALIBRATION_BATCHES} batches anew",
     }
     return row.items() >= same.items()
 

@@ -24,6 +24,7 @@ from anode_exp.build import (
 )
 from anode_exp.config import GradientConfig, StudyConfig, TrainConfig, parse_bytes
 from anode_exp.data import DATASETS, Normalisation, evaluation_batches
+from anode_exp.evaluate import both_ways, kept_epochs
 from anode_exp.models import ode_blocks
 from anode_exp.ode import SolveFailed, TimeGrid, Tolerance
 from anode_exp.report.study import REPORTS
@@ -60,6 +61,7 @@ def run_study(config: TrainConfig, study: StudyConfig, directory: Path) -> Path:
     facts = {"device": device_name(device), "versions": versions(), "commit": commit()}
     (directory / "environment.json").write_text(json.dumps(facts, indent=2) + "\n")
     rows = {
+        "batchnorm": _batchnorm,
         "budget": _budget,
         "evolution": _evolution,
         "gradient_error": _gradient_error,
@@ -219,6 +221,17 @@ def _gradient_error(
                             mine |= split_error(g, stored, exact)
                         yield {**mine, "relative_error": relative_error(g, exact)}
                     progress.update()
+
+
+def _batchnorm(
+    config: TrainConfig, study: StudyConfig, num_classes: int, batch: None, directory: Path
+) -> Iterator[dict[str, Any]]:
+    runs = [(folder, kept_epochs(folder)) for folder in map(Path, (study.run or "").split(","))]
+    with bar(sum(len(epochs) for _, epochs in runs), study.name) as progress:
+        for folder, epochs in runs:
+            for epoch in epochs:
+                yield both_ways(folder, epoch, study.calibrate, config.runtime.device)
+                progress.update()
 
 
 def _evolution(

@@ -54,7 +54,7 @@ def test_the_help_of_a_study_shows_its_settings_and_their_defaults(call, name):
     assert code == 0 and f"study {name}" in out.split("examples")[1]
     assert about("study", name).line[1:20] in out
     assert "hydra.run.dir=" in out
-    assert ("run=" in out.replace("hydra.run", "")) == (name in ("gradient_error", "evolution"))
+    assert ("run=" in out.replace("hydra.run", "")) == (name in ("batchnorm", "gradient_error", "evolution"))
     for key in comments(CONF / "study" / f"{name}.yaml"):
         assert key in out or key in ("study.run", "study.checkpoint", "study.gradients", "solver.n_steps"), key
 
@@ -110,6 +110,9 @@ REFUSED = {
     "study memory thorough=perhaps": "thorough=perhaps: give true or false",
     "study evolution thorough=true run={run}": "study evolution has one grid",
     "study evolution run={run}": "a run with model.evolution=reaction_diffusion_advection",
+    "study batchnorm": "study batchnorm: needs run=DIR",
+    "study batchnorm run={run},{run}/no": "holds no run",
+    "train model.norm_intervals=4": "it needs model.norm_affine=by_time, or solver.adaptive=true",
     "study gradient_error checkpoint=last": "checkpoint=last: needs run=DIR",
     "bench rounds=0": "rounds=0: give a whole number, at least 1",
     "bench --fast": "--fast: there is no such flag",

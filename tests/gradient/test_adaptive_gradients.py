@@ -173,3 +173,30 @@ def test_an_ode_block_takes_a_tolerance():
     block = OdeBlock(Field(), solver("dopri5"), Tolerance(1e-3, 1e-3), DtoCheckpoint())
     block(Y0).sum().backward()
     assert block.field.evaluations.accepted > 0 and "rtol=0.001" in repr(block)
+
+
+def test_batch_norm_by_time_under_adaptive_steps():
+    """Statistics, weight and bias interpolated at times that the solve finds: exact, the same buffers in every mode."""
+
+    def result(mode):
+        torch.manual_seed(0)
+
+        def make(f):
+            f.time_norms([m / 10 for m in range(11)], between=True, affine_intervals=4)
+            return OdeBlock(f, solver("bosh3"), Tolerance(1e-2, 1e-2), mode)
+
+        network = MODELS["resnet4"](10, make).double()
+        for name, p in network.named_parameters():
+            if name.endswith("_offset"):
+                torch.nn.init.normal_(p, std=0.5)
+        network(torch.randn(2, 3, 32, 32, dtype=torch.float64)).square().sum().backward()
+        return torch.cat([p.grad.flatten() for p in network.parameters()]), list(network.buffers())
+
+    truth, buffers = result(FullBackprop())
+    for label, mode in EXACT.items():
+        found, theirs = result(mode)
+        assert (found - truth).norm() <= 1e-13 * truth.norm(), label
+        assert all(torch.equal(a, b) for a, b in zip(buffers, theirs, strict=True)), label
+    other, theirs = result(ReverseAdjoint())
+    assert (other - truth).norm() > 1e-6 * truth.norm()
+    assert all(torch.equal(a, b) for a, b in zip(buffers, theirs, strict=True)), "the backward solve leaves no trace"

@@ -104,6 +104,32 @@ def test_resnet18_exactly(tableau, n_steps, norm):
     assert_exact(network_of, torch.randn(2, 3, 32, 32, dtype=torch.float64))
 
 
+@pytest.mark.parametrize(("tableau", "n_steps", "intervals"), [("euler", 2, 2), ("rk4", 3, 4), ("bosh3", 2, 5)])
+def test_weight_and_bias_by_time_exactly(tableau, n_steps, intervals):
+    """Norms that interpolate their statistics, weight and bias at the time of each evaluation."""
+
+    def network_of(mode):
+        torch.manual_seed(0)
+        times = [n / n_steps + c / n_steps for n in range(n_steps) for c in TABLEAUX[tableau].c]
+
+        def make(f):
+            f.time_norms(sorted(set(times)), affine_intervals=intervals)
+            return make_ode_block(mode, tableau, n_steps)(f)
+
+        network = MODELS["resnet4"](10, make).double()
+        for name, p in network.named_parameters():
+            if name.endswith("_offset"):
+                torch.nn.init.normal_(p, std=0.5)
+        return network
+
+    assert_exact(network_of, torch.randn(2, 3, 32, 32, dtype=torch.float64))
+    found = network_of(StageCheckpoint())
+    gradients(found, torch.randn(2, 3, 32, 32, dtype=torch.float64))
+    (block,) = ode_blocks(found)
+    reached = [p.grad.any(dim=1) for name, p in block.named_parameters() if name.endswith("_offset")]
+    assert len(reached) == 4 and all(r[:2].all() for r in reached)
+
+
 @pytest.mark.parametrize(("mode", "tableau"), [("dto_checkpoint", "rk2"), ("dto_checkpoint", "bosh3")])
 def test_fifty_training_steps_to_the_last_bit(mode, tableau):
     """Weights, momentum and buffers after 50 steps of the real training step on augmented images."""

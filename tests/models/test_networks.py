@@ -155,19 +155,16 @@ def test_statistics_by_time(tableau):
     assert gaps[0] < (0.05 if tableau == "rk4" else 0.01) and gaps[1] > 3 * gaps[0]
 
 
-def test_statistics_by_time_under_other_steps_are_the_nearest():
-    def network(n_steps):
-        config = composed(["solver=euler", "model=resnet4", "model.statistics=by_time", f"solver.n_steps={n_steps}"])
-        return build_model(config.model, config.solver, config.gradient, 10)
+def network_of(*overrides):
+    config = composed(["model=resnet4", "model.statistics=by_time", *overrides])
+    return build_model(config.model, config.solver, config.gradient, 10)
 
-    trained, finer = network(2), network(4)
+
+def test_statistics_by_time_under_other_steps_are_interpolated():
+    trained, finer = network_of("solver.n_steps=2"), network_of("solver.n_steps=4")
     norm = next(m for m in trained.modules() if isinstance(m, TimedBatchNorm))
     norm.running_mean[1] = 7.0  # t = 1/2
     finer.load_state_dict(trained.state_dict())
     found = next(m for m in finer.modules() if isinstance(m, TimedBatchNorm))
-    assert found.running_mean[:, 0].tolist() == [0.0, 0.0, 7.0, 7.0] and found.row_times.tolist() == [
-        0,
-        0.25,
-        0.5,
-        0.75,
-    ]
+    assert found.running_mean[:, 0].tolist() == [0.0, 3.5, 7.0, 7.0]
+    assert found.row_times.tolist() == [0.0, 0.25, 0.5, 0.75]

@@ -201,7 +201,7 @@ def test_a_gradient_mode_of_ones_own():
         (
             "memry",
             [],
-            "choose one of budget, evolution, gradient_error, memory, reversibility; did you mean memory?",
+            "choose one of batchnorm, budget, evolution, gradient_error, memory, reversibility; did you mean memory?",
         ),
         ("memory", ["study.n_steps=[0]"], "study.n_steps=[0]: give a list of whole numbers, at least 1"),
         ("memory", ["study.n_steps=[a]"], "study.n_steps[0]=a: give a list of whole numbers"),
@@ -257,3 +257,29 @@ def test_study_evolution(tmp_path):
     train(jobs(settings, multirun=False).configs[0], tmp_path / "constant")
     with pytest.raises(UserError, match="needs run=DIR, a run with"):
         run_study(*study("evolution", [f"study.run={tmp_path / 'constant'}"]), tmp_path / "none")
+
+
+def test_study_batchnorm(tmp_path):
+    """A run with one set and one with statistics by time of the same weights: the same accuracies from either side."""
+    settings = ["dataset=digits", "dataset.train_size=64", "dataset.test_size=64", "recipe.batch_size=32",
+                "recipe.epochs=2", "model=resnet4"]  # fmt: skip
+    for name in ("forward", "by_time"):
+        chosen = [*settings, f"model.statistics={name}", "runtime.keep_every=1"]
+        train(jobs(chosen, multirun=False).configs[0], tmp_path / name)
+    runs = f"study.run='{tmp_path / 'forward'},{tmp_path / 'by_time'}'"
+    directory = run_study(*study("batchnorm", [runs, "study.calibrate=2"]), tmp_path / "study")
+    found = [json.loads(line) for line in (directory / "study.jsonl").read_text().splitlines()]
+    assert [(r["run"], r["epoch"]) for r in found] == [("forward", 1), ("forward", 2), ("by_time", 1), ("by_time", 2)]
+    for mine, theirs in zip(found[:2], found[2:], strict=True):
+        assert mine["train_loss"] == theirs["train_loss"], "training is the same"
+        assert mine["one_set_anew"] == theirs["one_set_anew"]
+        assert mine["one_set_kept"] is not None and theirs["one_set_kept"] is None
+    assert not (tmp_path / "forward" / "evaluations.jsonl").exists(), "the run is left as it was"
+    text = (directory / "table.txt").read_text()
+    assert f"{100 * found[1]['by_time']:.2f}" in text and f"{100 * found[3]['one_set_anew']:.2f}" in text
+    assert (directory / "study.png").stat().st_size > 10_000
+    with pytest.raises(UserError, match="needs run=DIR"):
+        run_study(*study("batchnorm", []), tmp_path / "none")
+    train(jobs([*settings, "recipe.epochs=1"], multirun=False).configs[0], tmp_path / "unkept")
+    with pytest.raises(UserError, match=r"kept no epochs; train with runtime\.keep_every=1"):
+        run_study(*study("batchnorm", [f"study.run={tmp_path / 'unkept'}"]), tmp_path / "none")

@@ -222,7 +222,7 @@ def test_real_cifar_images_are_trained_on(cifar_root, tmp_path):
     """A few steps on real images: the loss of the first ten classes starts at ln 10 and falls."""
     (config,) = jobs(
         [*SMALL[3:], "dataset=cifar10", f"dataset.root={cifar_root}", "dataset.download=false",
-         "dataset.train_size=200", "dataset.test_size=100", "recipe.epochs=8", "recipe.lr=0.02", "model.width=0.5"],
+         "dataset.train_size=200", "dataset.test_size=100", "recipe.epochs=8", "recipe.lr=0.1", "model.width=0.5"],
         multirun=False,
     ).configs  # fmt: skip
     results = train(config, tmp_path)

@@ -33,10 +33,18 @@ class FailsToRecord(Repeat):
             raise RuntimeError("CUDA error: operation failed due to a previous error during capture")  # noqa: B904
 
 
-def trained(mode: str, graphed: bool, kind: type = Repeat) -> tuple[list[torch.Tensor], list[int], int]:
+def trained(
+    mode: str, graphed: bool, by_time: bool = False, kind: type = Repeat
+) -> tuple[list[torch.Tensor], list[int], int]:
     """Losses, weights, buffers and momentum after ten steps of two epochs, their evaluations, and replays."""
     torch.manual_seed(0)
-    network = MODELS["squeezenext"](10, make_ode_block(mode), width=0.5)
+
+    def make(f):
+        if by_time:
+            f.time_norms([0.0, 0.25, 0.5, 0.75], affine_intervals=2)
+        return make_ode_block(mode)(f)
+
+    network = MODELS["squeezenext"](10, make, width=0.5)
     lr = torch.tensor(0.05) if graphed else 0.05
     optimizer = torch.optim.SGD(network.parameters(), lr=lr, momentum=0.9, weight_decay=5e-4)
     autocast = autocast_for("fp32", torch.device("cpu"))
@@ -63,11 +71,11 @@ def trained(mode: str, graphed: bool, kind: type = Repeat) -> tuple[list[torch.T
     return [*losses, *network.parameters(), *network.buffers(), *state], evaluations, replays
 
 
-@pytest.mark.parametrize("mode", GRADIENT_MODES)
-def test_trains_as_the_eager_step_does(mode):
+@pytest.mark.parametrize(("mode", "by_time"), [*((mode, False) for mode in GRADIENT_MODES), ("dto_checkpoint", True)])
+def test_trains_as_the_eager_step_does(mode, by_time):
     """Bit for bit: through recording, another batch size, and a change of the learning rate."""
-    ours, our_evaluations, replays = trained(mode, graphed=True)
-    truth, evaluations, _ = trained(mode, graphed=False)
+    ours, our_evaluations, replays = trained(mode, True, by_time)
+    truth, evaluations, _ = trained(mode, False, by_time)
     assert replays == 7, "all but the first step and each epoch's last"
     assert all(torch.equal(a, b) for a, b in zip(ours, truth, strict=True))
     assert our_evaluations == evaluations

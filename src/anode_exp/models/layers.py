@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -29,7 +30,11 @@ class BatchNorm(nn.BatchNorm2d):
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *args: Any
     ) -> None:
-        """Without the count that torch would add to a state of unknown version."""
+        """Without the count that torch would add to a state of unknown version. Statistics by time: their mean."""
+        if "row_times" not in self._buffers and state_dict.pop(prefix + "row_times", None) is not None:
+            state_dict.pop(prefix + "row_weight", None)
+            for name in (prefix + "running_mean", prefix + "running_var"):
+                state_dict[name] = state_dict[name].mean(0)
         super()._load_from_state_dict(state_dict, prefix, {**local_metadata, "version": 2}, *args)
 
 
@@ -49,67 +54,184 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
+TIME_ROUNDING = 1e-6
+"""Of the distance of two times: n h + c h and (n + c) h are one time, and so is what float32 makes of it."""
+
+
+def interpolation(times: Sequence[float], t: float) -> list[tuple[int, float]]:
+    """Places i and weights w so that Σ w x(times[i]) interpolates x at t: piecewise linear, constant outside.
+
+    Args:
+        times: rising.
+    """
+    right = next((i for i, at in enumerate(times) if at >= t), len(times) - 1)
+    left = max(right - 1, 0)
+    w = 1.0 if right == left else (t - times[left]) / (times[right] - times[left])
+    if w > 1.0 - TIME_ROUNDING:
+        return [(right, 1.0)]
+    return [(left, 1.0)] if w < TIME_ROUNDING else [(left, 1.0 - w), (right, w)]
+
+
+def _interpolated(rows: Tensor, places: list[tuple[int, float]]) -> Tensor:
+    """Σ w rows[i]; of one place a view."""
+    first = rows[places[0][0]]
+    return first if len(places) == 1 else torch.lerp(first, rows[places[1][0]], places[1][1])
+
+
 class TimedBatchNorm(BatchNorm):
-    """BatchNorm with running statistics for every time at which a solve evaluates f; weight and bias are shared.
+    """BatchNorm with running statistics for several times of a solve. ``Autonomous``, whose layer it is, sets the time.
 
     Along a solve the activations change. One set of running statistics is a mixture of all times, which no batch ever
     has: networks that train by batch statistics are then evaluated by wrong ones.
 
+    At a time t_i that has statistics, this is BatchNorm with those. At a time between two of them, evaluation
+    interpolates both linearly. Training gives the batch's statistics x to both, by the weights w_i of interpolation:
+
+        x_i ← x_i + (m w_i / s_i) (x − x_i),   s_i ← s_i + m w_i (1 − s_i) before,
+
+    m the momentum. s_i, from 0 towards 1, is the share of x_i that is not its initial value, which the division takes
+    out. With momentum None x_i is the mean of all batches by w_i, and s_i the sum of w_i.
+
     Args:
-        times: of the evaluations; a call at another time takes the nearest.
+        times: that have statistics, rising.
+        between: calls come at times not known before, as adaptive steps choose them. A time that training never came
+            near then has no statistics, and evaluation interpolates between those that have.
+        affine_intervals: M. Weight and bias are then piecewise linear too, over M + 1 equally spaced times of [0, 1]:
+            weight(t) = 1 + weight_offset(t), bias(t) = bias_offset(t). Weight decay pulls them towards 1 and 0. None:
+            all times share them.
 
     Attributes:
-        t: the time of the next call.
+        row_times, row_weight: the times, and s of each; without ``between`` it stays 1.
+        weight_offset, bias_offset: [M + 1, channels], or None.
+
+    Source: TA-BN (Zheng et al., NeurIPS 2024), which updates with s_i = 1.
     """
 
-    def __init__(self, channels: int, times: Sequence[float]) -> None:
+    running_mean: Tensor
+    running_var: Tensor
+    row_weight: Tensor
+
+    def __init__(
+        self, channels: int, times: Sequence[float], between: bool = False, affine_intervals: int | None = None
+    ) -> None:
         super().__init__(channels)
-        self.times, self.t = tuple(times), times[0]
+        self.times, self.between, self.affine_times = tuple(times), between, None
         self.register_buffer("running_mean", torch.zeros(len(times), channels))
         self.register_buffer("running_var", torch.ones(len(times), channels))
         self.register_buffer("row_times", torch.tensor(self.times))
+        self.register_buffer("row_weight", torch.full((len(times),), 0.0 if between else 1.0))
+        self.weight_offset = self.bias_offset = None
+        if affine_intervals is not None:
+            self.weight = self.bias = None  # type: ignore[assignment]
+            self.affine_times = [m / affine_intervals for m in range(affine_intervals + 1)]
+            self.weight_offset = nn.Parameter(torch.zeros(affine_intervals + 1, channels))
+            self.bias_offset = nn.Parameter(torch.zeros(affine_intervals + 1, channels))
+        self._places: list[tuple[int, float]] = []
+        self._now: tuple[Tensor | None, ...] | None = None
+        self._now_momentum = 1.0
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *args: Any
     ) -> None:
-        """Statistics of other times: each time takes the nearest; the one set of a network with no more serves all."""
-        theirs = state_dict.pop(prefix + "row_times", torch.zeros(1))
-        rows = [min(range(len(theirs)), key=lambda i: abs(float(theirs[i]) - t)) for t in self.times]
-        for name in ("running_mean", "running_var"):
-            value = state_dict.get(prefix + name)
-            if value is not None:
-                state_dict[prefix + name] = value.reshape(len(theirs), -1)[rows]
+        """Statistics of other times are interpolated; the one set of a network with no more serves all times."""
+        times = state_dict.pop(prefix + "row_times", torch.zeros(1)).tolist()
+        weight = state_dict.pop(prefix + "row_weight", torch.ones(len(times)))
+        known = [i for i, s in enumerate(weight.tolist()) if s > 0]
+        places = [[(i, 1.0)] for i in range(len(times))]
+        if not torch.equal(torch.tensor(times), torch.tensor(self.times)):
+            weight = torch.ones(len(self.times)) if known else self.row_weight
+            known = known or list(range(len(times)))
+            places = [[(known[i], w) for i, w in interpolation([times[k] for k in known], t)] for t in self.times]
+        for name in (prefix + "running_mean", prefix + "running_var"):
+            if name in state_dict:
+                rows = state_dict[name].reshape(len(times), -1)
+                state_dict[name] = torch.stack([_interpolated(rows, place) for place in places])
         state_dict[prefix + "row_times"] = self.row_times
+        state_dict[prefix + "row_weight"] = weight if self.between else self.row_weight
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
 
-    @property
-    def row(self) -> int:
-        """Which statistics the next call takes."""
-        return min(range(len(self.times)), key=lambda i: abs(self.times[i] - self.t))
+    def begin(self, t: float) -> None:
+        """Choose what the next call takes. Reads no tensor on the host, but in evaluation at times not known before."""
+        mean: Tensor | None = None
+        var: Tensor | None = None
+        self._places, self._now_momentum = [], self.momentum or 0.0
+        if self.training and self.track_running_stats:
+            places = interpolation(self.times, t)
+            if self.between or self.momentum is None or len(places) > 1:
+                # The batch's own, which `end` gives to the rows.
+                mean, var = (torch.zeros_like(x[0]) for x in (self.running_mean, self.running_var))
+                self._places, self._now_momentum = places, 1.0
+            else:
+                mean, var = (_interpolated(x, places) for x in (self.running_mean, self.running_var))
+        elif self.track_running_stats:
+            known = list(range(len(self.times)))
+            if self.between:
+                known = [i for i, s in enumerate(self.row_weight.tolist()) if s > 0] or known
+            places = [(known[i], w) for i, w in interpolation([self.times[i] for i in known], t)]
+            mean, var = (_interpolated(x, places) for x in (self.running_mean, self.running_var))
+        weight: Tensor | None = self.weight
+        bias: Tensor | None = self.bias
+        if self.affine_times is not None:
+            assert self.weight_offset is not None and self.bias_offset is not None
+            places = interpolation(self.affine_times, t)
+            # Sums, for a view of a parameter requires a gradient even where none is recorded.
+            weight, bias = (
+                x + _interpolated(offset, places) for x, offset in ((1.0, self.weight_offset), (0.0, self.bias_offset))
+            )
+        self._now = mean, var, weight, bias
+
+    def end(self) -> None:
+        """Give the batch's statistics to the rows around its time, where the call did not."""
+        assert self._now is not None
+        mean, var, *_ = self._now
+        for row, w in self._places:
+            assert mean is not None and var is not None
+            weight = self.row_weight[row]
+            share = w if self.momentum is None else w * self.momentum
+            weight.add_(share) if self.momentum is None else weight.mul_(1.0 - share).add_(share)
+            for rows, x in ((self.running_mean, mean), (self.running_var, var)):
+                rows[row].lerp_(x, share / weight)
+
+    def forget(self) -> None:
+        """A call's tensors are parts of a graph: they would outlive it, and cannot be copied with the network."""
+        self._now, self._places = None, []
 
     def forward(self, y: Tensor) -> Tensor:
-        row = self.row
-        assert self.running_mean is not None and self.running_var is not None and self.momentum is not None
+        if self._now is None:
+            raise RuntimeError("a TimedBatchNorm is called within Autonomous.at(t), which says at what time")
+        mean, var, weight, bias = self._now
         by_batch = self.training or not self.track_running_stats
-        keep = not by_batch or self.track_running_stats
-        mean, var = (self.running_mean[row], self.running_var[row]) if keep else (None, None)
-        return functional.batch_norm(y, mean, var, self.weight, self.bias, by_batch, self.momentum, self.eps)
+        return functional.batch_norm(y, mean, var, weight, bias, by_batch, self._now_momentum, self.eps)
 
 
 class Autonomous(nn.Sequential):
-    """f(t, y) = layers(y): a vector field that does not depend on time, but for the statistics of its norms."""
+    """f(t, y) = layers(y): a vector field that depends on time by its norms' statistics, weights and biases, or not."""
 
     def forward(self, t: float, y: Tensor) -> Tensor:  # type: ignore[override]
-        for layer in self:
-            if isinstance(layer, TimedBatchNorm):
-                layer.t = t
-        return super().forward(y)
+        if torch.compiler.is_compiling():  # what depends on t comes as tensors then: compiled code knows no time
+            return super().forward(y)
+        with self.at(t):
+            return super().forward(y)
 
-    def time_statistics(self, times: Sequence[float]) -> None:
-        """Give every BatchNorm running statistics for each of these times."""
+    @contextmanager
+    def at(self, t: float) -> Iterator[None]:
+        """While open, the norms are those of time t, for one evaluation of the layers."""
+        norms = [layer for layer in self if isinstance(layer, TimedBatchNorm)]
+        for norm in norms:
+            norm.begin(t)
+        try:
+            yield
+            for norm in norms:
+                norm.end()
+        finally:
+            for norm in norms:
+                norm.forget()
+
+    def time_norms(self, times: Sequence[float], between: bool = False, affine_intervals: int | None = None) -> None:
+        """Make every BatchNorm a ``TimedBatchNorm``."""
         for i, layer in enumerate(self):
             if isinstance(layer, nn.BatchNorm2d):
-                self[i] = TimedBatchNorm(layer.num_features, times)
+                self[i] = TimedBatchNorm(layer.num_features, times, between, affine_intervals)
 
 
 def conv_norm(

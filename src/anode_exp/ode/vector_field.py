@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from types import FunctionType
 
@@ -120,6 +120,8 @@ class VectorField:
 
         Compiled variants are kept by code object, so fields of one class would use up the limit of recompilations
         together; each gets a copy of the code. A graph break, or a limit reached, is an error in its first evaluation.
+        A module whose tensors depend on t has a context manager ``at(t)`` that chooses them: they are inputs of the
+        graph, into which no time is compiled.
 
         Args:
             backend: of ``torch.compile``.
@@ -130,14 +132,19 @@ class VectorField:
             forward.__code__.replace(), forward.__globals__, forward.__name__, forward.__defaults__, forward.__closure__
         )
         compiled = torch.compile(own, fullgraph=True, backend=backend)
+        # In training and evaluation, with and without a graph, each for one batch size and then for any.
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 16)
+        at: Callable[[float], AbstractContextManager[None]] = getattr(self.module, "at", lambda t: nullcontext())
 
         def forward_of(t: float, y: Tensor) -> Tensor:
             # Under a dispatch mode (one that counts bytes, say) torch would skip compilation, then and ever after.
             as_it_is = is_in_torch_dispatch_mode()
             if batch_size is not None:
                 as_it_is |= len(y) != batch_size or not self.module.training
-            function = own if as_it_is else compiled
-            return function(self.module, t, y)
+            if as_it_is:
+                return own(self.module, t, y)
+            with at(t):
+                return compiled(self.module, t, y)
 
         self._forward = forward_of
 
