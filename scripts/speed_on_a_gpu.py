@@ -7,7 +7,7 @@ each in a process of its own, with a limit of its own. What fails or takes too l
 comes last may find no time left. All that it found is in one folder, outputs/DATE/TIME-gpu, of about a megabyte: a log
 and results for each part, and summary.txt.
 
-Settings are added to every bench and study. A rehearsal without a GPU:
+Settings are added to every bench, and those that are not of the recipe to every study. A rehearsal without a GPU:
 
     python scripts/speed_on_a_gpu.py runtime.device=cpu recipe.batch_size=2 dataset.train_size=8
 """
@@ -63,16 +63,17 @@ class Part:
 
 def parts(settings: list[str]) -> list[Part]:
     run = [sys.executable, "-m", "anode_exp"]
-    bench = [*run, "bench", "dataset=fake", "dataset.train_size=50000", "dataset.test_size=10", "recipe.batch_size=256"]
+    bench = [*run, "bench", "dataset=fake", "dataset.train_size=50000", "recipe.batch_size=256"]
     study = ["study.batch_size=256", "study.repeats=3"]
+    study += [setting for setting in settings if not setting.startswith("recipe.")]
     memory = ["study.n_steps=[2,8]", "study.blocks_per_stage=[1]"]
     steps = {name: [*bench, f"compare={json.dumps(entries)}", *settings] for name, entries in ENTRIES.items()}
     return [
         Part("tests", [sys.executable, "-m", "pytest", "-q", "--durations=5", "tests/test_cuda.py"], 160),
         Part("step", steps.pop("step"), 80),
         Part("fused", steps.pop("fused"), 70),
-        Part("memory", [*run, "study", "memory", *study, *memory, *settings], 50),
-        Part("budget", [*run, "study", "budget", *study, "solver.n_steps=4", *settings], 50),
+        Part("memory", [*run, "study", "memory", *study, *memory], 50),
+        Part("budget", [*run, "study", "budget", *study, "solver.n_steps=4"], 50),
         *(Part(name, command, 60) for name, command in steps.items()),
     ]
 

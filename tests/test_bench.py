@@ -230,10 +230,10 @@ def test_several_seeds_are_one_contestant(tmp_path):
 def test_the_script_for_a_gpu_composes_its_entries():
     script = runpy.run_path("scripts/speed_on_a_gpu.py")
     labels = []
-    for command in (part.command for part in script["parts"](["recipe.lr=0.2"]) if "bench" in part.command):
+    for command in (part.command for part in script["parts"](["model.field_gain=0.5"]) if "bench" in part.command):
         entries, _ = bench_entries(command[command.index("bench") + 1 :])
         labels += [label for label, *_ in entries]
-        assert {config.recipe.lr for _, config, _ in entries} == {0.2}
+        assert {config.model.field_gain for _, config, _ in entries} == {0.5}
     assert len(set(labels)) == len(labels) == sum(map(len, script["ENTRIES"].values()))
     row = {"step_s": 1 / script["EPOCH_STEPS"], "bytes_per_step": 1e9, "operators_per_step": 1, "of_floor": 0.5}
     table = script["figures"](dict.fromkeys(labels, row))

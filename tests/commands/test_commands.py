@@ -104,7 +104,7 @@ REFUSED = {
     "evaluate run={run} checkpoint=5": "checkpoint=5: choose one of best, last, 0",
     "evaluate run={run} -v": "-v: there is no such flag",
     "evaluate run={run}/nowhere": "holds no run",
-    "study": "needs the name of one; there are budget",
+    "study": "needs the name of one; there are batchnorm, budget",
     "study run={run}": "needs the name of one",
     "study memry": "did you mean memory?",
     "study memory thorough=perhaps": "thorough=perhaps: give true or false",

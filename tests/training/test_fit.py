@@ -212,7 +212,7 @@ def test_two_runs_never_share_a_directory(tmp_path):
 
 
 def test_the_residual_baseline_is_one_euler_step(tmp_path):
-    results = run(tmp_path, "model.block=residual", "solver=rk4", "solver.n_steps=7")
+    results = run(tmp_path, "model.block=residual", "experiment=anode/fig3_rk2")
     assert (results["nfe"]["forward"], results["nfe"]["backward"]) == (4, 0)
     assert "n_steps: 1" in (tmp_path / "config.yaml").read_text()
 
