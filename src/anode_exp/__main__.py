@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from importlib import import_module
@@ -11,6 +12,9 @@ from anode_exp.errors import UserError, fail
 # Threads that wait for the next of thousands of small kernels: sleeping at once makes a step up to 3 times slower on a
 # CPU, spinning for long up to 20 times slower beside another busy process. Read by OpenMP when torch is imported.
 os.environ.setdefault("GOMP_SPINCOUNT", "20000")
+
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+"""What a disk answers that is full, over a quota or a limit, or broken."""
 
 VERBS = ("train", "evaluate", "study", "bench", "reproduce", "report", "list")
 """Each is a module of ``commands`` with ``ABOUT``, a line, and ``main``, which takes the words after the verb."""
@@ -35,20 +39,6 @@ def help_page() -> str:
     )
 
 
-def version() -> str:
-    from importlib.metadata import version as of
-
-    import torch
-
-    cuda = f"CUDA {torch.version.cuda}" if torch.version.cuda else "no CUDA"
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no CUDA device"
-    python = sys.version.split()[0]
-    return (
-        f"anode_exp {of('anode_exp')}, Python {python}, torch {torch.__version__} with {cuda} ({device}), "
-        f"torchvision {of('torchvision')}"
-    )
-
-
 def main() -> None:
     """Entry point of ``python -m anode_exp`` and ``anode-exp``.
 
@@ -59,6 +49,8 @@ def main() -> None:
         if verb in ("-h", "--help", "help"):
             print(help_page())
         elif verb == "--version":
+            from anode_exp.commands.version import version
+
             print(version())
         elif not verb:
             raise UserError(f"no verb given; verbs are {', '.join(VERBS)}; see python -m anode_exp --help")
@@ -75,9 +67,10 @@ def main() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(128 + 13)
     except OSError as error:
-        if error.filename is None:
+        if error.filename is None and error.errno not in DISK:  # writes to an open file do not know its name
             raise
-        fail(f"{error.filename}: {error.strerror}; choose another folder or make room")
+        where = "" if error.filename is None else f"{error.filename}: "
+        fail(f"{where}{error.strerror}; choose another folder or make room")
     except KeyboardInterrupt:
         sys.exit(130)
 

@@ -56,6 +56,7 @@ def run_bench(entries: list[tuple[str, TrainConfig, str | None]], rounds: int, d
             (contiguous layout, data on the device), ``dataloader`` for that fed by torchvision's DataLoader with 4
             workers, ``torch_checkpoint`` for the project's step with torch.utils.checkpoint in place of its gradient.
     """
+    directory.mkdir(parents=True, exist_ok=True)
     device = build_device(entries[0][1].runtime)
     # One process, one setting of the global flags: that of the first entry.
     set_backends(entries[0][1].runtime)
@@ -68,7 +69,6 @@ def run_bench(entries: list[tuple[str, TrainConfig, str | None]], rounds: int, d
         contestants.append(_contestant(label, config, baseline, images[key], device))
     with bar(len(contestants) * (1 + rounds), "bench") as progress:
         rows, bandwidth, rates = measure(contestants, device, rounds, progress.update)
-    directory.mkdir(parents=True, exist_ok=True)
     limits = {"copy_bytes_per_s": bandwidth, "matrix_flops_per_s": {str(d)[6:]: rate for d, rate in rates.items()}}
     facts = {"device": device_name(device), "limits": limits, "versions": versions(), "commit": commit()}
     (directory / "bench.json").write_text(json.dumps({**facts, "rounds": rounds, "rows": rows}, indent=2) + "\n")
@@ -130,7 +130,7 @@ def _network(
         source = _loaded(config, images, size, device)
     else:
         source = _on_device(config, images, size, device, layout)
-    counted: Step = partial(train_step, network, optimizer, autocast)
+    counted: Step = partial(train_step, network, optimizer, autocast, label_smoothing=config.recipe.label_smoothing)
     if baseline is None:
         take = training_step(network, optimizer, autocast, config.runtime, device, size, config.recipe.label_smoothing)
     else:

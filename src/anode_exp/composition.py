@@ -137,8 +137,9 @@ def composed_settings(overrides: list[str]) -> DictConfig:
     Raises:
         UserError: for a setting that cannot be composed.
     """
+    first = _lines(overrides, _parse(overrides), True, "")[0]
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        config = _compose(overrides)
+        config = _compose(first)
     return OmegaConf.masked_copy(config, [str(k) for k in config if k != "hydra"])
 
 
@@ -204,7 +205,7 @@ def jobs(overrides: list[str], multirun: bool) -> Jobs:
     with initialize_config_dir(str(CONF), version_base="1.3"):
         composed = [_compose(line) for line in lines]
     key = "hydra.sweep.dir" if multirun else "hydra.run.dir"
-    directory = Path(OmegaConf.select(composed[0], key))
+    directory = _folder_of(composed[0], key)
     # What a start that failed leaves behind, such as one without its data, may be started over.
     files = (f.relative_to(directory) for f in directory.rglob("*") if f.is_file())
     if any(f.name != "train.log" and ".hydra" not in f.parts for f in files):
@@ -232,7 +233,7 @@ STUDY_READS: dict[str, tuple[str, ...]] = {
                "runtime.cudnn_benchmark"),
     "gradient_error": ("experiment", "model", "model.*", "solver.max_evaluations", "solver.min_step", *_DATA, "seed",
                        "runtime.device"),
-    "reversibility": ("experiment", "solver", "solver.n_steps", *_DATA, "seed", "runtime.device"),
+    "reversibility": ("experiment", "solver", "solver.n_steps", *_DATA[:-2], "seed", "runtime.device"),
     "evolution": (),
     "batchnorm": ("runtime.device",),
 }  # fmt: skip
@@ -268,6 +269,18 @@ def study(name: str, overrides: list[str], thorough: bool = False) -> tuple[Trai
             raise UserError(f"study {name}: {unknown} is no {group}; choose from {', '.join(options(group))}")
     if "run" in composed.study and checked.run is None and any(k == "study.checkpoint" for k in _given(parsed)):
         raise UserError(f"checkpoint={checked.checkpoint}: needs run=DIR, the folder of a trained run")
+    if "study.name" in _given(parsed):
+        raise UserError("study.name: chosen by the word after study; leave it out")
+    if "batch_size" in composed.study and checked.batch_size is None:
+        raise UserError("study.batch_size=null: give a whole number, at least 1")
+    for grids in (
+        ("gradients",),
+        ("n_steps", "blocks_per_stage") if name == "memory" else ("solvers", "adaptive_solvers"),
+    ):
+        if grids[0] in composed.study and not any(composed.study.get(grid) for grid in grids):
+            raise UserError(f"study.{grids[0]}: is empty, so there is nothing to measure; list some")
+    if thorough and checked.checkpoint == "every":
+        raise UserError("thorough=true: checkpoint=every takes the run's own solver; leave one of them out")
     reads = STUDY_READS[name]
     if checked.run is not None:
         reads = tuple(
@@ -295,8 +308,16 @@ def study(name: str, overrides: list[str], thorough: bool = False) -> tuple[Trai
         raise UserError("study batchnorm: needs run=DIR, or run=DIR,DIR for several trained with runtime.keep_every=1")
     if name == "evolution" and (checked.run is None or config.model.evolution == "none"):
         raise UserError("study evolution: needs run=DIR, a run with model.evolution=reaction_diffusion_advection")
-    if name != "gradient_error":  # whose model's block decides nothing, for it names its solvers
-        check_used(_given(parsed), [config])
+    given = _given(parsed)
+    adaptive = ("study.tolerances", "study.adaptive_solvers", "solver.max_evaluations", "solver.min_step")
+    if name == "gradient_error":  # which names its solvers itself
+        joint = config.model.evolution != "none" and config.model.evolution_coupling == "joint"
+        for key in (k for k in given if k in adaptive):
+            if joint or (not checked.adaptive_solvers and key != "study.adaptive_solvers"):
+                need = "model.evolution_coupling other than joint" if joint else "study.adaptive_solvers"
+                raise UserError(f"{key}: has no effect here; it needs {need}")
+        given = [key for key in given if not key.startswith("solver")]
+    check_used(given, [config])
     return config, checked
 
 
@@ -333,7 +354,9 @@ def bench_entries(arguments: list[str]) -> tuple[list[tuple[str, TrainConfig, st
             "compare='[gradient=dto_checkpoint, gradient=full_backprop solver=rk4]'"
         )
     entries: list[tuple[str, TrainConfig, str | None]] = []
-    _check_folders(_parse(shared), ("hydra.run.dir",))
+    for key in _given(_parse(shared)):
+        if key.startswith(("hydra.", "hydra/")) and key != "hydra.run.dir":
+            raise UserError(f"{key}: bench does not use it; give hydra.run.dir=DIR")
     for label in compare or ["", *(f"baseline={name}" for name in BASELINES)]:
         own = label.split()
         named = [word.partition("=")[2] for word in own if word.startswith("baseline=")]
@@ -342,8 +365,16 @@ def bench_entries(arguments: list[str]) -> tuple[list[tuple[str, TrainConfig, st
                 raise UserError(f"baseline={name}: choose one of {', '.join(BASELINES)}" + near(name, BASELINES))
         settings = [word for word in own if not word.startswith("baseline=")]
         config = composed([*shared, *settings], "list them in compare")
-        _check_folders(_parse(settings), ())
         check_used(_given(_parse(settings)), [config])
+        if len(named) > 1:
+            raise UserError(f"compare: {label} names two baselines; write an entry for each")
+        own_step = ("gradient*", "runtime.compile", "runtime.cuda_graph", "runtime.channels_last")
+        for key in _given(_parse(settings)):
+            if key.startswith(("hydra.", "hydra/")):
+                raise UserError(f"{key}: not a setting of an entry; give hydra.run.dir=DIR to bench itself")
+            unused = own_step[:-1] if named == ["torch_checkpoint"] else own_step[1:]
+            if named and any(fnmatchcase(key, pattern) for pattern in unused):
+                raise UserError(f"{key}: baseline={named[0]} does not use it; leave it out of its entry")
         for key in _given(_parse([*shared, *settings])):
             if key in NOT_TIMED:
                 raise UserError(f"{key}: bench times training steps, of which it is no part; leave it out")
@@ -369,14 +400,23 @@ def folder(overrides: list[str], verb: str) -> Path:
     Raises:
         UserError: if it is not empty.
     """
-    given = [text for text in overrides if text.startswith("hydra.run.dir=")]
-    if not given:
+    if "hydra.run.dir" not in _given(_parse(overrides)):
         return Path("outputs") / f"{datetime.now():%Y-%m-%d/%H-%M-%S-%f}-{verb}"
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        directory = Path(OmegaConf.select(compose("train", given, return_hydra_config=True), "hydra.run.dir"))
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        config = _compose([*([f"+study={verb}"] if verb in options("study") else []), *overrides])
+    directory = _folder_of(config, "hydra.run.dir")
+    # What a start that failed leaves behind, its settings and no results, may be started over.
+    left = (f for f in directory.rglob("*") if f.is_file() and f.name not in ("config.yaml", "environment.json"))
+    if directory.is_file() or any(f.stat().st_size for f in left):
         raise UserError(f"hydra.run.dir={directory}: {_OCCUPIED}")
     return directory
+
+
+def _folder_of(config: DictConfig, key: str) -> Path:
+    try:
+        return Path(OmegaConf.select(config, key))
+    except OmegaConfBaseException as error:
+        raise UserError(f"{key}: {str(error.msg or error).splitlines()[0]}") from error
 
 
 MAY_CHANGE_ON_RESUME = (
@@ -429,6 +469,7 @@ def resumed(directory: Path, overrides: list[str]) -> TrainConfig:
     _check_hydra(parsed, "a resumed run continues in its own folder")
     recorded = read_config(directory)
     config = _recomposed(recorded, line, MAY_CHANGE_ON_RESUME, "a resumed run")
+    check_used(_given(parsed), [config])
     if config.recipe.schedule == "cosine" and config.recipe.epochs != recorded.recipe.epochs:
         raise UserError(
             f"recipe.epochs={config.recipe.epochs}: a cosine schedule depends on it, and this run's has "
@@ -516,9 +557,9 @@ def _recomposed(base: DictConfig, overrides: list[str], may_change: tuple[str, .
                 whole = OmegaConf.to_container(compose("train", [f"{key}={override.value()}"]), resolve=True)
             changed[key] = cast(dict[str, Any], whole)[key]
     for override in parsed:
-        if override.get_key_element() not in groups():
+        if _key(override) not in groups():
             _check_key(override, _keys(cast(dict[str, Any], OmegaConf.to_container(changed))))
-            OmegaConf.update(changed, override.get_key_element(), override.value())
+            OmegaConf.update(changed, _key(override), override.value())
     before, after = (_flat(cast(dict[str, Any], OmegaConf.to_container(c))) for c in (base, changed))
     for key in sorted(before.keys() | after.keys()):
         allowed = any(key == k or key.startswith(k + ".") for k in may_change)
@@ -562,8 +603,10 @@ def _values(override: Override) -> list[str]:
 
 def _check_group(override: Override) -> None:
     group = override.key_or_group
-    if group not in groups() or (group in PRESETS and override.value() is None):
+    if group not in groups():
         return
+    if group in PRESETS and (override.is_delete() or override.value() is None):
+        raise UserError(f"{override.input_line}: {group} is a preset; leave it out for none")
     if override.is_delete():
         raise UserError(f"{override.input_line}: a run needs a {group}; choose one of {', '.join(options(group))}")
     for value in _values(override):
@@ -613,7 +656,7 @@ def _compose(overrides: list[str]) -> DictConfig:
 
 def _typed(config: DictConfig, without: tuple[str, ...] = ("hydra",)) -> TrainConfig:
     checked = typed(OmegaConf.masked_copy(config, [str(k) for k in config if k not in without]))
-    for group in ("model", "solver", "gradient", "dataset"):
+    for group in ("model", "solver", "gradient", "dataset", "recipe"):
         name = getattr(checked, group).name
         if name not in options(group):
             raise UserError(f"{group}.name={name}: choose one of {', '.join(options(group))}, as {group}=NAME")

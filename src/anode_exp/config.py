@@ -234,6 +234,8 @@ class PaperSettings:
 class ReportSettings(PaperSettings):
     """Of ``report``: what is read, and where the page goes."""
 
+    seeds: str = _own("3", "seeds expected: for those that have no run, the page shows the command")
+
     to: str | None = _own(None, "folder of the page and copies of its records; by default next to the runs")
 
 
@@ -467,7 +469,10 @@ NEEDS: tuple[tuple[tuple[str, ...], str, Callable[[TrainConfig], bool]], ...] = 
     (
         ("model.norm_intervals",),
         "model.norm_affine=by_time, or solver.adaptive=true with model.statistics=by_time",
-        lambda c: c.model.norm_affine == "by_time" or (c.solver.adaptive and c.model.statistics == "by_time"),
+        lambda c: (
+            c.model.norm_affine == "by_time"
+            or (c.solver.adaptive and c.model.statistics == "by_time" and c.model.field_norm == "batch")
+        ),
     ),
     (("model.field_gain",), "model.field_norm other than none", lambda c: c.model.field_norm != "none"),
     (

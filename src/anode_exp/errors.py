@@ -1,6 +1,7 @@
 """The one exception that means: the user can mend this."""
 
 import sys
+from contextlib import suppress
 from typing import NoReturn
 
 
@@ -18,6 +19,7 @@ class Ended(UserError):
 
 def fail(message: str) -> NoReturn:
     """Answer a user's mistake: one line, exit code 2."""
-    sys.stdout.flush()
+    with suppress(OSError):  # a full disk below standard output may be what is reported
+        sys.stdout.flush()
     print(f"anode_exp: {message}", file=sys.stderr)
     sys.exit(2)

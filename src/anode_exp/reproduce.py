@@ -141,6 +141,8 @@ def _run(group: list[Cell], failed: list[tuple[str, bool]], tick: Callable[[], o
         return
     except UserError as error:
         failed.append((str(error), True))
+    except OSError as error:  # a folder that cannot be written, a full disk
+        failed.append((f"{error.filename or group[0].directory}: {error.strerror}", True))
     except Exception as error:
         traceback.print_exc()
         reason = str(error).splitlines()[0] if str(error) else ""

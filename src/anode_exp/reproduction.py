@@ -15,6 +15,7 @@ from anode_exp.config import ReproduceSettings, TrainConfig, check_used, split_s
 from anode_exp.errors import UserError
 
 CALIBRATION_BATCHES = 50
+MOST_SEEDS = 1000
 
 
 def other_statistics(config: TrainConfig) -> str:
@@ -109,8 +110,12 @@ def _seeds(given: str) -> list[int]:
     """``3`` is seeds 0, 1 and 2; ``[4]`` or ``[0,7]`` names them."""
     listed = given.startswith("[") and given.endswith("]")
     words = given.strip("[]").replace(" ", "").split(",")
-    if not all(word.isdecimal() for word in words) or (not listed and (len(words) > 1 or int(words[0]) < 1)):
-        raise UserError(f"seeds={given}: give how many, such as 3 for 0, 1 and 2, or list them, such as [0,7]")
+    counted = all(word.isdecimal() for word in words) and (listed or len(words) == 1)
+    if not counted or (not listed and not 1 <= int(words[0]) <= MOST_SEEDS):
+        raise UserError(
+            f"seeds={given}: give how many, such as 3 for 0, 1 and 2 (at most {MOST_SEEDS}), or "
+            "list them, such as [0,7]"
+        )
     return list(dict.fromkeys(int(word) for word in words)) if listed else list(range(int(words[0])))
 
 
@@ -126,12 +131,15 @@ def cells(paper: str, arguments: list[str]) -> list[Cell]:
     """
     spec = specification(paper)
     asked, shared = split_settings(ReproduceSettings, arguments, "reproduce")
-    for argument in shared:
-        key = argument.partition("=")[0]
-        if key in ("seed", "experiment") or key.startswith(("hydra.", "hydra/")):
-            raise UserError(f"{argument}: chosen by reproduce; give seeds=, directory= or figure=")
     figures = _chosen("figure", asked.figure, list(spec["figures"]))
     methods = _chosen("method", asked.method, list(spec["methods"]))
+    of_methods = {setting.partition("=")[0] for m in methods for setting in spec["methods"][m]["settings"]}
+    for argument in shared:
+        key = argument.partition("=")[0].lstrip("+~")
+        if key in ("seed", "experiment") or key.startswith(("hydra.", "hydra/")):
+            raise UserError(f"{argument}: chosen by reproduce; give seeds=, directory= or figure=")
+        if key == "model" or key in of_methods:
+            raise UserError(f"{argument}: is what a figure or method stands for; give figure= or method=")
     lengths = _chosen("length", asked.length, options("length"))
     if len(lengths) > 1:
         raise UserError(f"length={asked.length}: a reproduction has one; run it once for each")
@@ -169,5 +177,5 @@ def cells(paper: str, arguments: list[str]) -> list[Cell]:
     of_runs = [*shared, *(a for a in arguments if a.startswith("seeds="))]
     if of_runs and not runs:
         raise UserError(f"{of_runs[0]}: figure={asked.figure} is a study, which takes no settings of runs and no seeds")
-    check_used([a.partition("=")[0] for a in shared], runs)
+    check_used([a.partition("=")[0].lstrip("+~") for a in shared], runs)
     return found

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from anode_exp.commands.arguments import Parser, help_text, own_settings
-from anode_exp.composition import MAY_CHANGE_TO_EVALUATE, check_evaluation, evaluations
+from anode_exp.composition import check_evaluation, evaluations
 from anode_exp.config import EvaluateSettings, split_settings
 from anode_exp.errors import UserError
 
@@ -26,8 +26,9 @@ def main(arguments: list[str]) -> None:
                 f"Evaluate: {ABOUT}. Rows are added to DIR/evaluations.jsonl.",
                 [("settings", own_settings(EvaluateSettings))],
                 EXAMPLES,
-                f"Settings of the run that may change, several values separated by commas: "
-                f"{', '.join(MAY_CHANGE_TO_EVALUATE)}.",
+                "Settings of the run that may change, several values separated by commas: solver, solver.*, dataset, "
+                "dataset.*, runtime.device, runtime.precision, runtime.channels_last, runtime.cudnn_benchmark, "
+                "recipe.test_batch_size, model.statistics.",
             )
         )
         return

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from anode_exp.commands.arguments import Parser
 from anode_exp.commands.reproduce import paper_help, paper_name
-from anode_exp.composition import composed
+from anode_exp.composition import composed, options
 from anode_exp.config import ReportSettings, split_settings
 from anode_exp.errors import UserError
 from anode_exp.reproduction import cells, directories, specification
@@ -24,6 +24,8 @@ def main(arguments: list[str]) -> None:
     own, others = split_settings(ReportSettings, parsed.settings, "report")
     if others:
         raise UserError(f"{others[0]}: report takes length=, directory=, to= and seeds=")
+    if own.length not in options("length"):
+        raise UserError(f"length={own.length}: choose one of {', '.join(options('length'))}")
     expected = cells(paper, [f"length={own.length}", f"seeds={own.seeds}"])
     places = directories(paper, own.length, Path(own.directory))
 

@@ -39,7 +39,7 @@ def paper_name(verb: str, given: str | None) -> str:
 def paper_help(verb: str, text: str, paper: str | None, schema: type = ReproduceSettings) -> str:
     """Help of a verb about papers; with a paper, its figures and methods."""
     papers = options("reproduce")
-    if paper is None:
+    if paper is None or "=" in paper:
         parts = [("papers", [(p, about("reproduce", p).line) for p in papers])]
         paper = papers[0]
     else:

@@ -3,7 +3,18 @@
 from __future__ import annotations
 
 from anode_exp.commands.arguments import Parser, help_text, own_settings
-from anode_exp.composition import CONF, STUDY_READS, about, composed_settings, described, folder, near, options, study
+from anode_exp.composition import (
+    CONF,
+    STUDY_READS,
+    about,
+    comments,
+    composed_settings,
+    described,
+    folder,
+    near,
+    options,
+    study,
+)
 from anode_exp.config import StudySettings, split_settings
 from anode_exp.errors import UserError
 
@@ -32,6 +43,10 @@ def main(arguments: list[str]) -> None:
         return
     own, overrides = split_settings(StudySettings, parsed.settings, f"study {name}")
     of_run = [f"study.{key}='{value}'" for key in ("run", "checkpoint") if (value := getattr(own, key)) is not None]
+    takes = comments(CONF / "study" / f"{name}.yaml")
+    for key in ("run", "checkpoint"):
+        if getattr(own, key) is not None and f"study.{key}" not in takes:
+            raise UserError(f"{key}={getattr(own, key)}: study {name} does not take it; see study {name} --help")
     config, settings = study(name, [*overrides, *of_run], own.thorough)
     directory = folder(overrides, name)
 
@@ -43,10 +58,13 @@ def main(arguments: list[str]) -> None:
 def help_page(name: str) -> str:
     said = about("study", name)
     config = composed_settings([f"+study={name}"])
-    takes = [k for k in ("run", "checkpoint") if k in config.study]
-    takes += ["thorough"] if (CONF / "study" / "thorough" / f"{name}.yaml").exists() else []
+    takes = ["thorough"] if (CONF / "study" / "thorough" / f"{name}.yaml").exists() else []
     rows = [r for r in described(config, [CONF / "study" / f"{name}.yaml"]) if r[0].startswith("study.")]
-    rows = [r for r in rows if not r[0].startswith(("study.run=", "study.checkpoint=", "study.gradients."))]
+    rows = [r for r in rows if not r[0].startswith("study.gradients.")]
+    of_run = [
+        (key.removeprefix("study.").replace("=null", "="), text) for key, text in rows if key[6:9] in ("run", "che")
+    ]
+    rows = [r for r in rows if r[0][6:9] not in ("run", "che")]
     if "gradients" in config.study:
         rows.append(
             ("+study.gradients.NAME={name: …}", f"one more mode; there are {', '.join(config.study.gradients)}")
@@ -55,7 +73,7 @@ def help_page(name: str) -> str:
         f"study {name} [KEY=VALUE …]",
         f"{said.text[0].upper()}{said.text[1:]}.",
         [
-            ("settings", [*own_settings(StudySettings, takes),
+            ("settings", [*of_run, *own_settings(StudySettings, takes),
                           ("hydra.run.dir=outputs/DATE/TIME-" + name, "where table, plot and records go"), *rows]),
         ],
         [c.removeprefix("python -m anode_exp ") for c in said.commands],

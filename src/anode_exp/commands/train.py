@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from anode_exp.commands.arguments import PROGRAM, help_text, own_settings
+from anode_exp.commands.version import version
 from anode_exp.composition import CONF, PRESETS, composed_settings, described, groups, jobs, options, resumed
 from anode_exp.config import ResumeSettings, split_settings
 from anode_exp.errors import UserError
@@ -72,6 +73,18 @@ def main(arguments: list[str]) -> None:
     if parsed.help:
         print(help_page(parsed.overrides))
         return
+    if parsed.version:
+        print(version())
+        return
+    for flag in ("run", "shell_completion", "config_path", "config_name", "config_dir", "experimental_rerun"):
+        if getattr(parsed, flag):
+            raise UserError(f"--{flag.replace('_', '-')}: not a flag of train; see {parser.prog} --help")
+    for key in (a.partition("=")[0].lstrip("+") for a in parsed.overrides):
+        if key == "hydra.mode":
+            raise UserError("hydra.mode: give -m for a sweep")
+        of_sweeps = key in ("hydra/launcher", "hydra/sweeper") or key.startswith(("hydra.launcher.", "hydra.sweeper."))
+        if of_sweeps and not parsed.multirun and not parsed.cfg:
+            raise UserError(f"{key}: is for sweeps; add -m")
     flags = [a for a in arguments if a not in parsed.overrides]
     ours: list[str] = []
     if not parsed.hydra_help:
