@@ -76,8 +76,9 @@ def test_the_help_of_a_paper_lists_its_figures_and_methods(call):
     assert code == 0 and "figure=table_resnet4" in out and "method=reverse_adjoint_rk45" in out
 
 
-def test_version(call):
-    out, _, code = call("--version")
+@pytest.mark.parametrize("line", ["--version", "train --version"])
+def test_version(call, line):
+    out, _, code = call(line)
     assert code == 0
     assert all(word in out for word in ("anode_exp ", "Python 3.", "torch ", "CUDA", "torchvision "))
 
@@ -159,10 +160,33 @@ REFUSED = {
     "bench recipe.epochs=3": "recipe.epochs: bench times training steps",
     "bench length=short": "length: bench times training steps",
     "bench 'compare=[solver.rtol=1e-2]'": "solver.rtol: has no effect here",
-    "bench 'compare=[hydra.run.dir=x]'": "hydra.run.dir: not used here",
+    "bench 'compare=[hydra.run.dir=x]'": "hydra.run.dir: not a setting of an entry",
     "reproduce anode hydra.run.dir=x": "chosen by reproduce; give seeds=, directory= or figure=",
     "reproduce anode figure=fig1_fig7 recipe.lr=1": "is a study, which takes no settings of runs and no seeds",
     "reproduce anode figure=fig1_fig7 seeds=2": "seeds=2: figure=fig1_fig7 is a study",
+    "train experiment=null": "experiment=null: experiment is a preset; leave it out for none",
+    "train 'hydra.run.dir=${{nope}}'": "hydra.run.dir: Interpolation key 'nope' not found",
+    "train hydra.mode=MULTIRUN": "hydra.mode: give -m for a sweep",
+    "train hydra/launcher=joblib": "hydra/launcher: is for sweeps; add -m",
+    "train --config-name nosuch": "--config-name: not a flag of train",
+    "train recipe.name=mine": "recipe.name=mine: choose one of modern, paper",
+    "train resume={run} dataset.root=/x": "dataset.root: has no effect here",
+    "study memory study.name=budget": "study.name: chosen by the word after study",
+    "study memory study.batch_size=null": "study.batch_size=null: give a whole number",
+    "study memory study.n_steps=[] study.blocks_per_stage=[]": "nothing to measure",
+    "study memory run={run}": "study memory does not take it",
+    "study memory 'hydra.run.dir=${{nope}}'": "Interpolation key 'nope' not found",
+    "study gradient_error dataset.root=/x": "dataset.root: has no effect here",
+    "study gradient_error run={run} checkpoint=every thorough=true": "leave one of them out",
+    "study gradient_error study.adaptive_solvers=[] solver.min_step=0.1": "it needs study.adaptive_solvers",
+    "bench hydra.verbose=true": "hydra.verbose: bench does not use it",
+    "bench 'compare=[baseline=eager runtime.compile=true]'": "baseline=eager does not use it",
+    "bench 'compare=[baseline=eager baseline=dataloader]'": "names two baselines",
+    "reproduce anode gradient=revolve": "is what a figure or method stands for",
+    "reproduce anode figure=table_resnet4 model=resnet10": "is what a figure or method stands for",
+    "reproduce anode ++seed=7": "chosen by reproduce",
+    "reproduce anode seeds=99999999999": "at most 1000",
+    "report anode length=[short]": "length=[short]: choose one of paper, short",
     "reproduce anode solver.rtol=1e-2 figure=table_resnet4": "solver.rtol: has no effect here",
 }
 

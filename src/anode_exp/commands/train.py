@@ -69,12 +69,12 @@ def main(arguments: list[str]) -> None:
         raise UserError(f"{message}; see {parser.prog} --help")
 
     parser.error = refuse  # type: ignore[method-assign]
+    if "--version" in arguments:  # Hydra's parser would answer with its own
+        print(version())
+        return
     parsed = parser.parse_intermixed_args(arguments)
     if parsed.help:
         print(help_page(parsed.overrides))
-        return
-    if parsed.version:
-        print(version())
         return
     for flag in ("run", "shell_completion", "config_path", "config_name", "config_dir", "experimental_rerun"):
         if getattr(parsed, flag):
