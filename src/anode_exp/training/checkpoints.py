@@ -51,7 +51,7 @@ class Checkpoints:
             data = BytesIO()  # torch's own file writer answers a full disk with an internal assertion
             torch.save(content, data)
             try:
-                write_atomically(self.path(name), methodcaller("write_bytes", data.getbuffer()), keep)
+                write_atomically(self.path(name), methodcaller("write_bytes", data.getvalue()), keep)
             except OSError as error:
                 raise UserError(
                     f"{self.path(name)}: cannot be written ({error.strerror}); make room, then go on with train resume="
