@@ -17,6 +17,7 @@ import math
 import os
 import platform
 import subprocess
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
@@ -146,6 +147,11 @@ class RunRecord:
             raise InUse(f"{directory}: another process is writing this run; wait for it, or stop it") from error
         except OSError as error:
             raise UserError(f"{directory}: {error.strerror}; choose a writable hydra.run.dir") from error
+        # TensorBoard reads event files in the order of their names, which begin with the second: two of one second may
+        # be read the wrong way round, and what the later one added is then purged.
+        stamps = [int(file.name.split(".")[3]) for file in directory.glob("events.out.tfevents.*")]
+        while int(time.time()) in stamps:
+            time.sleep(0.05)
         self._events = SummaryWriter(str(directory), purge_step=None if resume_after is None else resume_after[1] + 1)
 
     @contextmanager
