@@ -235,7 +235,7 @@ STUDY_READS: dict[str, tuple[str, ...]] = {
                        "runtime.device"),
     "reversibility": ("experiment", "solver", "solver.n_steps", *_DATA[:-2], "seed", "runtime.device"),
     "evolution": (),
-    "batchnorm": ("runtime.device",),
+    "batchnorm": ("dataset.root", "dataset.download", "runtime.device"),
 }  # fmt: skip
 """The settings, besides its own, that each study uses. What a run brings with it is not to be set beside it."""
 

@@ -263,7 +263,7 @@ def split_settings(schema: type[T], arguments: list[str], verb: str) -> tuple[T,
     """A verb's own settings from its command line, and the other arguments, which are settings of runs.
 
     Raises:
-        UserError: for a flag, a setting given twice, or a value of the wrong type or out of range.
+        UserError: for a flag, or a value of the wrong type or out of range.
     """
     types = {f.name: str(f.type) for f in fields(schema)}  # type: ignore[arg-type]
     own: dict[str, Any] = {}
@@ -274,8 +274,6 @@ def split_settings(schema: type[T], arguments: list[str], verb: str) -> tuple[T,
             raise UserError(f"{argument}: {verb} takes no flags but --help; settings are key=value")
         if not equals or key not in types:
             rest.append(argument)
-        elif key in own:
-            raise UserError(f"{argument}: {key} is given twice")
         else:
             own[key] = value if types[key].startswith("str") else _yaml(value)
     return to_object(schema, OmegaConf.create(own)), rest
@@ -458,7 +456,12 @@ def typed(config: DictConfig) -> TrainConfig:
 
 
 NEEDS: tuple[tuple[tuple[str, ...], str, Callable[[TrainConfig], bool]], ...] = (
-    (("solver*", "gradient*"), "model.block=ode", lambda c: c.model.block == "ode"),
+    (("solver*", "gradient*", "model.statistics"), "model.block=ode", lambda c: c.model.block == "ode"),
+    (
+        ("solver*", "gradient*", "model.statistics"),
+        "model.blocks_per_stage above 0",
+        lambda c: c.model.blocks_per_stage > 0,
+    ),
     (
         ("solver.rtol", "solver.atol", "solver.max_evaluations", "solver.min_step"),
         "solver.adaptive=true",

@@ -120,10 +120,13 @@ def kept_epochs(directory: Path) -> list[int]:
     return epochs
 
 
-def both_ways(directory: Path, epoch: int, calibrate: int, device: str) -> dict[str, Any]:
+def both_ways(directory: Path, epoch: int, calibrate: int, here: TrainConfig) -> dict[str, Any]:
     """Test accuracy of one kept epoch's network with statistics by time and with one set.
 
     Those that the run kept while it trained are as recorded; the others are estimated anew from training batches.
+
+    Args:
+        here: its device and its folder of data are used.
 
     Returns:
         Accuracies in [0, 1]: ``by_time``; ``one_set_kept``, None where the run kept statistics by time;
@@ -131,7 +134,11 @@ def both_ways(directory: Path, epoch: int, calibrate: int, device: str) -> dict[
         by their own statistics.
     """
     config = typed(read_config(directory))
-    config = replace(config, runtime=replace(config.runtime, device=device))
+    config = replace(
+        config,
+        runtime=replace(config.runtime, device=here.runtime.device),
+        dataset=replace(config.dataset, root=here.dataset.root, download=here.dataset.download),
+    )
     (recorded,) = [line for line in read_metrics(directory) if line["epoch"] == epoch]
     by_time = config.model.statistics == "by_time"
 

@@ -230,7 +230,7 @@ def _batchnorm(
     with bar(sum(len(epochs) for _, epochs in runs), study.name) as progress:
         for folder, epochs in runs:
             for epoch in epochs:
-                yield both_ways(folder, epoch, study.calibrate, config.runtime.device)
+                yield both_ways(folder, epoch, study.calibrate, config)
                 progress.update()
 
 
