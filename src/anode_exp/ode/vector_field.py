@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -135,8 +134,9 @@ class VectorField:
         compiled = torch.compile(own, fullgraph=True, backend=backend)
         # In training and evaluation, with and without a graph, each for one batch size and then for any.
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 16)
-        if sys.version_info[:3] == (3, 13, 0) and hasattr(torch._dynamo.config, "use_recursive_dict_tags_for_guards"):
-            # It takes a module whose attributes changed for an unchanged one there: cpython issue 125608.
+        if hasattr(torch._dynamo.config, "use_recursive_dict_tags_for_guards"):
+            # On by default up to torch 2.11. On Python 3.13.0 it takes a module whose attributes changed for an
+            # unchanged one (cpython issue 125608), and the wrong graph is used.
             torch._dynamo.config.use_recursive_dict_tags_for_guards = False
         at: Callable[[float], AbstractContextManager[None]] = getattr(self.module, "at", lambda t: nullcontext())
 
