@@ -12,16 +12,15 @@ import pytest
 import torch
 from conftest import Field, solver
 
-from anode_exp import bench
-from anode_exp.bench import TorchCheckpoint
 from anode_exp.build import build_data, build_model
-from anode_exp.composition import bench_entries
+from anode_exp.commands.bench import bench_entries
 from anode_exp.data import Augmentation, Split
 from anode_exp.data.torchvision_loader import torchvision_loader
 from anode_exp.errors import UserError
 from anode_exp.gradient import FullBackprop
 from anode_exp.ode import TimeGrid, VectorField
-from anode_exp.studies import throughput
+from anode_exp.studies import bench, throughput
+from anode_exp.studies.bench import TorchCheckpoint
 from anode_exp.studies.throughput import Contestant, Traffic, measure
 from anode_exp.training import graphed_step
 

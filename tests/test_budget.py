@@ -7,16 +7,17 @@ import pytest
 import torch
 from conftest import Repeat, make_ode_block
 
-from anode_exp import train as train_module
-from anode_exp.budget import REPEATS, RESERVE, Plan, Planner, policies
-from anode_exp.composition import jobs
-from anode_exp.config import parse_bytes
+from anode_exp.budget.measure import REPEATS, Planner
+from anode_exp.budget.plan import RESERVE, Plan, policies
+from anode_exp.commands import together as train_module
+from anode_exp.commands.together import train
+from anode_exp.config.check import parse_bytes
+from anode_exp.config.compose import jobs
 from anode_exp.errors import UserError
 from anode_exp.gradient import DtoCheckpoint
 from anode_exp.models import MODELS, Evolution, ode_blocks, take_evaluations
 from anode_exp.runs import load_run
-from anode_exp.train import train
-from anode_exp.training.train_step import autocast_for
+from anode_exp.training.step import autocast_for
 
 
 def planner(model="squeezenext", n_steps=4, batch=6, precision="fp32", evolves=False, **settings) -> Planner:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from anode_exp.composition import CONF
+from anode_exp.config.describe import CONF
 
 ROOT = Path(__file__).parents[1]
 SMALL = [

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from anode_exp.build import build_memory_format, build_model, build_optimizer, build_schedule
-from anode_exp.composition import CONF, groups, jobs, options, path_safe
-from anode_exp.config import ACTIVATION_NAMES, NORM_NAMES
+from anode_exp.config.compose import jobs, path_safe
+from anode_exp.config.describe import CONF, groups, options
+from anode_exp.config.schema import ACTIVATION_NAMES, NORM_NAMES
 from anode_exp.errors import UserError
 from anode_exp.gradient import GRADIENT_MODES
 from anode_exp.models import ACTIVATIONS, MODELS, NORMS, ode_blocks

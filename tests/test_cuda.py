@@ -7,19 +7,21 @@ import pytest
 import torch
 from conftest import make_ode_block
 
-from anode_exp.bench import _contestant
 from anode_exp.build import build_data
-from anode_exp.composition import bench_entries, jobs, study
+from anode_exp.commands.bench import bench_entries
+from anode_exp.commands.together import train, train_together
+from anode_exp.config.compose import jobs
+from anode_exp.config.studies import study
 from anode_exp.data import Augmentation, EpochBatches, Normalisation, Split
 from anode_exp.errors import UserError
 from anode_exp.gradient import GRADIENT_MODES
 from anode_exp.models import MODELS
+from anode_exp.studies.bench import _contestant
+from anode_exp.studies.study import run_study
 from anode_exp.studies.throughput import measure
-from anode_exp.study import run_study
-from anode_exp.train import train, train_together
 from anode_exp.training.graphed_step import GraphedStep, set_learning_rate
+from anode_exp.training.step import autocast_for, train_step
 from anode_exp.training.streams import MOST_STREAMS, run_streams
-from anode_exp.training.train_step import autocast_for, train_step
 
 pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 

@@ -11,15 +11,19 @@ from pathlib import Path
 
 import pytest
 
-from anode_exp.composition import CONF, composed, differing, options
-from anode_exp.config import read_config, typed
+from anode_exp.commands.reproduce import is_done, recorded_config, reproduce
+from anode_exp.commands.together import train_together
+from anode_exp.config.change import differing
+from anode_exp.config.check import read_config, typed
+from anode_exp.config.compose import composed
+from anode_exp.config.describe import CONF, options
+from anode_exp.config.reproduction import cells, specification
 from anode_exp.errors import UserError
-from anode_exp.report.paper import Group, accuracy_rows, copy_records, read_records, write_report
-from anode_exp.reproduce import is_done, recorded_config, reproduce
-from anode_exp.reproduction import cells, is_calibrated, specification
-from anode_exp.train import train_together
-from anode_exp.training.checkpoints import Checkpoints
-from anode_exp.training.fit import StopRequest
+from anode_exp.records.cells import copy_records, is_calibrated, read_records
+from anode_exp.records.checkpoints import Checkpoints
+from anode_exp.report.page import write_report
+from anode_exp.report.statistics import Group, accuracy_rows
+from anode_exp.training.signals import StopRequest
 
 SMALL = ["recipe.epochs=1", "dataset=digits", "dataset.train_size=64", "dataset.test_size=32", "recipe.batch_size=32"]
 

@@ -10,12 +10,16 @@ import pytest
 import torch
 
 import anode_exp
-from anode_exp.composition import catalogue, evaluations, jobs
+from anode_exp.commands.evaluate import table
+from anode_exp.commands.together import train
+from anode_exp.config.change import evaluations
+from anode_exp.config.compose import jobs
+from anode_exp.config.describe import catalogue
 from anode_exp.data import Normalisation, evaluation_batches, load
 from anode_exp.errors import UserError
-from anode_exp.evaluate import calibrate_norms, evaluate_run, table
-from anode_exp.train import train
-from anode_exp.training.train_step import autocast_for
+from anode_exp.models.calibrate import calibrate_norms
+from anode_exp.runs import evaluate_run
+from anode_exp.training.step import autocast_for
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 

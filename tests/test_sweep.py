@@ -36,7 +36,7 @@ def test_failing_jobs_are_named_and_the_others_run(tmp_path):
     broken.write_text(
         "import sys\n"
         "if 'anode_exp' in ' '.join(sys.orig_argv):\n"
-        "    import anode_exp.training.train_step as ts\n"
+        "    import anode_exp.training.step as ts\n"
         "    import torch.nn.functional as F\n"
         "    whole = F.cross_entropy\n"
         "    def cross_entropy(logits, labels, **kw):\n"

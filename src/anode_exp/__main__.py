@@ -55,7 +55,7 @@ def main() -> None:
         elif not verb:
             raise UserError(f"no verb given; verbs are {', '.join(VERBS)}; see python -m anode_exp --help")
         elif verb not in VERBS:
-            from anode_exp.composition import near
+            from anode_exp.config.describe import near
 
             hint = f"; did you mean: python -m anode_exp train {verb} …" if "=" in verb or verb.startswith("-") else ""
             raise UserError(f"{verb}: no such verb; verbs are {', '.join(VERBS)}{hint or near(verb, VERBS)}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import asdict
@@ -12,7 +13,7 @@ import torch
 from torch import nn
 
 from anode_exp import data
-from anode_exp.config import (
+from anode_exp.config.schema import (
     TEST_BATCH_SIZE,
     DatasetConfig,
     GradientConfig,
@@ -184,3 +185,13 @@ def evaluation_batch_size(config: TrainConfig, device: torch.device) -> int:
 
 def build_augmentation(dataset: DatasetConfig) -> data.Augmentation:
     return data.Augmentation(dataset.crop_padding, dataset.flip)
+
+
+def _network(config: TrainConfig, gradient: GradientConfig, num_classes: int, **changes: Any) -> nn.Module:
+    """The network of a seed under a gradient mode; ``changes``: solver (a name), its settings, blocks_per_stage."""
+    torch.manual_seed(config.seed)
+    blocks = changes.pop("blocks_per_stage", config.model.blocks_per_stage)
+    model = dataclasses.replace(config.model, blocks_per_stage=blocks)
+    name = changes.pop("solver", config.solver.name)
+    solver = dataclasses.replace(config.solver, name=name, **{"adaptive": False, **changes})
+    return build_model(model, solver, gradient, num_classes)

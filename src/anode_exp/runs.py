@@ -2,19 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from anode_exp.build import build_model
-from anode_exp.config import TrainConfig, read_config, typed
-from anode_exp.data import DATASETS
+from anode_exp.build import (
+    build_augmentation,
+    build_data,
+    build_device,
+    build_memory_format,
+    build_model,
+    build_normalisation,
+    evaluation_batch_size,
+)
+from anode_exp.config.check import read_config, typed
+from anode_exp.config.schema import TrainConfig
+from anode_exp.data import DATASETS, EpochBatches, evaluation_batches
 from anode_exp.errors import UserError
-from anode_exp.training.checkpoints import Checkpoints
-from anode_exp.training.records import read_metrics, read_results
+from anode_exp.models import take_evaluations
+from anode_exp.models.calibrate import calibrate_norms
+from anode_exp.ode import SolveFailed
+from anode_exp.records.checkpoints import Checkpoints
+from anode_exp.records.reading import append_line, read_metrics, read_results
+from anode_exp.training.progress import bar
+from anode_exp.training.step import autocast_for, evaluate, set_backends
 
 
 @dataclass(frozen=True)
@@ -72,3 +88,72 @@ def load_run(directory: str | Path, checkpoint: str = "best", config: TrainConfi
         read_metrics(directory),
         read_results(directory),
     )
+
+
+def evaluate_run(
+    directory: Path, checkpoint: str, configs: list[TrainConfig], calibrate: int = 0
+) -> list[dict[str, Any]]:
+    """Loss and accuracy on the test images under every configuration; appended to ``evaluations.jsonl``.
+
+    Args:
+        calibrate: training batches from which to estimate the norms' running statistics anew; 0 takes the run's own.
+
+    Raises:
+        UserError: if the run has no such checkpoint, or its network does not fit the data set or solver.
+    """
+    rows = []
+    for config in configs:
+        rows.append(evaluated(directory, checkpoint, config, calibrate))
+        append_line(directory / "evaluations.jsonl", rows[-1])
+    return rows
+
+
+def evaluated(
+    directory: Path, checkpoint: str, config: TrainConfig, calibrate: int = 0, show: bool = True
+) -> dict[str, Any]:
+    """One row of ``evaluate_run``, recorded nowhere; ``show`` draws a progress bar."""
+    trained = typed(read_config(directory))
+    if trained.model.block == "residual" and (config.solver.name, config.solver.n_steps) != ("euler", 1):
+        raise UserError(f"{directory}: has residual blocks, which are one Euler step; no other solver fits them")
+    if trained.model.statistics == "by_time" and config.model.statistics != "by_time" and not calibrate:
+        raise UserError(
+            f"model.statistics={config.model.statistics}: this run has by_time, which is not a single set; "
+            "estimate one from training batches with calibrate=50"
+        )
+    if DATASETS[config.dataset.name][1] != DATASETS[trained.dataset.name][1]:
+        raise UserError(
+            f"dataset={config.dataset.name}: has {DATASETS[config.dataset.name][1]} classes, this run's network "
+            f"{DATASETS[trained.dataset.name][1]}; choose a data set of as many"
+        )
+    run = load_run(directory, checkpoint, config)
+    device = build_device(config.runtime)
+    set_backends(config.runtime)
+    images = build_data(config.dataset, device)
+    memory_format = build_memory_format(config.runtime, run.network, device)
+    network = run.network.to(device, memory_format=memory_format)  # type: ignore[call-overload]
+    size = evaluation_batch_size(config, device)
+    normalise = build_normalisation(config.dataset, device, memory_format)
+    autocast = autocast_for(config.runtime.precision, device)
+    augmentation = build_augmentation(config.dataset)
+    epoch = EpochBatches(images.train, config.recipe.batch_size, augmentation, normalise, config.seed, 1)
+    batches: Iterable[tuple[Tensor, Tensor]] = evaluation_batches(images.test, size, normalise)
+    total = -(-len(images.test) // size)
+    name = config.solver.describe()
+    try:
+        if calibrate:
+            calibrate_norms(network, autocast, islice(epoch, calibrate))
+        loss, accuracy = evaluate(network, autocast, bar(total, name, iterable=batches) if show else batches)
+    except SolveFailed as error:
+        raise UserError(f"{directory}, {name}: {error}") from error
+    return {
+        "checkpoint": checkpoint,
+        "epoch": run.epoch,
+        "dataset": config.dataset.name,
+        "images": len(images.test),
+        "solver": config.solver.name,
+        "n_steps": None if config.solver.adaptive else config.solver.n_steps,
+        "statistics": config.model.statistics + (f", {calibrate} batches anew" if calibrate else ""),
+        "nfe": sum(e.forward for e in take_evaluations(network)) // total,
+        "test_loss": loss,
+        "test_accuracy": accuracy,
+    }

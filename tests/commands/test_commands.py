@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from anode_exp import __main__
-from anode_exp.composition import CONF, about, catalogue, comments, groups, jobs, options
-from anode_exp.train import train
+from anode_exp.commands.together import train
+from anode_exp.config.compose import jobs
+from anode_exp.config.describe import CONF, about, catalogue, comments, groups, options
 
 RUN = ["dataset=digits", "dataset.train_size=20", "dataset.test_size=10", "model=resnet4", "recipe.batch_size=10",
        "recipe.epochs=1", "runtime.device=cpu"]  # fmt: skip
@@ -227,7 +228,7 @@ def test_studies_and_benchmarks_write_where_they_are_told(call, tmp_path, monkey
 
 
 def test_a_run_in_a_study_finds_its_data_elsewhere(trained):
-    from anode_exp.composition import study
+    from anode_exp.config.studies import study
 
     recorded = trained / "config.yaml"
     text = recorded.read_text()

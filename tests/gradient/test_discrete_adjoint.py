@@ -23,7 +23,7 @@ from anode_exp.gradient import (
 )
 from anode_exp.models import MODELS, NORMS, ode_blocks, take_evaluations
 from anode_exp.ode import TABLEAUX, TimeGrid, VectorField
-from anode_exp.training.train_step import autocast_for, train_step
+from anode_exp.training.step import autocast_for, train_step
 
 POLICIES = {
     "full_backprop": FullBackprop(),

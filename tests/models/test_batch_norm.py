@@ -12,14 +12,14 @@ from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from anode_exp.build import build_model, build_optimizer
-from anode_exp.composition import composed
+from anode_exp.config.compose import composed
 from anode_exp.errors import UserError
-from anode_exp.evaluate import calibrate_norms
 from anode_exp.models import Autonomous, TimedBatchNorm, count_parameters, ode_blocks
+from anode_exp.models.calibrate import calibrate_norms
 from anode_exp.models.layers import BatchNorm, interpolation
 from anode_exp.ode import TABLEAUX, ExplicitRungeKutta, Tolerance, VectorField, integrate_adaptive
 from anode_exp.training.averaging import MovingAverage
-from anode_exp.training.train_step import autocast_for, evaluate, train_step
+from anode_exp.training.step import autocast_for, evaluate, train_step
 
 CPU = torch.device("cpu")
 ADAPTIVE = ["solver=dopri5", "solver.adaptive=true", "solver.rtol=0.01", "solver.atol=0.01"]

@@ -8,7 +8,7 @@ from conftest import make_ode_block
 from torch import nn
 
 from anode_exp.build import build_model, build_optimizer
-from anode_exp.composition import composed
+from anode_exp.config.compose import composed
 from anode_exp.errors import UserError
 from anode_exp.gradient import GRADIENT_MODES, DtoCheckpoint, FullBackprop, Revolve, StageCheckpoint, StepCheckpoint
 from anode_exp.models import (

@@ -7,7 +7,7 @@ from conftest import make_ode_block
 from torch import nn
 
 from anode_exp.build import build_model
-from anode_exp.composition import composed
+from anode_exp.config.compose import composed
 from anode_exp.models import ACTIVATIONS, MODELS, NORMS, OdeBlock, TimedBatchNorm, count_parameters, ode_blocks
 
 

@@ -10,17 +10,20 @@ import pytest
 import torch
 from conftest import Repeat, make_ode_block
 
-from anode_exp.budget import Planner
+from anode_exp.budget.measure import Planner
 from anode_exp.build import build_model
-from anode_exp.composition import composed, jobs, study
+from anode_exp.commands.together import train
+from anode_exp.config.compose import composed, jobs
+from anode_exp.config.studies import study
 from anode_exp.errors import UserError
 from anode_exp.models import MODELS, ode_blocks
-from anode_exp.report.study import growth, order_in_dt
+from anode_exp.report.gradient_error import order_in_dt
+from anode_exp.report.memory import growth
 from anode_exp.studies.evolution import kernels_over_time
+from anode_exp.studies.gradient_error import rows as gradient_error_rows
 from anode_exp.studies.memory import measure
 from anode_exp.studies.reversibility import Flow, fixed, steps_for, to_tolerance
-from anode_exp.study import _gradient_error, run_study
-from anode_exp.train import train
+from anode_exp.studies.study import run_study
 
 
 def run(cwd: Path, *arguments: str) -> subprocess.CompletedProcess:
@@ -115,7 +118,7 @@ def test_an_adaptive_solve_that_fails_is_a_row():
     table = ["study.solvers=[]", "study.tolerances=[1e-3]", "solver.max_evaluations=3", "model.width=0.25"]
     config, settings = study("gradient_error", table)
     batch = torch.randn(2, 3, 32, 32), torch.tensor([1, 2])
-    (row,) = list(_gradient_error(config, settings, 10, batch, Path(".")))
+    (row,) = list(gradient_error_rows(config, settings, 10, batch, Path(".")))
     assert row["relative_error"] is None and "max_evaluations = 3" in row["reason"]
 
 
@@ -123,7 +126,7 @@ def test_weights_of_their_own_in_every_step_have_fixed_steps_alone():
     settings = ["study.solvers=[rk2]", "study.n_steps=[2]", "model=resnet4"]
     evolving = ["model.evolution=reaction_diffusion_advection", "model.evolution_coupling=joint"]
     config, asked = study("gradient_error", settings + evolving)
-    found = list(_gradient_error(config, asked, 10, (torch.randn(2, 3, 32, 32), torch.tensor([1, 2])), Path(".")))
+    found = list(gradient_error_rows(config, asked, 10, (torch.randn(2, 3, 32, 32), torch.tensor([1, 2])), Path(".")))
     assert {r["tolerance"] for r in found} == {None} and len(found) == len(asked.gradients)
     for row in found:
         wrong = row["gradient"] in ("reverse_adjoint", "stored_adjoint")

@@ -10,7 +10,7 @@ from torch import nn
 from anode_exp.gradient import GRADIENT_MODES
 from anode_exp.models import MODELS, take_evaluations
 from anode_exp.training.graphed_step import GraphedStep, set_learning_rate
-from anode_exp.training.train_step import autocast_for, train_step
+from anode_exp.training.step import autocast_for, train_step
 
 
 class FailsToWarmUp(Repeat):

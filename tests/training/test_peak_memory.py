@@ -5,12 +5,13 @@ import torch
 from conftest import make_ode_block
 from torch import nn
 
-from anode_exp.composition import jobs
+from anode_exp.commands.together import train, train_together
+from anode_exp.config.compose import jobs
 from anode_exp.models import MODELS
-from anode_exp.train import train, train_together
-from anode_exp.training import fit, graphed_step, peak_memory
+from anode_exp.training import graphed_step, peak_memory
+from anode_exp.training import trainer as fit
 from anode_exp.training.peak_memory import LiveTensorBytes, PeakMemory
-from anode_exp.training.train_step import autocast_for, train_step
+from anode_exp.training.step import autocast_for, train_step
 
 MB = 1_000_000
 

@@ -13,13 +13,14 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from anode_exp.composition import jobs, resumed
+from anode_exp.commands.together import train
+from anode_exp.config.change import resumed
+from anode_exp.config.compose import jobs
 from anode_exp.errors import UserError
-from anode_exp.json_lines import append_line, read_lines
-from anode_exp.train import train
+from anode_exp.records.checkpoints import Checkpoints
+from anode_exp.records.reading import append_line, read_lines
+from anode_exp.records.run_record import RunRecord
 from anode_exp.training import graphed_step as step_module
-from anode_exp.training.checkpoints import Checkpoints
-from anode_exp.training.records import RunRecord
 
 SMALL = [
     "dataset=digits", "dataset.train_size=40", "dataset.test_size=20", "model=squeezenext", "model.width=0.25",

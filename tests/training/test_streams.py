@@ -6,8 +6,8 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from anode_exp import train as train_module
-from anode_exp.composition import jobs
+from anode_exp.commands import together as train_module
+from anode_exp.config.compose import jobs
 from anode_exp.errors import UserError
 from anode_exp.training.graphed_step import WARM_UP_STEPS, CudaCapture
 from anode_exp.training.streams import MOST_STREAMS, clear_workspaces, run_streams

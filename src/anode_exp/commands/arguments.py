@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import fields
 from typing import Any, NoReturn
 
-from anode_exp.composition import two_columns, wrapped
+from anode_exp.config.describe import two_columns, wrapped
 from anode_exp.errors import UserError
 
 PROGRAM = "python -m anode_exp"

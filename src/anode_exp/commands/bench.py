@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+from fnmatch import fnmatchcase
+
+import yaml
+
 from anode_exp.commands.arguments import Parser, help_text, own_settings
-from anode_exp.composition import BASELINES, bench_entries, folder
-from anode_exp.config import BenchSettings, split_settings
+from anode_exp.config.check import check_used, split_settings
+from anode_exp.config.compose import composed, folder
+from anode_exp.config.describe import near
+from anode_exp.config.overrides import given_keys, parse
+from anode_exp.config.schema import BenchSettings, TrainConfig
+from anode_exp.errors import UserError
 
 ABOUT = "time of a training step of several compositions, and of usual ways to train, in turn"
 EXAMPLES = (
@@ -38,6 +46,81 @@ def main(arguments: list[str]) -> None:
     entries, rounds = bench_entries(parsed.settings)
     directory = folder(split_settings(BenchSettings, parsed.settings, "bench")[1], "bench")
 
-    from anode_exp.bench import run_bench  # imports torch
+    from anode_exp.studies.bench import run_bench
 
     run_bench(entries, rounds, directory)
+
+
+BASELINES = {
+    "eager": "a plain loop: contiguous layout, images on the device, no graph",
+    "dataloader": "the same, fed by torchvision's DataLoader with 4 workers",
+    "torch_checkpoint": "this project's step with torch.utils.checkpoint around each block",
+}
+
+
+NOT_TIMED = (
+    *("length", "recipe.epochs", "recipe.max_steps", "recipe.test_batch_size", "recipe.lr", "recipe.milestones"),
+    *("recipe.gamma", "recipe.schedule", "recipe.warmup_epochs", "recipe.evolution_lr", "recipe.restart_momentum"),
+    *("recipe.moving_average", "runtime.check_every", "runtime.keep_every", "runtime.sync_debug", "dataset.test_size"),
+)
+"""Settings of a run that are no part of its training step, as ``bench`` times it."""
+
+
+def bench_entries(arguments: list[str]) -> tuple[list[tuple[str, TrainConfig, str | None]], int]:
+    """What ``bench`` compares: (label, configuration, baseline) each, and how many rounds.
+
+    ``compare=[…]`` lists overrides, several in one entry separated by spaces, beside those that all entries share;
+    ``baseline=NAME`` among them is one of ``BASELINES``. Without it the project's step stands beside all of those.
+
+    Raises:
+        UserError: for the first thing wrong, in one line.
+    """
+    own_settings, shared = split_settings(BenchSettings, arguments, "bench")
+    try:
+        compare = yaml.safe_load(own_settings.compare)
+    except yaml.YAMLError:
+        compare = None
+    if not isinstance(compare, list) or not all(isinstance(entry, str) for entry in compare):
+        raise UserError(
+            f"compare={own_settings.compare}: give a list of settings, such as "
+            "compare='[gradient=dto_checkpoint, gradient=full_backprop solver=rk4]'"
+        )
+    entries: list[tuple[str, TrainConfig, str | None]] = []
+    for key in given_keys(parse(shared)):
+        if key.startswith(("hydra.", "hydra/")) and key != "hydra.run.dir":
+            raise UserError(f"{key}: bench does not use it; give hydra.run.dir=DIR")
+    for label in compare or ["", *(f"baseline={name}" for name in BASELINES)]:
+        own = label.split()
+        named = [word.partition("=")[2] for word in own if word.startswith("baseline=")]
+        for name in named:
+            if name not in BASELINES:
+                raise UserError(f"baseline={name}: choose one of {', '.join(BASELINES)}" + near(name, BASELINES))
+        settings = [word for word in own if not word.startswith("baseline=")]
+        config = composed([*shared, *settings], "list them in compare")
+        check_used(given_keys(parse(settings)), [config])
+        if len(named) > 1:
+            raise UserError(f"compare: {label} names two baselines; write an entry for each")
+        own_step = ("gradient*", "runtime.compile", "runtime.cuda_graph", "runtime.channels_last")
+        for key in given_keys(parse(settings)):
+            if key.startswith(("hydra.", "hydra/")):
+                raise UserError(f"{key}: not a setting of an entry; give hydra.run.dir=DIR to bench itself")
+            unused = own_step[:-1] if named == ["torch_checkpoint"] else own_step[1:]
+            if named and any(fnmatchcase(key, pattern) for pattern in unused):
+                raise UserError(f"{key}: baseline={named[0]} does not use it; leave it out of its entry")
+        for key in given_keys(parse([*shared, *settings])):
+            if key in NOT_TIMED:
+                raise UserError(f"{key}: bench times training steps, of which it is no part; leave it out")
+        if config.gradient.name == "budget":
+            raise UserError("gradient=budget: its plan is no step of its own; see study budget")
+        if config.seeds > 1 and named:
+            raise UserError(f"baseline={named[-1]}: takes one seed; set seeds=1")
+        entries.append((label or "as composed", config, named[-1] if named else None))
+    check_used(given_keys(parse(shared)), [config for _, config, _ in entries])
+    if len({label for label, *_ in entries}) < len(entries):
+        raise UserError("compare: names the same entry twice")
+    if len({(c.runtime.device, c.runtime.precision == "tf32", c.runtime.cudnn_benchmark) for _, c, _ in entries}) > 1:
+        raise UserError(
+            "compare: one process runs on one device, with TF32 or without, with runtime.cudnn_benchmark or without; "
+            "compare those in two runs"
+        )
+    return entries, own_settings.rounds

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
+
+from tabulate import tabulate
 
 from anode_exp.commands.arguments import Parser, help_text, own_settings
-from anode_exp.composition import check_evaluation, evaluations
-from anode_exp.config import EvaluateSettings, split_settings
+from anode_exp.config.change import check_evaluation, evaluations
+from anode_exp.config.check import split_settings
+from anode_exp.config.schema import EvaluateSettings
 from anode_exp.errors import UserError
 
 ABOUT = "loss and accuracy of a trained run, also under other solvers, steps and data sets"
@@ -38,6 +42,11 @@ def main(arguments: list[str]) -> None:
     configs = evaluations(Path(own.run), overrides)
     check_evaluation(overrides, own.calibrate)
 
-    from anode_exp.evaluate import evaluate_run, table  # imports torch
+    from anode_exp.runs import evaluate_run
 
     print(table(evaluate_run(Path(own.run), own.checkpoint, configs, own.calibrate)))
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    shown_rows = [{**row, "test_accuracy": f"{row['test_accuracy']:.2%}"} for row in rows]
+    return tabulate(shown_rows, headers="keys", floatfmt=".4f")

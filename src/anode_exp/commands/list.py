@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from anode_exp.commands.arguments import Parser, help_text
-from anode_exp.composition import catalogue
+from anode_exp.config.describe import catalogue
 from anode_exp.errors import UserError
 
 ABOUT = "models, solvers, gradient modes, data sets, presets, studies and papers, each with a line"

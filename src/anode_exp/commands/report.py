@@ -7,10 +7,12 @@ from pathlib import Path
 
 from anode_exp.commands.arguments import Parser
 from anode_exp.commands.reproduce import paper_help, paper_name
-from anode_exp.composition import composed, options
-from anode_exp.config import ReportSettings, split_settings
+from anode_exp.config.check import split_settings
+from anode_exp.config.compose import composed
+from anode_exp.config.describe import options
+from anode_exp.config.reproduction import cells, directories, specification
+from anode_exp.config.schema import ReportSettings
 from anode_exp.errors import UserError
-from anode_exp.reproduction import cells, directories, specification
 
 ABOUT = "curves and tables of a paper's runs next to the published ones, as one page"
 
@@ -29,7 +31,8 @@ def main(arguments: list[str]) -> None:
     expected = cells(paper, [f"length={own.length}", f"seeds={own.seeds}"])
     places = directories(paper, own.length, Path(own.directory))
 
-    from anode_exp.report.paper import COPIES, copy_records, read_records, write_report
+    from anode_exp.records.cells import COPIES, copy_records, read_records
+    from anode_exp.report.page import write_report
 
     records = [r for r in read_records(*places) if r.cell["length"] == own.length]
     if not records:

@@ -2,13 +2,30 @@
 
 from __future__ import annotations
 
+import itertools
+import logging
+import statistics
 import sys
+import time
+import traceback
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 
 from anode_exp.commands.arguments import Parser, help_text, own_settings
-from anode_exp.composition import about, options
-from anode_exp.config import ReproduceSettings
-from anode_exp.errors import UserError
-from anode_exp.reproduction import cells, specification
+from anode_exp.commands.evaluate import table
+from anode_exp.config.change import differing, evaluations
+from anode_exp.config.check import read_config, typed
+from anode_exp.config.describe import about, options
+from anode_exp.config.reproduction import Cell, cells, specification
+from anode_exp.config.schema import ReproduceSettings, TrainConfig
+from anode_exp.config.studies import study
+from anode_exp.errors import InUse, UserError
+from anode_exp.records.cells import CALIBRATION_BATCHES, is_calibrated, other_statistics
+from anode_exp.records.reading import read_lines, read_metrics, read_results, write_atomically
+from anode_exp.training.progress import bar
+from anode_exp.training.signals import StopRequest, stop_requests
+
+log = logging.getLogger(__name__)
 
 ABOUT = "a paper's figures and tables, run by run; continues where it stopped"
 
@@ -19,8 +36,6 @@ def main(arguments: list[str]) -> None:
         print(paper_help("reproduce", ABOUT, parsed.paper))
         return
     asked = cells(paper_name("reproduce", parsed.paper), parsed.settings)
-
-    from anode_exp.reproduce import reproduce  # imports torch
 
     sys.exit(reproduce(asked))
 
@@ -61,3 +76,173 @@ def paper_help(verb: str, text: str, paper: str | None, schema: type = Reproduce
         examples,
         "Any setting of train besides applies to every run." if verb == "reproduce" else "",
     )
+
+
+def is_done(cell: Cell) -> bool:
+    """Whether a cell's run is recorded whole: completed, or diverged.
+
+    Raises:
+        UserError: if its folder holds a run of other settings.
+    """
+    if cell.config is None:
+        return (cell.directory / "cell.json").exists()  # written last
+    if not (cell.directory / "config.yaml").exists():
+        return False
+    # Training is the same whatever the running statistics, and a run is evaluated both ways.
+    other = [k for k in differing(typed(read_config(cell.directory)), cell.config) if k != "model.statistics"]
+    if other:
+        raise UserError(
+            f"{cell.directory}: holds a run with another {', '.join(other[:3])}; give directory= for a new reproduction"
+        )
+    results = read_results(cell.directory)
+    return results is not None and results["status"] in ("completed", "diverged")
+
+
+def recorded_config(cell: Cell) -> TrainConfig | None:
+    """A cell's configuration, with the running statistics that its run keeps where it has begun."""
+    if cell.config is None or not (cell.directory / "config.yaml").exists():
+        return cell.config
+    statistics = typed(read_config(cell.directory)).model.statistics
+    return replace(cell.config, model=replace(cell.config.model, statistics=statistics))
+
+
+def lacks_calibration(cell: Cell) -> bool:
+    """Whether a completed run of an ODE network is still to be evaluated with the other BatchNorm statistics too."""
+    config, results = recorded_config(cell), read_results(cell.directory)
+    if config is None or results is None or results["status"] != "completed":
+        return False
+    if config.model.block != "ode" or config.model.field_norm != "batch":
+        return False
+    rows = read_lines(cell.directory / "evaluations.jsonl")
+    return not config.solver.adaptive and not any(is_calibrated(row, config, results["epochs"]) for row in rows)
+
+
+def reproduce(cells: list[Cell], tick: Callable[[], object] | None = None) -> int:
+    """Run what is missing, go on with what was interrupted, skip what is recorded with the same settings.
+
+    On CUDA the seeds of one figure and method run at once. A run that another process is writing is left to it. A
+    failed one does not stop the others.
+
+    Returns:
+        The exit code: 0, 2 where runs failed by a mistake to mend alone, else 1, 128 and the signal that interrupted.
+    """
+    cells = list({cell.directory: cell for cell in cells}.values())  # figures may share some
+    todo = [cell for cell in cells if not is_done(cell) or lacks_calibration(cell)]
+    print(f"{len(cells) - len(todo)} of {len(cells)} runs are recorded, {len(todo)} to go")
+    failed: list[tuple[str, bool]] = []  # and whether the user can mend it
+    groups = _together(todo)
+    done_epochs = sum(_epochs(cell) for cell in cells)
+    epochs = sum(c.config.recipe.epochs for c in cells if c.config is not None)
+    with stop_requests() as stop, bar(epochs, "all runs", done_epochs) as progress:
+        for position, group in enumerate(groups, 1):
+            # Another process may have run some meanwhile.
+            group = [cell for cell in group if not is_done(cell) or lacks_calibration(cell)]
+            if not group:
+                continue
+            left = [[cell for cell in later if not is_done(cell)] for later in groups[position - 1 :]]
+            names = "; ".join(cell.name for cell in group)
+            progress.write(f"\n[{position} of {len(groups)}] {names}{_time_to_go(cells, left)}", file=sys.stdout)
+            sys.stdout.flush()
+            _run_group(group, failed, progress.update, stop)
+            if stop.signal is not None:
+                return 128 + stop.signal
+    for line, _ in failed:
+        print(line, file=sys.stderr)
+    return 0 if not failed else 2 if all(mistake for _, mistake in failed) else 1
+
+
+def _together(cells: list[Cell]) -> list[list[Cell]]:
+    import torch
+
+    if not torch.cuda.is_available():
+        return [[cell] for cell in cells]
+    cells = sorted(cells, key=lambda c: (c.figure, c.method or ""))
+    return [list(group) for _, group in itertools.groupby(cells, key=lambda c: (c.figure, c.method))]
+
+
+def _epochs(cell: Cell) -> int:
+    return len(read_metrics(cell.directory)) if cell.config is not None else 0
+
+
+def _run_group(
+    group: list[Cell], failed: list[tuple[str, bool]], tick: Callable[[], object], stop: StopRequest
+) -> None:
+    """Train the cells of a group, or do the study; what fails is told and noted."""
+    from anode_exp.commands.together import train_together  # imports torch
+    from anode_exp.runs import evaluate_run
+    from anode_exp.studies.study import run_study
+
+    try:
+        for cell in group:
+            if cell.study is not None:
+                run_study(*study(cell.study, cell.settings), cell.directory)
+                _place(cell)
+                return
+            cell.directory.mkdir(parents=True, exist_ok=True)
+            _place(cell)
+        runs = [
+            (config, cell.directory)
+            for cell in group
+            if (config := recorded_config(cell)) is not None and not is_done(cell)
+        ]
+        try:
+            if runs:
+                train_together(runs, resume=True, tick=tick, stop=stop)
+        finally:  # also of those that went well beside one that failed
+            for cell in group:
+                if lacks_calibration(cell) and (config := recorded_config(cell)) is not None:
+                    configs = evaluations(cell.directory, [f"model.statistics={other_statistics(config)}"])
+                    print(table(evaluate_run(cell.directory, "last", configs, calibrate=CALIBRATION_BATCHES)))
+        return
+    except InUse as error:
+        print(error)
+        return
+    except UserError as error:
+        failed.append((str(error), True))
+    except OSError as error:  # a folder that cannot be written, a full disk
+        failed.append((f"{error.filename or group[0].directory}: {error.strerror}", True))
+    except Exception as error:
+        traceback.print_exc()
+        reason = str(error).splitlines()[0] if str(error) else ""
+        failed.append((f"{group[0].name}: {type(error).__name__}: {reason}", False))
+    log.error(failed[-1][0])
+
+
+def _place(cell: Cell) -> None:
+    write_atomically(cell.directory / "cell.json", lambda path: path.write_text(cell.describe()))
+
+
+def _epoch_seconds(cells: Iterable[Cell]) -> dict[tuple[str, str], float]:
+    """Median seconds of a recorded epoch, evaluation included, of each figure and method."""
+    seconds: dict[tuple[str, str], list[float]] = {}
+    for cell in cells:
+        if cell.config is not None and cell.method is not None:
+            for line in read_metrics(cell.directory):
+                taken = line["train_time_s"] + line.get("evaluation_time_s", 0.0)
+                seconds.setdefault((cell.figure, cell.method), []).append(taken)
+    return {key: statistics.median(values) for key, values in seconds.items()}
+
+
+def _time_to_go(cells: list[Cell], left: list[list[Cell]]) -> str:
+    """From recorded epochs: those of the same figure and method, else of the figure's others. Groups run at once."""
+    measured = _epoch_seconds(cells)
+    total, unknown = 0.0, False
+    for group in left:
+        cell = min(group, key=_epochs, default=None)
+        if cell is None or cell.config is None or cell.method is None:
+            continue
+        others = [s for (figure, _), s in measured.items() if figure == cell.figure]
+        second = measured.get((cell.figure, cell.method), max(others, default=None))
+        if second is None:
+            unknown = True
+        else:
+            total += second * (cell.config.recipe.epochs - _epochs(cell))
+    if not total:
+        return ""
+    ends = time.strftime("%a %H:%M", time.localtime(time.time() + total))
+    return f"; {'more than ' if unknown else 'about '}{_duration(total)} to go, until {ends}"
+
+
+def _duration(seconds: float) -> str:
+    minutes = round(seconds / 60)
+    return f"{minutes // 60} h {minutes % 60:02d} min" if minutes >= 60 else f"{max(1, minutes)} min"

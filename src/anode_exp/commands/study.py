@@ -3,19 +3,11 @@
 from __future__ import annotations
 
 from anode_exp.commands.arguments import Parser, help_text, own_settings
-from anode_exp.composition import (
-    CONF,
-    STUDY_READS,
-    about,
-    comments,
-    composed_settings,
-    described,
-    folder,
-    near,
-    options,
-    study,
-)
-from anode_exp.config import StudySettings, split_settings
+from anode_exp.config.check import split_settings
+from anode_exp.config.compose import composed_settings, folder
+from anode_exp.config.describe import CONF, about, comments, described, near, options
+from anode_exp.config.schema import StudySettings
+from anode_exp.config.studies import STUDY_READS, study
 from anode_exp.errors import UserError
 
 ABOUT = "a measurement with its table and plot: memory, budgets, gradient errors, reversibility, evolving weights"
@@ -50,7 +42,7 @@ def main(arguments: list[str]) -> None:
     config, settings = study(name, [*overrides, *of_run], own.thorough)
     directory = folder(overrides, name)
 
-    from anode_exp.study import run_study  # imports torch
+    from anode_exp.studies.study import run_study
 
     run_study(config, settings, directory)
 

@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import json
+import logging
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig
+
 from anode_exp.commands.arguments import PROGRAM, help_text, own_settings
 from anode_exp.commands.version import version
-from anode_exp.composition import CONF, PRESETS, composed_settings, described, groups, jobs, options, resumed
-from anode_exp.config import ResumeSettings, split_settings
-from anode_exp.errors import UserError
+from anode_exp.config.change import resumed
+from anode_exp.config.check import split_settings, typed
+from anode_exp.config.compose import composed_settings, jobs
+from anode_exp.config.describe import CONF, PRESETS, described, groups, options
+from anode_exp.config.schema import ResumeSettings, TrainConfig
+from anode_exp.errors import UserError, fail
 
 ABOUT = "one run, on CUDA where there is one; with -m a sweep; with resume=DIR a run continued"
 FLAGS = [
@@ -59,8 +69,6 @@ def main(arguments: list[str]) -> None:
         return
     import hydra
     from hydra._internal.utils import get_args_parser
-
-    from anode_exp.job import run_job
 
     parser = get_args_parser()
     parser.prog = f"{PROGRAM} train"
@@ -121,11 +129,49 @@ def resume(own: ResumeSettings, overrides: list[str]) -> None:
     folders = [f for f in runs_of_seeds(directory) if (f / "config.yaml").exists()] or [directory]
     runs = [(resumed(folder, overrides), folder) for folder in folders]
 
-    from anode_exp.train import train_together  # imports torch
+    from anode_exp.commands.together import train_together
 
     results = train_together(runs, resume=True)
     if len(runs) > 1:
         print(f"\n{sweep_table(directory, sweep_rows(directory))}")
+    for result in results:
+        if result["signal"] is not None:
+            sys.exit(128 + result["signal"])
+
+
+log = logging.getLogger(__name__)
+
+
+def seed_runs(config: TrainConfig, directory: Path) -> list[tuple[TrainConfig, Path]]:
+    """The runs that a configuration asks for: one in the directory, or one a seed, each in a folder of its own."""
+    if config.seeds == 1:
+        return [(config, directory)]
+    seeds = range(config.seed, config.seed + config.seeds)
+    return [(replace(config, seed=s, seeds=1), directory / f"{i}_seed-{s}") for i, s in enumerate(seeds)]
+
+
+def run_job(config: DictConfig) -> None:
+    """Train in Hydra's output directory. A failed job of a sweep is recorded and named, and the others go on."""
+    from anode_exp.commands.together import train_together
+
+    hydra = HydraConfig.get()
+    directory = Path(hydra.runtime.output_dir)
+    runs = seed_runs(typed(config), directory)
+    try:
+        results = train_together(runs)
+    except Exception as error:
+        mistake = isinstance(error, UserError)
+        if hydra.mode == RunMode.RUN:
+            if mistake:
+                fail(str(error))
+            raise
+        reason = str(error) if mistake else f"{type(error).__name__}: {error}".splitlines()[0]
+        log.error(f"{directory.name} failed: {reason}\n  see {runs[0][1] / 'train.log'}", exc_info=not mistake)
+        record = {"status": "failed", "error": reason, "mistake": mistake}
+        for _, folder in runs:
+            if not (folder / "results.json").exists():
+                (folder / "results.json").write_text(json.dumps(record, indent=2) + "\n")
+        return
     for result in results:
         if result["signal"] is not None:
             sys.exit(128 + result["signal"])

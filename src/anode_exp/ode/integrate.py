@@ -1,55 +1,14 @@
-"""Time grids, fixed and found, and the time loop over one."""
+"""The time loop: over a grid, or over steps that a controller chooses."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
+import torch
 from torch import Tensor
 
-from anode_exp.ode.runge_kutta import ExplicitRungeKutta
+from anode_exp.ode.controller import StepController, check_evaluations
+from anode_exp.ode.explicit import ExplicitRungeKutta
+from anode_exp.ode.grid import Steps, TimeGrid, Tolerance, rms
 from anode_exp.ode.vector_field import Theta, VectorField
-
-
-@dataclass(frozen=True)
-class TimeGrid:
-    """n_steps equal steps from t0 to t1: t_n = t0 + n h with h = (t1 − t0) / n_steps; t1 < t0 runs backwards.
-
-    Raises:
-        ValueError: if n_steps < 1.
-    """
-
-    n_steps: int
-    t0: float = 0.0
-    t1: float = 1.0
-
-    def __post_init__(self) -> None:
-        if self.n_steps < 1:
-            raise ValueError(f"n_steps is {self.n_steps}; a time grid needs at least 1 step")
-
-    def time(self, n: int) -> float:
-        return self.t0 + n * self.step_size(n)
-
-    def step_size(self, n: int) -> float:
-        return (self.t1 - self.t0) / self.n_steps
-
-
-@dataclass(frozen=True)
-class Steps:
-    """The steps that an adaptive solve accepted: the n-th begins at times[n] and is sizes[n] long."""
-
-    times: tuple[float, ...]
-    sizes: tuple[float, ...]
-
-    @property
-    def n_steps(self) -> int:
-        return len(self.sizes)
-
-    def time(self, n: int) -> float:
-        """t_n for 0 ≤ n ≤ n_steps."""
-        return self.times[n]
-
-    def step_size(self, n: int) -> float:
-        return self.sizes[n]
 
 
 def integrate(
@@ -77,3 +36,94 @@ def integrate(
             kept.append(y)
         y = solver.step(field, theta_n, grid.time(n), grid.step_size(n), y, kept if keep_stages else None)
     return y
+
+
+@torch.no_grad()
+def _first_step(field: VectorField, theta: Theta, y0: Tensor, slope: Tensor, tolerance: Tolerance, order: int) -> float:
+    """A first step whose error an explicit Euler step estimates; one evaluation of f.
+
+    Source: Hairer, Nørsett, Wanner, Solving ODEs I, II.4.
+    """
+    sign = 1.0 if tolerance.t1 > tolerance.t0 else -1.0
+    scale = tolerance.scale(y0, y0)
+    d0, d1 = float(rms(y0 / scale)), float(rms(slope / scale))
+    h0 = 1e-6 if min(d0, d1) < 1e-5 else 0.01 * d0 / d1
+    h0 = min(h0, abs(tolerance.t1 - tolerance.t0))
+    other = field(tolerance.t0 + sign * h0, y0 + sign * h0 * slope, theta)
+    d2 = float(rms((other - slope) / scale)) / h0
+    largest = max(d1, d2)
+    h1 = max(1e-6, 1e-3 * h0) if largest <= 1e-15 else (0.01 / largest) ** (1 / (order + 1))
+    return min(100 * h0, h1)
+
+
+def integrate_adaptive(
+    field: VectorField,
+    y0: Tensor,
+    theta: Theta,
+    tolerance: Tolerance,
+    solver: ExplicitRungeKutta,
+    kept: list[Tensor] | None = None,
+    keep_stages: bool = False,
+) -> tuple[Tensor, Steps]:
+    """Solve dy/dt = f(t, y, θ), y(t0) = y0, to the tolerance.
+
+    A rejected step leaves running statistics as they were, and the evaluation for the first step size does too. Where
+    the method's last stage is the next step's first, it is evaluated once.
+
+    Args:
+        theta: constant in time.
+        kept: as for ``integrate``, for accepted steps.
+
+    Returns:
+        y(t1), bit for bit that of ``integrate`` over the accepted steps, and those.
+
+    Raises:
+        SolveFailed: beyond ``max_evaluations``, or below ``min_step``.
+        ValueError: if the method has no error estimate, or θ has a value for every step.
+    """
+    if any(entry.shape != p.shape for entry, p in zip(theta, field.theta, strict=True)):
+        raise ValueError("adaptive steps need a θ constant in time: how many steps there will be is not known")
+    table = solver.embedded
+    if table.b_error is None:
+        raise ValueError(f"{table.name} has no error estimate; adaptive steps need one: heun, bosh3 or dopri5")
+    before = field.evaluations.total
+    y, t = y0, tolerance.t0
+    first = field(t, y, theta)
+    with field.trial():
+        h = _first_step(field, theta, y, first, tolerance, table.order)
+    control = StepController(t, tolerance.t1, h, table.order, tolerance)
+    slope: Tensor | None = first
+    times, sizes = [t], []
+    while not control.done:
+        check_evaluations(tolerance, field.evaluations.total - before, control.t)
+        if slope is None:
+            slope = field(control.t, y, theta)
+        t, h = control.t, control.h
+        with field.trial() as trial:
+            attempt = solver.attempt(field, theta, t, h, y, slope)
+            error = tolerance.error_norm([attempt.error], [y], [attempt.y])
+            accepted = control.judge(error)
+            trial.keep = accepted
+        field.count_step(accepted)
+        if accepted:
+            if kept is not None:
+                kept += attempt.stages if keep_stages else [y]
+            y, slope = attempt.y, attempt.last_slope
+            times.append(control.t)
+            sizes.append(h)
+    return y, Steps(tuple(times), tuple(sizes))
+
+
+def solve_forward(
+    field: VectorField,
+    y0: Tensor,
+    theta: Theta,
+    grid: TimeGrid | Tolerance,
+    solver: ExplicitRungeKutta,
+    kept: list[Tensor] | None = None,
+    keep_stages: bool = False,
+) -> tuple[Tensor, TimeGrid | Steps]:
+    """``integrate`` over a given grid, or ``integrate_adaptive`` to a tolerance: y(t1) and the steps taken."""
+    if isinstance(grid, Tolerance):
+        return integrate_adaptive(field, y0, theta, grid, solver, kept, keep_stages)
+    return integrate(field, y0, theta, grid, solver, kept, keep_stages), grid

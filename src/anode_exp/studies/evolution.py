@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from anode_exp.config.schema import StudyConfig, TrainConfig
 from anode_exp.models import Evolution, ReactionDiffusionAdvection, ode_blocks
+from anode_exp.runs import load_run
 
 TIMES = 6
 """Times shown, from 0 to 1."""
@@ -44,3 +48,14 @@ def kernels_over_time(network: nn.Module) -> Iterator[tuple[dict[str, Any], Tens
                 "cosine": cosine.tolist(),
             }
             yield row, w.flatten(1, 2)[:, most]
+
+
+def rows(
+    config: TrainConfig, study: StudyConfig, num_classes: int, batch: None, directory: Path
+) -> Iterator[dict[str, Any]]:
+    assert study.run is not None
+    kernels = {}
+    for row, kernel in kernels_over_time(load_run(study.run, study.checkpoint).network):
+        kernels[f"{row['block']}.{row['convolution']}"] = kernel.numpy()
+        yield row
+    np.savez_compressed(directory / "kernels.npz", **kernels)  # type: ignore[arg-type]

@@ -6,15 +6,19 @@ import gc
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from anode_exp.build import _network, build_memory_format
+from anode_exp.config.schema import StudyConfig, TrainConfig
 from anode_exp.models import take_evaluations
-from anode_exp.training.graphed_step import Capture, GraphedStep
+from anode_exp.training.graphed_step import Capture, GraphedStep, capture_of
 from anode_exp.training.peak_memory import LiveTensorBytes, allocator_of
-from anode_exp.training.train_step import autocast_for, train_step
+from anode_exp.training.progress import bar
+from anode_exp.training.step import autocast_for, train_step
 
 LEARNING_RATE = 1e-4  # weights must stay finite, and not matter
 
@@ -106,3 +110,29 @@ def measure(
             "step_time_s": statistics.median(seconds[label]),
             "time_ratio": statistics.median(a / b for a, b in zip(seconds[label], seconds[first], strict=True)),
         }
+
+
+def rows(
+    config: TrainConfig, study: StudyConfig, num_classes: int, batch: tuple[Tensor, Tensor], directory: Path
+) -> Iterator[dict[str, Any]]:
+    images, labels = batch
+    grids = [("n_steps", n) for n in study.n_steps] + [("blocks_per_stage", n) for n in study.blocks_per_stage]
+    with bar(len(grids) * len(study.gradients) * (1 + study.repeats), study.name) as progress:
+        for varied, value in grids:
+            networks: dict[str, nn.Module] = {}
+            for label, gradient in study.gradients.items():
+                network = _network(config, gradient, num_classes, **{varied: value})
+                layout = build_memory_format(config.runtime, network, images.device)
+                networks[label] = network.to(images.device, memory_format=layout)  # type: ignore[call-overload]
+            laid_out = images.contiguous(memory_format=layout)
+            for row in measure(
+                networks, laid_out, labels, config.runtime.precision, study.repeats, progress.update,
+                capture_of(config, images.device),
+            ):  # fmt: skip
+                yield {
+                    "varied": varied,
+                    "n_steps": config.solver.n_steps,
+                    "blocks_per_stage": config.model.blocks_per_stage,
+                    varied: value,
+                    **row,
+                }

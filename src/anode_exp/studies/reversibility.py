@@ -5,12 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from anode_exp.config.schema import StudyConfig, TrainConfig
 from anode_exp.ode import (
     TABLEAUX,
     ExplicitRungeKutta,
@@ -20,6 +23,7 @@ from anode_exp.ode import (
     VectorField,
     solve_forward,
 )
+from anode_exp.training.progress import bar
 
 CASE_ROWS = 25
 SINGLE = torch.finfo(torch.float32).eps
@@ -195,3 +199,28 @@ def images_there_and_back(
                 {**row, "rho": rho(images, again), "rho_of_images": each, "steps": forward, "steps_back": backward},
                 {"output": y1, "reversed": again},
             )
+
+
+def rows(
+    config: TrainConfig, study: StudyConfig, num_classes: int, batch: tuple[Tensor, Tensor], directory: Path
+) -> Iterator[dict[str, Any]]:
+    images = batch[0]
+    n = config.solver.n_steps
+    grids: dict[str, tuple[str, TimeGrid | Tolerance, TimeGrid | Tolerance]] = {
+        f"{config.solver.name}, {n} steps": (config.solver.name, TimeGrid(n), TimeGrid(n, 1.0, 0.0))
+    }
+    limits = {"max_evaluations": 100_000, "min_step": 1e-9}
+    for solver in study.adaptive_solvers:
+        for tol in study.tolerances:
+            there, back = (Tolerance(tol, tol, t0, 1.0 - t0, **limits) for t0 in (0.0, 1.0))  # type: ignore[arg-type]
+            grids[f"{solver}, adaptive {tol:g}"] = (solver, there, back)
+    pictures = {"input": images}
+    with bar(CASE_ROWS * study.cases + 4 * len(grids), study.name) as progress:
+        for row, found in images_there_and_back(images, study.weight_std, config.seed, grids):
+            for name, tensor in found.items():
+                pictures[f"{row['activation']}|{row['solver']}|{name}"] = tensor
+            yield row
+            progress.update()
+        np.savez_compressed(directory / "images.npz", **{k: v.cpu().numpy() for k, v in pictures.items()})  # type: ignore[arg-type]
+        if study.cases:
+            yield from cases(progress.update)

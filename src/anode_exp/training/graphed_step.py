@@ -13,10 +13,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from anode_exp.config import RuntimeConfig
+from anode_exp.config.schema import RuntimeConfig, TrainConfig
 from anode_exp.models import ode_blocks
 from anode_exp.ode import TimeGrid
-from anode_exp.training.train_step import train_step
+from anode_exp.training.step import train_step
 
 log = logging.getLogger(__name__)
 
@@ -256,3 +256,8 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
             group["lr"].fill_(rate)
         else:
             group["lr"] = rate
+
+
+def capture_of(config: TrainConfig, device: torch.device) -> Callable[[], Capture] | None:
+    """What records the steps to be timed where runs replay them."""
+    return CudaCapture if device.type == "cuda" and config.runtime.cuda_graph else None

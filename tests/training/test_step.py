@@ -10,7 +10,7 @@ from anode_exp.data import Augmentation, EpochBatches, Normalisation, Split
 from anode_exp.gradient import GRADIENT_MODES
 from anode_exp.models import MODELS
 from anode_exp.ode import TABLEAUX
-from anode_exp.training.train_step import autocast_for, evaluate, train_step
+from anode_exp.training.step import autocast_for, evaluate, train_step
 
 CPU = torch.device("cpu")
 

@@ -20,82 +20,27 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import torch
-from tabulate import tabulate
 from torch import Tensor, nn
 
+from anode_exp.budget.plan import RESERVE, Plan, Profile, counted_bytes, fastest, lightest, policies
 from anode_exp.errors import UserError
-from anode_exp.gradient import (
-    DtoCheckpoint,
-    FullBackprop,
-    GradientMode,
-    Revolve,
-    StageCheckpoint,
-    StepCheckpoint,
-)
+from anode_exp.gradient import GradientMode
 from anode_exp.models import OdeBlock, ode_blocks, take_evaluations
 from anode_exp.training.graphed_step import Capture, set_learning_rate
 from anode_exp.training.peak_memory import LiveTensorBytes, allocator_of
-from anode_exp.training.train_step import train_step
+from anode_exp.training.step import train_step
 
 log = logging.getLogger(__name__)
 
+
 SMALL_BATCHES = (2, 4)
-RESERVE = 2**16
-"""Bytes of a budget left to what the measured steps do not have: checks of the losses between them, mostly."""
+
 
 REPEATS = 3  # timed passes of a block under each policy; the fastest counts
-
-
-def policies(n_steps: int) -> dict[str, GradientMode]:
-    """The policies worth choosing from for blocks of so many steps: name → mode."""
-    found: dict[str, GradientMode] = {
-        "full_backprop": FullBackprop(),
-        "dto_checkpoint": DtoCheckpoint(),
-        "stage_checkpoint keep": StageCheckpoint(),
-        "stage_checkpoint rebuild": StageCheckpoint(states="rebuild"),
-    }
-    if n_steps > 1:
-        found["step_checkpoint keep"] = StepCheckpoint()
-        found["step_checkpoint rebuild"] = StepCheckpoint(states="rebuild")
-    slots = 1
-    while slots < n_steps:
-        for unit in ("step", "stage"):
-            found[f"revolve {unit} {slots}"] = Revolve(unit, slots)
-        slots += max(1, slots // 2)
-    return found
-
-
-@dataclass(frozen=True)
-class Profile:
-    """Bytes of a training step with one policy in every block.
-
-    Attributes:
-        kept: what each block holds from its forward pass until its backward pass.
-        inside: the most alive during each block's own passes, less what the blocks before it keep.
-        outside: the most alive elsewhere, less what blocks keep: entry i while the first i blocks hold theirs.
-        evaluations: of f, forward and backward, in each block.
-        shapes: of each block's input, without the batch.
-    """
-
-    kept: list[int]
-    inside: list[int]
-    outside: list[int]
-    evaluations: list[tuple[int, int]]
-    shapes: list[tuple[int, ...]]
-
-
-@dataclass(frozen=True)
-class Plan:
-    """A policy for each block, and the predicted bytes of a step and seconds of the blocks' passes."""
-
-    policies: tuple[str, ...]
-    predicted_bytes: int
-    block_seconds: float
 
 
 class _Timeline(LiveTensorBytes):
@@ -253,38 +198,16 @@ class Planner:
     @cached_property
     def constant_bytes(self) -> int:
         """What a step holds that no dry step sees: measured, less predicted, of the lightest plan."""
-        names = self._lightest()
-        return self.measure(Plan(names, 0, 0.0)) - self._counted(names)
+        names = lightest(self.profiles)
+        return self.measure(Plan(names, 0, 0.0)) - counted_bytes(self.profiles, names)
 
     def predict(self, names: Sequence[str]) -> int:
         """Peak bytes of a training step with these policies."""
-        return self._counted(names) + self.constant_bytes
-
-    def _counted(self, names: Sequence[str]) -> int:
-        """Peak bytes of the tensors of a step, from the dry steps alone."""
-        kept = [self.profiles[name].kept[i] for i, name in enumerate(names)]
-        inside = [sum(kept[:i]) + self.profiles[name].inside[i] for i, name in enumerate(names)]
-        outside = [sum(kept[:i]) + most for i, most in enumerate(self._outside)]
-        return max(*inside, *outside)
-
-    @property
-    def _outside(self) -> list[int]:
-        return next(iter(self.profiles.values())).outside
+        return counted_bytes(self.profiles, names) + self.constant_bytes
 
     def least(self) -> int:
         """The smallest budget that a plan fits."""
-        return self.predict(self._lightest())
-
-    def _lightest(self) -> tuple[str, ...]:
-        """The policies of the fewest bytes."""
-        any_time = {name: [0.0] * len(self.blocks) for name in self.choices}
-        low, high = 0, min(self._counted([name] * len(self.blocks)) for name in self.choices)
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (middle, high) if self._fastest(middle, any_time) is None else (low, middle)
-        names = self._fastest(high, any_time)
-        assert names is not None
-        return names
+        return self.predict(lightest(self.profiles))
 
     def seconds(self, budget: int) -> dict[str, list[float]]:
         """Seconds of each block's forward and backward pass under every policy that could fit the budget; inf else."""
@@ -343,27 +266,6 @@ class Planner:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
-    def _fastest(self, budget: int, seconds: dict[str, list[float]]) -> tuple[str, ...] | None:
-        """The fastest plan whose counted bytes fit."""
-        outside = self._outside
-        if outside[0] > budget:
-            return None
-        plans: list[tuple[int, float, tuple[str, ...]]] = [(0, 0.0, ())]  # bytes kept, seconds, policies
-        for i in range(len(self.blocks)):
-            longer = [
-                (kept + profile.kept[i], taken + seconds[name][i], (*names, name))
-                for kept, taken, names in plans
-                for name, profile in self.profiles.items()
-                if kept + profile.inside[i] <= budget
-                and kept + profile.kept[i] + outside[i + 1] <= budget
-                and seconds[name][i] < float("inf")
-            ]
-            plans = []
-            for candidate in sorted(longer, key=lambda plan: plan[:2]):  # more bytes only where that is faster
-                if not plans or candidate[1] < plans[-1][1]:
-                    plans.append(candidate)
-        return plans[-1][2] if plans else None
-
     def plan(self, budget: int) -> Plan:
         """The fastest plan whose predicted peak is at most the budget.
 
@@ -372,7 +274,7 @@ class Planner:
         """
         if budget < self.least():
             raise UserError(f"no plan fits {budget} bytes; the least is {self.least()}")
-        names = self._fastest(budget - self.constant_bytes, self.seconds(budget))
+        names = fastest(self.profiles, self.seconds(budget), budget - self.constant_bytes)
         assert names is not None
         return self._plan_of(names)
 
@@ -412,7 +314,7 @@ class Planner:
             if measured <= room:
                 return plan, measured
             target -= max(measured - room, 2**20)
-        names = self._lightest()
+        names = lightest(self.profiles)
         self.seconds(self.least())
         measured = self.measure(Plan(names, 0, 0.0))
         if measured <= room:
@@ -440,20 +342,3 @@ class Planner:
                 for i, name in enumerate(plan.policies)
             ],
         }
-
-
-def plan_table(plan: dict[str, Any]) -> str:
-    """A recorded plan, a line a block."""
-    rows = [
-        {
-            "block": i,
-            "policy": b["policy"],
-            "evaluations of f": f"{b['evaluations_forward']} + {b['evaluations_backward']}",
-            "kept, MB": f"{b['kept_bytes'] / 1e6:,.1f}",
-            "both passes, ms": f"{b['seconds'] * 1e3:,.1f}",
-        }
-        for i, b in enumerate(plan["blocks"], 1)
-    ]
-    budget, predicted, measured = (plan[f"{k}_bytes"] / 2**20 for k in ("budget", "predicted", "measured"))
-    head = f"plan for {budget:,.1f} MiB: peak {predicted:,.1f} MiB predicted, {measured:,.1f} MiB measured"
-    return f"{head}\n{tabulate(rows, headers='keys')}"

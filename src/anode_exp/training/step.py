@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from anode_exp.config import RuntimeConfig
+from anode_exp.config.schema import RuntimeConfig
 
 
 def autocast_for(precision: str, device: torch.device) -> Callable[[], torch.autocast]:

@@ -10,34 +10,13 @@ from typing import Any, cast
 
 import yaml
 
-from anode_exp.composition import CONF, composed, near, options
-from anode_exp.config import ReproduceSettings, TrainConfig, check_used, split_settings
+from anode_exp.config.check import check_used, split_settings
+from anode_exp.config.compose import composed
+from anode_exp.config.describe import CONF, near, options
+from anode_exp.config.schema import ReproduceSettings, TrainConfig
 from anode_exp.errors import UserError
 
-CALIBRATION_BATCHES = 50
 MOST_SEEDS = 1000
-
-
-def other_statistics(config: TrainConfig) -> str:
-    """The scheme by which a run is evaluated besides its own: statistics by time, or one set for all times."""
-    return "forward" if config.model.statistics == "by_time" else "by_time"
-
-
-def is_calibrated(row: dict[str, Any], config: TrainConfig, epochs: int) -> bool:
-    """Whether a row of ``evaluations.jsonl`` is a run's own test after its last epoch, with the other statistics.
-
-    Training does not depend on running statistics, so the same weights serve: this is what a run with the other
-    ``model.statistics`` would have reached.
-    """
-    same = {
-        "checkpoint": "last",
-        "epoch": epochs,
-        "dataset": config.dataset.name,
-        "solver": config.solver.name,
-        "n_steps": config.solver.n_steps,
-        "statistics": f"{other_statistics(config)}, {CALIBRATION_BATCHES} batches anew",
-    }
-    return row.items() >= same.items()
 
 
 @dataclass(frozen=True)

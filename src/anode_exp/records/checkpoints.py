@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from anode_exp.errors import UserError
-from anode_exp.training.records import write_atomically
+from anode_exp.records.reading import write_atomically
 
 log = logging.getLogger(__name__)
 

@@ -4,33 +4,30 @@ from __future__ import annotations
 
 import logging
 import math
-import os
-import signal
-import sys
 import time
 import traceback
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from itertools import chain
-from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from anode_exp.config import RecipeConfig, RuntimeConfig
+from anode_exp.config.schema import RecipeConfig, RuntimeConfig
 from anode_exp.data import Augmentation, EpochBatches, ImageData, Normalisation, Split, evaluation_batches
 from anode_exp.errors import UserError
 from anode_exp.models import take_evaluations
 from anode_exp.ode import SolveFailed
+from anode_exp.records.checkpoints import Checkpoints
+from anode_exp.records.run_record import RunRecord
 from anode_exp.training.averaging import MovingAverage
-from anode_exp.training.checkpoints import Checkpoints
 from anode_exp.training.graphed_step import GraphedStep, restart_momentum, set_learning_rate, training_step
 from anode_exp.training.peak_memory import PeakMemory
 from anode_exp.training.progress import bar
-from anode_exp.training.records import RunRecord
-from anode_exp.training.train_step import autocast_for, evaluate
+from anode_exp.training.signals import StopRequest
+from anode_exp.training.step import autocast_for, evaluate
 
 log = logging.getLogger(__name__)
 
@@ -78,36 +75,6 @@ def total_steps(recipe: RecipeConfig, images: int) -> int:
     return steps if recipe.max_steps is None else min(steps, recipe.max_steps)
 
 
-@dataclass
-class StopRequest:
-    """The signal that asked to stop, or None."""
-
-    signal: int | None = None
-
-
-@contextmanager
-def stop_requests() -> Iterator[StopRequest]:
-    """SIGINT and SIGTERM become a request, for training to end after its step; a second one ends at once."""
-    stop = StopRequest()
-
-    def request(number: int, frame: FrameType | None) -> None:
-        if stop.signal is not None:
-            sys.stdout.flush()
-            os._exit(128 + number)
-        stop.signal = number
-
-    try:
-        before = {s: signal.signal(s, request) for s in (signal.SIGINT, signal.SIGTERM)}
-    except ValueError:  # not in the main thread, where the interpreter allows no handlers
-        yield stop
-        return
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
 @contextmanager
 def memory_for(what: str, remedy: str) -> Iterator[None]:
     """Running out of a device's memory in here is a UserError that says what to do."""
@@ -120,6 +87,7 @@ def memory_for(what: str, remedy: str) -> Iterator[None]:
 
 REHEARSED_STEPS = 3
 """One eager, one that records and replays a graph, and one more where an epoch's smaller batch comes between."""
+
 
 SMALLER_STEP = (
     "give a smaller recipe.batch_size, a gradient mode that keeps less (gradient=step_checkpoint, gradient=revolve), "

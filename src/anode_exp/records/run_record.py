@@ -15,24 +15,20 @@ import fcntl
 import json
 import math
 import os
-import platform
-import subprocess
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import torch
 from omegaconf import OmegaConf
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
-from anode_exp.config import TrainConfig
+from anode_exp.config.schema import TrainConfig
 from anode_exp.errors import InUse, UserError
-from anode_exp.json_lines import read_lines
+from anode_exp.records.reading import read_metrics, write_atomically
 
 
 def _finite(value: Any) -> Any:
@@ -44,74 +40,6 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_finite(v) for v in value]
     return value
-
-
-def write_atomically(path: Path, write: Callable[[Path], object], keep: Path | None = None) -> None:
-    """Calls ``write(partial_path)``, then moves the file into place: readers see the old one or the new one.
-
-    File and folder are synced, so that neither is lost with the power.
-
-    Args:
-        keep: where the old one goes, if there is one; for a moment then ``path`` is absent.
-    """
-    partial = path.with_name(path.name + ".partial")
-    try:
-        write(partial)
-        with partial.open("rb") as file:
-            os.fsync(file.fileno())
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
-    if keep is not None and path.exists():
-        path.replace(keep)
-    partial.replace(path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
-
-
-def versions() -> dict[str, str | None]:
-    def of(package: str) -> str | None:
-        try:
-            return version(package)
-        except PackageNotFoundError:
-            return None
-
-    packages = ("anode_exp", "torch", "torchvision", "hydra-core", "omegaconf")
-    cuda = (
-        {"cuda": torch.version.cuda, "cudnn": str(torch.backends.cudnn.version())} if torch.cuda.is_available() else {}
-    )
-    return {"python": platform.python_version(), **{p: of(p) for p in packages}, **cuda}
-
-
-def commit() -> str | None:
-    """The commit of the source tree this package runs from, with ``-dirty`` if files changed; None outside of one."""
-    here = Path(__file__)
-
-    def git(*arguments: str) -> str:
-        command = ["git", "-C", str(here.parent), *arguments]
-        return subprocess.run(command, check=True, capture_output=True, text=True, timeout=10).stdout.strip()
-
-    try:
-        git(
-            "ls-files", "--error-unmatch", here.name
-        )  # an installed copy inside another repository is not of its commit
-        return git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain", "--untracked-files=no") else "")
-    except (OSError, subprocess.SubprocessError):
-        return None
-
-
-def device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    model = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
-        model = names[0] if names else model
-    return f"CPU {model}, {torch.get_num_threads()} threads"
 
 
 class RunRecord:
@@ -235,14 +163,3 @@ class RunRecord:
             self._metrics.close()
         self._events.close()
         self._lock.close()
-
-
-def read_metrics(directory: Path) -> list[dict[str, Any]]:
-    """The lines of ``metrics.jsonl``."""
-    return read_lines(directory / "metrics.jsonl")
-
-
-def read_results(directory: Path) -> dict[str, Any] | None:
-    """``results.json``; None before the run has ended."""
-    path = directory / "results.json"
-    return json.loads(path.read_text()) if path.exists() else None

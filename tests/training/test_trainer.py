@@ -14,14 +14,14 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from anode_exp.build import evaluation_batch_size
-from anode_exp.composition import evaluations, jobs, resumed
+from anode_exp.commands.together import train, train_together
+from anode_exp.config.change import evaluations, resumed
+from anode_exp.config.compose import jobs
 from anode_exp.errors import UserError
-from anode_exp.evaluate import evaluate_run
-from anode_exp.runs import load_run
-from anode_exp.train import train, train_together
-from anode_exp.training import fit
+from anode_exp.records.run_record import RunRecord
+from anode_exp.runs import evaluate_run, load_run
 from anode_exp.training import graphed_step as step_module
-from anode_exp.training.records import RunRecord
+from anode_exp.training import trainer as fit
 
 SMALL = [
     "dataset=fake", "dataset.train_size=40", "dataset.test_size=20", "model=squeezenext", "model.width=0.25",

@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from anode_exp.budget import SMALL_BATCHES, Planner, plan_table, policies
+from anode_exp.budget.measure import SMALL_BATCHES, Planner
+from anode_exp.budget.plan import plan_table, policies
 from anode_exp.build import (
     build_augmentation,
     build_data,
@@ -24,20 +25,25 @@ from anode_exp.build import (
     build_schedule,
     evaluation_batch_size,
 )
-from anode_exp.config import TrainConfig, parse_bytes
+from anode_exp.config.check import parse_bytes
+from anode_exp.config.schema import TrainConfig
 from anode_exp.data import ImageData, evaluation_batches
 from anode_exp.errors import Ended, InUse, UserError
 from anode_exp.models import count_parameters, ode_blocks
-from anode_exp.training.checkpoints import Checkpoints
-from anode_exp.training.fit import Progress, StopRequest, Trainer, memory_for, stop_requests, total_steps
+from anode_exp.records.checkpoints import Checkpoints
+from anode_exp.records.environment import commit, device_name, versions
+from anode_exp.records.reading import read_results, write_atomically
+from anode_exp.records.run_record import RunRecord
 from anode_exp.training.graphed_step import GraphedStep
 from anode_exp.training.peak_memory import PeakMemory
 from anode_exp.training.progress import bar, log_to, logging_for
-from anode_exp.training.records import RunRecord, commit, device_name, read_results, versions, write_atomically
+from anode_exp.training.signals import StopRequest, stop_requests
+from anode_exp.training.step import set_backends
 from anode_exp.training.streams import clear_workspaces, run_streams
-from anode_exp.training.train_step import set_backends
+from anode_exp.training.trainer import Progress, Trainer, memory_for, total_steps
 
 log = logging.getLogger(__name__)
+
 
 ALONE_STEPS = 3
 """Steps that each of several runs takes before the next begins: one eager, one that records a graph, one replayed."""

@@ -23,17 +23,17 @@ from anode_exp.build import (
     build_normalisation,
     build_optimizer,
 )
-from anode_exp.config import TrainConfig
+from anode_exp.config.schema import TrainConfig
 from anode_exp.data import EpochBatches, ImageData
 from anode_exp.data.torchvision_loader import torchvision_loader
 from anode_exp.models import ode_blocks
 from anode_exp.ode import ExplicitRungeKutta, Theta, TimeGrid, Tolerance, VectorField, solve_forward
+from anode_exp.records.environment import commit, device_name, versions
 from anode_exp.studies.throughput import Contestant, measure
 from anode_exp.training.graphed_step import Step, set_learning_rate, training_step
 from anode_exp.training.progress import bar
-from anode_exp.training.records import commit, device_name, versions
+from anode_exp.training.step import autocast_for, set_backends, train_step
 from anode_exp.training.streams import run_streams
-from anode_exp.training.train_step import autocast_for, set_backends, train_step
 
 
 class TorchCheckpoint:

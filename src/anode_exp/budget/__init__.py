@@ -1,0 +1,1 @@
+"""A byte budget for training: measuring checkpoint policies, and planning with them."""

@@ -1,0 +1,1 @@
+"""The configuration, without torch: types, checks, and composing a command line."""

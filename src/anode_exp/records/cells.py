@@ -1,0 +1,106 @@
+"""The runs of a paper's reproduction as recorded."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from anode_exp.config.check import read_config, typed
+from anode_exp.config.schema import TrainConfig
+from anode_exp.records.reading import read_lines
+
+CALIBRATION_BATCHES = 50
+
+
+def other_statistics(config: TrainConfig) -> str:
+    """The scheme by which a run is evaluated besides its own: statistics by time, or one set for all times."""
+    return "forward" if config.model.statistics == "by_time" else "by_time"
+
+
+def is_calibrated(row: dict[str, Any], config: TrainConfig, epochs: int) -> bool:
+    """Whether a row of ``evaluations.jsonl`` is a run's own test after its last epoch, with the other statistics.
+
+    Training does not depend on running statistics, so the same weights serve: this is what a run with the other
+    ``model.statistics`` would have reached.
+    """
+    same = {
+        "checkpoint": "last",
+        "epoch": epochs,
+        "dataset": config.dataset.name,
+        "solver": config.solver.name,
+        "n_steps": config.solver.n_steps,
+        "statistics": f"{other_statistics(config)}, {CALIBRATION_BATCHES} batches anew",
+    }
+    return row.items() >= same.items()
+
+
+COPIES = "records"
+"""Folder, beside a report, of what it was made from."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """One recorded run.
+
+    Attributes:
+        cell: as in ``cell.json``.
+        epochs: a dictionary an epoch, without the losses of its steps.
+        results: as in ``results.json``; None for a run that has not ended.
+        evaluations: as in ``evaluations.jsonl``.
+        config: None before the run has begun, and of a study.
+    """
+
+    directory: Path
+    cell: dict[str, Any]
+    epochs: list[dict[str, Any]]
+    results: dict[str, Any] | None
+    evaluations: list[dict[str, Any]]
+    config: TrainConfig | None
+
+    @property
+    def status(self) -> str:
+        return self.results["status"] if self.results else "unfinished"
+
+    def last(self, key: str) -> float | None:
+        return self.epochs[-1].get(key) if self.epochs else None
+
+
+def read_records(*directories: Path) -> list[Record]:
+    """All records below the folders, by seed; what ``copy_records`` made of them there is none."""
+    found = []
+    paths = [
+        path
+        for place in directories
+        for path in place.rglob("cell.json")
+        if COPIES not in path.relative_to(place).parts
+    ]
+    for path in paths:
+        folder, cell = path.parent, json.loads(path.read_text())
+        results = folder / "results.json"
+        epochs = [
+            {k: v for k, v in line.items() if k != "step_losses"} for line in read_lines(folder / "metrics.jsonl")
+        ]
+        ended = json.loads(results.read_text()) if results.exists() else None
+        begun = cell["method"] is not None and (folder / "config.yaml").exists()
+        config = typed(read_config(folder)) if begun else None
+        found.append(Record(folder, cell, epochs, ended, read_lines(folder / "evaluations.jsonl"), config))
+    return sorted(found, key=lambda r: (r.cell["seed"] or 0, str(r.directory)))
+
+
+def copy_records(records: list[Record], target: Path) -> None:
+    """The small part of every record: all but checkpoints, TensorBoard events and the losses of single steps."""
+    for record in records:
+        folder = target / record.cell["paper"] / record.cell["length"] / record.cell["figure"]
+        if record.cell["method"] is not None:
+            folder = folder / f"{record.cell['method']}_seed-{record.cell['seed']}"
+        if folder.resolve() == record.directory.resolve():
+            continue
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in ("cell.json", "config.yaml", "results.json", "evaluations.jsonl", "study.png", "table.txt"):
+            if (record.directory / name).exists():
+                shutil.copyfile(record.directory / name, folder / name)
+        if record.epochs:
+            (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in record.epochs))

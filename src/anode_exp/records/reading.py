@@ -1,0 +1,64 @@
+"""Reading and writing records: JSON lines, results, and files replaced atomically."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """JSON lines; what a killed process or a full disk left unfinished is no line."""
+    lines = []
+    for line in path.read_text().splitlines(keepends=True) if path.exists() else []:
+        if line.endswith("\n"):
+            with suppress(json.JSONDecodeError):
+                lines.append(json.loads(line))
+    return lines
+
+
+def append_line(path: Path, line: dict[str, Any]) -> None:
+    """Add a JSON line, on a line of its own also after one that was left unfinished."""
+    torn = path.exists() and not path.read_text().endswith("\n")
+    with path.open("a") as file:
+        file.write("\n" * torn + json.dumps(line) + "\n")
+
+
+def write_atomically(path: Path, write: Callable[[Path], object], keep: Path | None = None) -> None:
+    """Calls ``write(partial_path)``, then moves the file into place: readers see the old one or the new one.
+
+    File and folder are synced, so that neither is lost with the power.
+
+    Args:
+        keep: where the old one goes, if there is one; for a moment then ``path`` is absent.
+    """
+    partial = path.with_name(path.name + ".partial")
+    try:
+        write(partial)
+        with partial.open("rb") as file:
+            os.fsync(file.fileno())
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    if keep is not None and path.exists():
+        path.replace(keep)
+    partial.replace(path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def read_metrics(directory: Path) -> list[dict[str, Any]]:
+    """The lines of ``metrics.jsonl``."""
+    return read_lines(directory / "metrics.jsonl")
+
+
+def read_results(directory: Path) -> dict[str, Any] | None:
+    """``results.json``; None before the run has ended."""
+    path = directory / "results.json"
+    return json.loads(path.read_text()) if path.exists() else None

@@ -1,0 +1,63 @@
+"""Table and plot of the BatchNorm study."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from tabulate import tabulate
+
+from anode_exp.report.drawing import plt
+
+
+def report(directory: Path) -> str:
+    """Writes ``study.png``; returns the table of ``study.jsonl``."""
+    rows = [json.loads(line) for line in (directory / "study.jsonl").read_text().splitlines()]
+    runs = list(dict.fromkeys(row["run"] for row in rows))
+    columns = min(3, len(runs))
+    lines = -(-len(runs) // columns)
+    figure, axes = plt.subplots(
+        lines, columns, figsize=(1 + 3.8 * columns, 0.7 + 3.1 * lines), layout="constrained", squeeze=False, sharey=True
+    )
+    curves = (
+        ("by_time", "test, statistics by time", "-", "o"),
+        ("one_set_kept", "test, one set, kept in training", "--", "s"),
+        ("one_set_anew", "test, one set, estimated anew", ":", "^"),
+        ("train_accuracy", "training batches, by their own statistics", "-.", "x"),
+    )
+    table = []
+    for ax, run in zip(axes.flat, runs, strict=False):
+        part = [row for row in rows if row["run"] == run]
+        for key, label, line, marker in curves:
+            points = [(row["epoch"], 100 * row[key]) for row in part if row[key] is not None]
+            if points:
+                ax.plot(*zip(*points, strict=True), line, marker=marker, markersize=4, linewidth=1.2, label=label)
+        ax.set(title=f"{part[0]['model']}, {part[0]['solver']}", xlabel="epoch")
+        ax.grid(alpha=0.3)
+        gaps = [row["by_time"] - row["one_set_anew"] for row in part]
+        last = part[-1]
+        table.append(
+            {
+                "model": last["model"],
+                "solver": last["solver"],
+                "epoch": last["epoch"],
+                "training loss": f"{last['train_loss']:.3f}",
+                "by time, %": f"{100 * last['by_time']:.2f}",
+                "one set, %": "–" if last["one_set_kept"] is None else f"{100 * last['one_set_kept']:.2f}",
+                "one set anew, %": f"{100 * last['one_set_anew']:.2f}",
+                "gap, points": f"{100 * gaps[-1]:.1f}",
+                "least to largest gap": f"{100 * min(gaps):.1f} to {100 * max(gaps):.1f}",
+            }
+        )
+    for ax in list(axes.flat)[len(runs) :]:
+        ax.axis("off")
+    for ax in axes[:, 0]:
+        ax.set_ylabel("accuracy, %")
+    handles: dict[str, Any] = {}
+    for ax in axes.flat:
+        handles |= {label: handle for handle, label in zip(*ax.get_legend_handleslabels_of(), strict=True)}
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=2, fontsize=9)
+    figure.savefig(directory / "study.png", dpi=110)
+    plt.close(figure)
+    return tabulate(table, headers="keys", disable_numparse=True)

@@ -1,0 +1,71 @@
+"""Curves: of a paper's runs, and of studies."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+from anode_exp.report.statistics import Group, curves_of
+
+matplotlib.use("Agg")  # files, whatever display there is
+import matplotlib.pyplot as plt
+
+STYLES = (("-", "o"), ("--", "s"), (":", "^"), ("-.", "v"), ((0, (6, 1, 1, 1, 1, 1)), "D"), ((0, (3, 1)), "P"))
+"""Line and marker of each method: curves are told apart without colour."""
+
+
+def draw(groups: list[Group], title: str, path: Path) -> None:
+    """Training loss and test accuracy over epochs: the mean over seeds, the range as a band, ✕ where a run diverged."""
+    figure, panels = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
+    drawn = [g for g in groups if any(run.epochs for run in g.runs)]
+    for i, group in enumerate(drawn):
+        line, marker = STYLES[i % len(STYLES)]
+        for axes, key, scale in zip(panels, ("train_loss", "test_accuracy"), (1.0, 100.0), strict=True):
+            epochs, *curves = curves_of(group, key)
+            if not epochs:  # diverged in its first epoch
+                axes.plot(1, 0.98, "x", markersize=10, markeredgewidth=2.5, color="black", label=group.label,
+                          transform=axes.get_xaxis_transform())  # fmt: skip
+                continue
+            mean, low, high = ([scale * v for v in curve] for curve in curves)
+            (drawn_line,) = axes.plot(
+                epochs, mean, linestyle=line, marker=marker, markersize=4, linewidth=1.5, label=group.label,
+                markevery=max(1, len(epochs) // 10),
+            )  # fmt: skip
+            axes.fill_between(epochs, low, high, alpha=0.2, color=drawn_line.get_color(), linewidth=0)
+            for run in group.runs:
+                if run.status == "diverged" and run.epochs:
+                    last = [e for e in run.epochs if e.get(key) is not None][-1:]
+                    x, y = (last[0]["epoch"], scale * last[0][key]) if last else (run.epochs[-1]["epoch"], mean[-1])
+                    axes.plot(x, y, marker="x", markersize=10, markeredgewidth=2.5, color="black", zorder=5)
+    for axes, name in zip(panels, ("training loss", "test accuracy, %"), strict=True):
+        axes.set_xlabel("epoch")
+        axes.set_ylabel(name)
+        axes.grid(alpha=0.3)
+    if drawn:
+        panels[0].legend(fontsize=8)
+    figure.suptitle(title, fontsize=11)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+MARKERS = "os^vD<>Px*"  # curves are told apart without colour too
+
+
+def labels_of(rows: list[dict[str, Any]]) -> list[str]:
+    return list(dict.fromkeys(row["gradient"] for row in rows))
+
+
+def peak_of(row: dict[str, Any]) -> float:
+    return float(row["cuda_bytes"] or row["counted_bytes"])
+
+
+def draw_lines(axes: Any, rows: list[dict[str, Any]], x: str, y: Any) -> None:
+    for label, marker in zip(labels_of(rows), MARKERS, strict=False):
+        points = sorted((row[x], y(row)) for row in rows if row["gradient"] == label)
+        axes.plot(*zip(*points, strict=True), marker=marker, label=label, linewidth=1.2, markersize=5)
+    ticks = sorted({row[x] for row in rows})
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(ticks, [str(t) for t in ticks])
+    axes.grid(alpha=0.3)

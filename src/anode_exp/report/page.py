@@ -1,0 +1,166 @@
+"""A paper's reproduction beside the paper: curves, tables, commands, as one HTML page, Markdown and CSV.
+
+Reads run records alone (``cell.json``, ``config.yaml``, ``metrics.jsonl``, ``results.json``), wherever they lie below a
+folder.
+"""
+
+from __future__ import annotations
+
+import base64
+import csv
+import html
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tabulate import tabulate
+
+from anode_exp.records.cells import Record
+from anode_exp.report.drawing import draw
+from anode_exp.report.statistics import accuracy_rows, command_rows, cost_rows, groups_of, overview_rows
+
+ACCURACY = "Test accuracy in percent, min / max / mean over seeds"
+
+
+COMMANDS = "Commands"
+
+
+@dataclass(frozen=True)
+class Section:
+    """One figure's part of the report: tables by caption, a picture, text."""
+
+    title: str
+    shown: str
+    tables: list[tuple[str, list[dict[str, str]]]]
+    picture: Path | None
+    text: str = ""
+
+
+def _sections(spec: dict[str, Any], records: list[Record], expected: dict[Any, str], target: Path) -> Iterator[Section]:
+    for name, figure in spec["figures"].items():
+        picture = target / f"{name}.png"
+        if "study" in figure:
+            folders = [
+                r.directory for r in records if r.cell["figure"] == name and (r.directory / "study.png").exists()
+            ]
+            text = (folders[0] / "table.txt").read_text() if folders else "not run"
+            if folders and (folders[0] / "study.png").resolve() != picture.resolve():
+                shutil.copyfile(folders[0] / "study.png", picture)
+            yield Section(figure["title"], figure.get("shown", ""), [], picture if folders else None, text)
+            continue
+        groups = groups_of(spec, name, records, expected)
+        if not any(run.epochs for group in groups for run in group.runs):
+            yield Section(figure["title"], figure.get("shown", ""), [(ACCURACY, accuracy_rows(groups))], None)
+            continue
+        draw(groups, figure["title"], picture)
+        tables = [
+            (ACCURACY, accuracy_rows(groups)),
+            ("Cost of a run", cost_rows(groups)),
+            (COMMANDS, command_rows(groups)),
+        ]
+        yield Section(figure["title"], figure.get("shown", ""), tables, picture)
+
+
+def write_report(
+    spec: dict[str, Any], length: str, epochs: str, records: list[Record], expected: dict[Any, str], target: Path
+) -> Path:
+    """Write ``index.html`` (self-contained), ``README.md``, ``accuracy.csv`` and plots; returns the page.
+
+    Args:
+        spec: a paper's methods, figures and published numbers.
+        length, epochs: name and description of the recipe's length.
+        expected: the command of every run that the reproduction consists of, by (figure, method, seed); a figure's
+            runs may be another reproduction's, where the figure ``shares`` them.
+    """
+    target.mkdir(parents=True, exist_ok=True)
+    sections = list(_sections(spec, records, expected, target))
+    named = [name for name, figure in spec["figures"].items() if "published" in figure]
+    columns = [spec["figures"][name]["title"].removeprefix("Table, ") for name in named]
+    overview = overview_rows([groups_of(spec, name, records, expected) for name in named], columns)
+    if overview:
+        sections.insert(
+            0, Section("The table", "", [("Mean test accuracy in percent at the last epoch", overview)], None)
+        )
+    head = f"{spec['paper']} reproduced: {length}, {epochs}"
+    about = (
+        f"Published: {spec['source']}; {spec['published_kind']}. Ours: the weights of the last epoch with BatchNorm "
+        "statistics for every time of the solve, next to the same weights with one set for all times, the scheme of "
+        "the published code. One set is a mixture of the activations at all times, which no batch has: training is the "
+        "same either way, but one set evaluates it wrongly. Curves and the best epoch on test images, a choice made on "
+        "them, are by the statistics kept in training; the others are estimated from training batches afterwards. "
+        "Diverged and unfinished runs count in curves, not in accuracies."
+    )
+    if length != "paper":
+        about += " A run this short is no measurement of the published accuracies: it shows an ordering at best."
+    (target / "index.html").write_text(_page(head, about, sections))
+    (target / "README.md").write_text(_markdown(head, about, sections, target))
+    rows = [
+        {"figure": section.title, **row}
+        for section in sections
+        for caption, table in section.tables
+        if caption == ACCURACY
+        for row in table
+    ]
+    with (target / "accuracy.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(dict.fromkeys(k for row in rows for k in row)), restval="")
+        writer.writeheader()
+        writer.writerows(rows)
+    return target / "index.html"
+
+
+CSS = """
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; color: #111 }
+h2 { margin-top: 2.5rem; border-bottom: 1px solid #bbb } img { max-width: 100%; height: auto }
+div.table { overflow-x: auto } table { border-collapse: collapse; margin: .3rem 0 1rem; font-size: 13px }
+th, td { border-bottom: 1px solid #ddd; padding: .25rem .6rem; text-align: left; vertical-align: top }
+th { border-bottom: 2px solid #888 } caption { text-align: left; font-weight: 600; padding: .3rem 0 }
+pre { background: #f4f4f4; padding: .6rem; overflow-x: auto; font-size: 12px } summary { cursor: pointer }
+"""
+
+
+def _html_table(caption: str, rows: list[dict[str, str]]) -> str:
+    body = tabulate(rows, headers="keys", tablefmt="html", disable_numparse=True)
+    body = body.replace("<table>", f"<table><caption>{html.escape(caption)}</caption>", 1)
+    table = f'<div class="table">{body}</div>'
+    return f"<details><summary>Commands</summary>{table}</details>" if caption == COMMANDS else table
+
+
+def _page(head: str, about: str, sections: list[Section]) -> str:
+    parts = [
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(head)}</title><style>{CSS}</style>',
+        f"<h1>{html.escape(head)}</h1><p>{html.escape(about)}</p>",
+    ]
+    for section in sections:
+        parts.append(f"<h2>{html.escape(section.title)}</h2>")
+        if section.shown:
+            parts.append(f"<p>The paper: {html.escape(section.shown)}.</p>")
+        if section.picture is not None:
+            data = base64.b64encode(section.picture.read_bytes()).decode()
+            parts.append(f'<img alt="{html.escape(section.title)}" src="data:image/png;base64,{data}">')
+        parts += [_html_table(caption, rows) for caption, rows in section.tables if rows]
+        if section.text:
+            parts.append(f"<pre>{html.escape(section.text)}</pre>")
+    return "\n".join(parts) + "\n</html>\n"
+
+
+def _markdown(head: str, about: str, sections: list[Section], target: Path) -> str:
+    parts = [f"# {head}", about]
+    for section in sections:
+        parts.append(f"## {section.title}")
+        if section.shown:
+            parts.append(f"The paper: {section.shown}.")
+        if section.picture is not None:
+            parts.append(f"![{section.title}]({section.picture.relative_to(target)})")
+        for caption, rows in section.tables:
+            if caption == COMMANDS:
+                lines = "\n".join(f"# {row['method']}: {row['run']}\n{row['command']}" for row in rows)
+                parts.append(f"```\n{lines}\n```")
+            elif rows:
+                parts.append(
+                    f"{caption}:\n\n{tabulate(rows, headers='keys', tablefmt='github', disable_numparse=True)}"
+                )
+        if section.text:
+            parts.append(f"```\n{section.text.rstrip()}\n```")
+    return "\n\n".join(parts) + "\n"

@@ -1,0 +1,205 @@
+"""Tables of a paper's reproduction: means and ranges over seeds, next to the published numbers."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from anode_exp.records.cells import Record, is_calibrated
+
+MISSING = "–"
+
+
+@dataclass(frozen=True)
+class Group:
+    """The runs of one method in one figure, and what the paper says of them.
+
+    Attributes:
+        published: min, max, mean of the test accuracy in percent; None where the paper gives a plot alone.
+        missing: commands of the runs that are not recorded.
+    """
+
+    figure: str
+    method: str
+    label: str
+    published: list[float] | None
+    runs: list[Record]
+    missing: list[str]
+
+    @property
+    def completed(self) -> list[Record]:
+        return [run for run in self.runs if run.status == "completed"]
+
+    def percents(self, value: Callable[[Record], float | None]) -> list[float]:
+        values = [value(run) for run in self.completed]
+        return [100 * v for v in values if v is not None]
+
+
+def groups_of(spec: dict[str, Any], name: str, records: list[Record], expected: dict[Any, str]) -> list[Group]:
+    figure = spec["figures"][name]
+    shares = figure.get("shares", {})
+    groups = []
+    for method in figure.get("methods", []):
+        place = shares["figure"] if method in shares.get("methods", []) else name
+        of = shares["paper"] if method in shares.get("methods", []) else spec["name"]
+        runs = [r for r in records if (r.cell["paper"], r.cell["figure"], r.cell["method"]) == (of, place, method)]
+        there = {r.cell["seed"] for r in runs}
+        missing = [c for (f, m, seed), c in expected.items() if (f, m) == (name, method) and seed not in there]
+        published = figure.get("published", {}).get(method)
+        groups.append(Group(name, method, spec["methods"][method]["label"], published, runs, missing))
+    return groups
+
+
+def _three(values: list[float]) -> str:
+    if not values:
+        return MISSING
+    return f"{min(values):.2f} / {max(values):.2f} / {statistics.fmean(values):.2f}"
+
+
+def _spread(values: list[float], form: str) -> str:
+    """Mean, and the range where it is one."""
+    if not values:
+        return MISSING
+    low, high, mean = (format(x, form) for x in (min(values), max(values), statistics.fmean(values)))
+    return mean if low == high else f"{mean} ({low}–{high})"
+
+
+def _final(run: Record) -> float | None:
+    return run.last("test_accuracy")
+
+
+def _best(run: Record) -> float | None:
+    return max((e["test_accuracy"] for e in run.epochs if e.get("test_accuracy") is not None), default=None)
+
+
+def _with_statistics(run: Record, by_time: bool) -> float | None:
+    """Test accuracy of the last epoch's weights with BatchNorm statistics by time, or with one set for all times.
+
+    The run's own scheme is measured in training, the other one afterwards. A network that has one time, or no running
+    statistics in f, has one accuracy.
+    """
+    if run.config is None or run.results is None:
+        return None
+    model = run.config.model
+    if model.block == "residual" or model.field_norm != "batch" or (model.statistics == "by_time") == by_time:
+        return _final(run)
+    found = [e for e in run.evaluations if is_calibrated(e, run.config, run.results["epochs"])]
+    return found[0]["test_accuracy"] if found else None
+
+
+def _by_time(run: Record) -> float | None:
+    return _with_statistics(run, True)
+
+
+def _one_set(run: Record) -> float | None:
+    return _with_statistics(run, False)
+
+
+def _statistics(group: Group) -> str:
+    """By which statistics the runs were evaluated after every epoch: those of the curves and of the best epoch."""
+    names = {"by_time": "by time", "forward": "one set", "every_evaluation": "one set, published code's"}
+    return ", ".join(dict.fromkeys(names[run.config.model.statistics] for run in group.runs if run.config)) or MISSING
+
+
+def _runs(group: Group) -> str:
+    counts = {s: sum(run.status == s for run in group.runs) for s in dict.fromkeys(run.status for run in group.runs)}
+    parts = [f"{n} {status}" for status, n in counts.items()]
+    parts += [f"{len(group.missing)} not run"] if group.missing else []
+    return ", ".join(parts)
+
+
+def accuracy_rows(groups: list[Group]) -> list[dict[str, str]]:
+    """Test accuracy in percent, min / max / mean over seeds, beside the published one."""
+    rows = []
+    for group in groups:
+        by_time, best = group.percents(_by_time), group.percents(_best)
+        published = group.published
+        difference = f"{statistics.fmean(by_time) - published[2]:+.2f}" if published and by_time else MISSING
+        rows.append(
+            {
+                "method": group.label,
+                "runs": _runs(group),
+                **({"published": " / ".join(f"{x:.2f}" for x in published)} if published else {}),
+                "last epoch, statistics by time": _three(by_time),
+                **({"difference of means": difference} if published else {}),
+                "last epoch, one set": _three(group.percents(_one_set)),
+                "best epoch": _three(best),
+                "statistics in training": _statistics(group),
+                "training loss": _spread(
+                    [x for r in group.completed if (x := r.last("train_loss")) is not None], ".4f"
+                ),
+            }
+        )
+    return rows
+
+
+def cost_rows(groups: list[Group]) -> list[dict[str, str]]:
+    """Memory, time, evaluations, machine and commit of each method's runs."""
+    rows = []
+    for group in groups:
+        results = [run.results for run in group.runs if run.results and "nfe" in run.results]
+        if not results:
+            continue
+        nfe = [r["nfe"] for r in results if r["nfe"]]
+        commits = dict.fromkeys(
+            (r["commit"] or "unknown")[:10] + ("-dirty" * str(r["commit"]).endswith("-dirty")) for r in results
+        )
+        # A diverged run's last epoch is none, an interrupted one's time is not that of a run.
+        whole = [run.results for run in group.completed if run.results]
+        seconds = [r["wall_time_s"]["train"] / r["epochs"] for r in whole]
+        rows.append(
+            {
+                "method": group.label,
+                "peak memory, MB": _spread([r["peak_memory_bytes"] / 1e6 for r in results], ",.1f"),
+                "training, s an epoch": _spread(seconds, ",.1f"),
+                "training, min a run": _spread([r["wall_time_s"]["train"] / 60 for r in whole], ",.1f"),
+                "evaluations of f a step": " + ".join(
+                    _spread([n[k] for n in nfe], ".3g") for k in ("forward", "backward")
+                )
+                if nfe
+                else MISSING,
+                "runs at once": ", ".join(dict.fromkeys(str(r.get("runs_at_once", 1)) for r in results)),
+                "device": ", ".join(dict.fromkeys(r["device"] for r in results)),
+                "commit": ", ".join(commits),
+            }
+        )
+    return rows
+
+
+def command_rows(groups: list[Group]) -> list[dict[str, str]]:
+    """The command of every run, recorded or missing."""
+    rows = []
+    for group in groups:
+        for run in group.runs:
+            rows.append({"method": group.label, "run": run.status, "command": run.cell["command"]})
+        for command in group.missing:
+            rows.append({"method": group.label, "run": "not run", "command": command})
+    return rows
+
+
+def curves_of(group: Group, key: str) -> tuple[list[int], list[float], list[float], list[float]]:
+    """Epochs, and the mean, least and largest value over the runs that reached each."""
+    by_epoch: dict[int, list[float]] = {}
+    for run in group.runs:
+        for line in run.epochs:
+            if line.get(key) is not None:
+                by_epoch.setdefault(line["epoch"], []).append(line[key])
+    epochs = sorted(by_epoch)
+    values = [by_epoch[e] for e in epochs]
+    return epochs, [statistics.fmean(v) for v in values], [min(v) for v in values], [max(v) for v in values]
+
+
+def overview_rows(groups: list[list[Group]], titles: list[str]) -> list[dict[str, str]]:
+    """A row a method, a column a figure with published numbers: our mean at the last epoch, and the paper's."""
+    rows: dict[str, dict[str, str]] = {}
+    for title, of_figure in zip(titles, groups, strict=True):
+        for group in of_figure:
+            if group.published:
+                by_time = group.percents(_by_time)
+                ours = f"{statistics.fmean(by_time):.2f}" if by_time else MISSING
+                rows.setdefault(group.label, {"method": group.label})[title] = (
+                    f"{ours} (paper {group.published[2]:.2f})"
+                )
+    return list(rows.values())

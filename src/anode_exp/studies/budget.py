@@ -1,0 +1,62 @@
+"""Step time and peak memory of the plans for several byte budgets."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from anode_exp.budget.measure import Planner
+from anode_exp.budget.plan import RESERVE
+from anode_exp.build import _network, build_memory_format, build_optimizer
+from anode_exp.config.check import parse_bytes
+from anode_exp.config.schema import GradientConfig, StudyConfig, TrainConfig
+from anode_exp.models import ode_blocks
+from anode_exp.studies.memory import measure
+from anode_exp.training.graphed_step import capture_of
+from anode_exp.training.progress import bar
+from anode_exp.training.step import autocast_for
+
+
+def rows(
+    config: TrainConfig, study: StudyConfig, num_classes: int, batch: tuple[Tensor, Tensor], directory: Path
+) -> Iterator[dict[str, Any]]:
+    n_steps, precision = config.solver.n_steps, config.runtime.precision
+
+    def network() -> nn.Module:
+        made = _network(config, GradientConfig(name="dto_checkpoint"), num_classes)
+        layout = build_memory_format(config.runtime, made, batch[0].device)
+        return made.to(batch[0].device, memory_format=layout)  # type: ignore[call-overload]
+
+    measured_network = network()
+    layout = build_memory_format(config.runtime, measured_network, batch[0].device)
+    images, labels = batch[0].contiguous(memory_format=layout), batch[1].clone()
+    count = len(study.budgets) or 8
+    with bar(Planner.dry_runs(n_steps) + count * (1 + study.repeats), study.name) as progress:
+        planner = Planner(
+            measured_network.train(),
+            lambda n: build_optimizer(n, config.recipe),
+            autocast_for(precision, batch[0].device),
+            (images, labels),
+            progress.update,
+            new_capture=capture_of(config, images.device),
+        )
+        most = planner.predict(["full_backprop"] * len(planner.blocks)) + RESERVE
+        least = planner.least() + RESERVE
+        budgets = [parse_bytes(b) for b in study.budgets]
+        budgets = budgets or [int(least * (most / least) ** (i / 7)) + (i == 7) for i in range(8)]
+        planner.seconds(max(budgets))
+        planner.tick = lambda: None
+        plans = [(budget, *planner.fitted(budget)) for budget in budgets]
+        networks: dict[str, nn.Module] = {}
+        for i, (_, plan, _) in enumerate(plans):
+            networks[str(i)] = network()
+            for block, name in zip(ode_blocks(networks[str(i)]), plan.policies, strict=True):
+                block.gradient = planner.choices[name]
+        new_capture = capture_of(config, images.device)
+        for row in measure(networks, images, labels, precision, study.repeats, progress.update, new_capture):
+            budget, plan, dry = plans[int(row.pop("gradient"))]
+            facts = {"budget_bytes": budget, "predicted_bytes": plan.predicted_bytes, "dry_step_bytes": dry}
+            yield {**facts, **row, "policies": plan.policies}

@@ -1,0 +1,51 @@
+"""One study: its JSON lines, its table and its plot."""
+
+from __future__ import annotations
+
+import json
+from importlib import import_module
+from pathlib import Path
+
+import torch
+from omegaconf import OmegaConf
+
+from anode_exp.build import build_data, build_device, build_normalisation
+from anode_exp.config.schema import StudyConfig, TrainConfig
+from anode_exp.data import DATASETS, Normalisation, evaluation_batches
+from anode_exp.records.environment import commit, device_name, versions
+from anode_exp.training.step import set_backends
+from anode_exp.training.streams import run_streams
+
+
+def run_study(config: TrainConfig, study: StudyConfig, directory: Path) -> Path:
+    """Measure, print the table, and leave everything in the folder, which is made if it is not there and returned.
+
+    A study NAME is ``rows`` of ``studies/NAME.py``, which measures, and ``report`` of ``report/NAME.py``.
+    """
+    device = build_device(config.runtime)
+    set_backends(config.runtime)
+    num_classes = DATASETS[config.dataset.name][1]
+    of = config.model.name
+    batch = None
+    if study.batch_size is not None:
+        normalise = build_normalisation(config.dataset, device, torch.contiguous_format)
+        if study.name == "reversibility":  # pictures, to be looked at
+            normalise = Normalisation([0.0] * 3, [1.0] * 3, device)
+        batch = next(evaluation_batches(build_data(config.dataset, device).train, study.batch_size, normalise))
+        of = f"{of}, {config.dataset.name}, batch {len(batch[1])}"
+    directory.mkdir(parents=True, exist_ok=True)
+    setting = {"train": config, "study": study}
+    text = "".join(OmegaConf.to_yaml({k: OmegaConf.structured(v)}) for k, v in setting.items())
+    (directory / "config.yaml").write_text(text)
+    facts = {"device": device_name(device), "versions": versions(), "commit": commit()}
+    (directory / "environment.json").write_text(json.dumps(facts, indent=2) + "\n")
+    rows = import_module(f"anode_exp.studies.{study.name}").rows
+    (stream,) = run_streams(device, 1)
+    with torch.cuda.stream(stream), (directory / "study.jsonl").open("w") as file:
+        for row in rows(config, study, num_classes, batch, directory):
+            file.write(json.dumps(row) + "\n")
+            file.flush()
+    table = import_module(f"anode_exp.report.{study.name}").report(directory)
+    (directory / "table.txt").write_text(table + "\n")
+    print(f"{of}, {facts['device']}\n\n{table}\n\n{directory}")
+    return directory
