@@ -21,7 +21,7 @@ from anode_exp.gradient import FullBackprop
 from anode_exp.ode import TimeGrid, VectorField
 from anode_exp.studies import bench, throughput
 from anode_exp.studies.bench import TorchCheckpoint
-from anode_exp.studies.throughput import Contestant, Traffic, measure
+from anode_exp.studies.throughput import Contestant, Traffic, time_in_turn
 from anode_exp.training import graphed_step
 
 CPU = torch.device("cpu")
@@ -49,7 +49,7 @@ def test_contestants_take_turns_and_those_alone_come_last():
 
         return Contestant(label, step, step, images=5, epoch_steps=3, own=list, alone=alone)
 
-    rows, bandwidth, rates = measure(
+    rows, bandwidth, rates = time_in_turn(
         [contestant("a"), contestant("b", alone=True), contestant("c")],
         torch.device("cpu"), rounds=3, tick=lambda: None,
     )  # fmt: skip
@@ -75,7 +75,7 @@ def test_kernels_are_counted_after_all_that_is_timed(monkeypatch):
     monkeypatch.setattr(throughput, "kernels_per_step", lambda c, device: order.append(f"count {c.label}") or 7)
     monkeypatch.setattr(throughput, "device_limits", lambda device, dtypes: (1.0, dict.fromkeys(dtypes, 1.0)))
     monkeypatch.setattr(throughput, "LEAST_ROUND_S", 1e-9)
-    rows, *_ = measure([contestant("a"), contestant("b", True)], torch.device("cpu"), rounds=2, tick=lambda: None)
+    rows, *_ = time_in_turn([contestant("a"), contestant("b", True)], torch.device("cpu"), rounds=2, tick=lambda: None)
     assert order[-2:] == ["count a", "count b"] and not any("count" in entry for entry in order[:-2])
     assert [row["kernels_per_step"] for row in rows] == [7, 7]
 
@@ -104,7 +104,7 @@ def test_a_peak_counts_the_contestants_own_bytes_and_nothing_of_others(monkeypat
     monkeypatch.setattr(throughput, "allocator_of", lambda device: allocator)
     monkeypatch.setattr(throughput, "device_limits", lambda device, dtypes: (1.0, dict.fromkeys(dtypes, 1.0)))
     contestant = Contestant("a", step, step, images=1, epoch_steps=1, own=lambda: own)
-    (row,), *_ = measure([contestant], torch.device("cpu"), rounds=1, tick=lambda: None)
+    (row,), *_ = time_in_turn([contestant], torch.device("cpu"), rounds=1, tick=lambda: None)
     assert row["peak_bytes"] == 800 + activations
 
 
@@ -137,7 +137,7 @@ def test_every_network_of_a_contestant_stays_on_its_stream(monkeypatch):
 
     monkeypatch.setattr(bench, "run_streams", lambda device, count: [f"stream {i}" for i in range(count)])
     monkeypatch.setattr(torch.cuda, "stream", stream)
-    monkeypatch.setattr(bench, "build_model", watched(bench.build_model))
+    monkeypatch.setattr(bench, "assemble", watched(bench.assemble))
     monkeypatch.setattr(bench, "train_step", watched(bench.train_step))
     monkeypatch.setattr(graphed_step, "train_step", watched(graphed_step.train_step))
     for seeds in (1, 2):

@@ -9,6 +9,7 @@ from conftest import Repeat, make_ode_block
 
 from anode_exp.budget.measure import REPEATS, Planner
 from anode_exp.budget.plan import RESERVE, Plan, policies
+from anode_exp.build import autocast_for
 from anode_exp.commands import together as train_module
 from anode_exp.commands.together import train
 from anode_exp.config.check import parse_bytes
@@ -17,7 +18,7 @@ from anode_exp.errors import UserError
 from anode_exp.gradient import DtoCheckpoint
 from anode_exp.models import MODELS, Evolution, ode_blocks, take_evaluations
 from anode_exp.runs import load_run
-from anode_exp.training.step import autocast_for
+from anode_exp.tasks.classification import Classification
 
 
 def planner(model="squeezenext", n_steps=4, batch=6, precision="fp32", evolves=False, **settings) -> Planner:
@@ -32,7 +33,7 @@ def planner(model="squeezenext", n_steps=4, batch=6, precision="fp32", evolves=F
     def optimizer(n):
         return torch.optim.SGD(n.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
 
-    return Planner(network, optimizer, autocast_for(precision, torch.device("cpu")), (images, labels))
+    return Planner(network, optimizer, autocast_for(precision, torch.device("cpu")), Classification(), (images, labels))
 
 
 def by_evaluations(p: Planner) -> Planner:
@@ -203,7 +204,7 @@ def test_the_least_that_a_run_is_told_to_have_is_enough(tmp_path, monkeypatch, a
     plan = json.loads((tmp_path / "run" / "plan.json").read_text())
     assert results["peak_memory_bytes"] == plan["measured_bytes"] <= plan["budget_bytes"]
 
-    def as_planned(config, directory, trainer, resume):
+    def as_planned(directory, trainer, resume):
         for block, entry in zip(ode_blocks(trainer.network), plan["blocks"], strict=True):
             block.gradient = policies(3)[entry["policy"]]
 

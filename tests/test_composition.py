@@ -6,11 +6,12 @@ import torch
 from anode_exp.build import build_memory_format, build_model, build_optimizer, build_schedule
 from anode_exp.config.compose import jobs, path_safe
 from anode_exp.config.describe import CONF, groups, options
-from anode_exp.config.schema import ACTIVATION_NAMES, NORM_NAMES
+from anode_exp.config.schema import ACTIVATION_NAMES, NORM_NAMES, Method
+from anode_exp.config.schema import SOLVERS as METHODS
 from anode_exp.errors import UserError
 from anode_exp.gradient import GRADIENT_MODES
 from anode_exp.models import ACTIVATIONS, MODELS, NORMS, ode_blocks
-from anode_exp.ode import TABLEAUX
+from anode_exp.ode import SOLVERS, TABLEAUX, EmbeddedSolver, ExplicitRungeKutta, StageSolver
 
 
 def one(*overrides):
@@ -42,12 +43,39 @@ def test_every_option_composes_and_builds(group, name):
 
 
 def test_every_name_in_code_has_its_configuration_and_the_other_way_round():
-    assert set(options("solver")) == set(TABLEAUX)
+    assert set(options("solver")) == set(SOLVERS) >= set(TABLEAUX)
     assert set(options("gradient")) - {"budget"} == set(GRADIENT_MODES), "a budget chooses among them"
     assert set(options("model")) == set(MODELS)
     from anode_exp.data import DATASETS
 
     assert set(options("dataset")) == set(DATASETS)
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+def test_what_the_configuration_says_of_a_solver_is_so(name):
+    """The configuration lists what solvers can do itself, so that it needs no torch."""
+    solver, said = SOLVERS[name](), METHODS[name]
+    assert list(SOLVERS) == list(METHODS)
+    assert said.embedded == (isinstance(solver, EmbeddedSolver) and solver.error_order is not None)
+    assert said.stages == isinstance(solver, StageSolver)
+    assert said.explicit == isinstance(solver, ExplicitRungeKutta)
+    assert said.static == solver.static and solver.name == name
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["gradient=stage_checkpoint"], "euler has no stages with an adjoint .* gradient.unit=step.* solver=rk2"),
+        (["gradient=revolve", "gradient.unit=stage"], "euler has no stages"),
+        (["gradient=stored_adjoint"], "only explicit Runge–Kutta methods step a continuous adjoint, euler"),
+        (["gradient=budget", "gradient.memory=1GB"], "euler does not perform the same operations .* solver=rk2"),
+    ],
+)
+def test_what_a_solver_cannot_do_is_refused_with_the_remedy(monkeypatch, settings, message):
+    monkeypatch.setitem(METHODS, "euler", Method(stages=False, explicit=False, static=False))
+    with pytest.raises(UserError, match=message):
+        one(*settings)
+    one("gradient=step_checkpoint")
 
 
 def test_norms_and_activations_are_named_alike():

@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import make_ode_block
 
-from anode_exp.build import build_data
+from anode_exp.build import autocast_for, build_data
 from anode_exp.commands.bench import bench_entries
 from anode_exp.commands.together import train, train_together
 from anode_exp.config.compose import jobs
@@ -18,9 +18,10 @@ from anode_exp.gradient import GRADIENT_MODES
 from anode_exp.models import MODELS
 from anode_exp.studies.bench import _contestant
 from anode_exp.studies.study import run_study
-from anode_exp.studies.throughput import measure
-from anode_exp.training.graphed_step import GraphedStep, set_learning_rate
-from anode_exp.training.step import autocast_for, train_step
+from anode_exp.studies.throughput import time_in_turn
+from anode_exp.tasks.classification import Classification
+from anode_exp.training.graphed_step import GraphedStep
+from anode_exp.training.step import set_learning_rate, train_step
 from anode_exp.training.streams import MOST_STREAMS, run_streams
 
 pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
@@ -36,11 +37,11 @@ def test_a_step_never_waits_for_the_device(mode, precision):
     split = Split(images, torch.arange(64, device=device) % 10)
     normalise = Normalisation([0.5] * 3, [0.25] * 3, device)
     batches = iter(EpochBatches(split, 16, Augmentation(4, True), normalise, 0, 1))
-    train_step(network, optimizer, autocast_for(precision, device), *next(batches))
+    train_step(network, optimizer, autocast_for(precision, device), Classification(), next(batches))
     torch.cuda.set_sync_debug_mode("error")
     try:
         for batch in batches:
-            train_step(network, optimizer, autocast_for(precision, device), *batch)
+            train_step(network, optimizer, autocast_for(precision, device), Classification(), batch)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -109,7 +110,7 @@ def test_bench_counts_gradients_and_kernels():
     entries, _ = bench_entries(["dataset=digits", "model=resnet18", "recipe.batch_size=8", "compare=[seeds=1,seeds=2]"])
     images = build_data(entries[0][1].dataset, device)
     contestants = [_contestant(label, config, baseline, images, device) for label, config, baseline in entries]
-    rows, *_ = measure(contestants, device, 2, lambda: None)
+    rows, *_ = time_in_turn(contestants, device, 2, lambda: None)
     weights = sum(x.nbytes for x in contestants[0].own()) // 3  # but for buffers, of a thousandth of that
     assert rows[0]["peak_bytes"] > 2.99 * weights
     assert 0 < rows[0]["kernels_per_step"] < rows[1]["kernels_per_step"]
@@ -135,14 +136,16 @@ def test_the_captured_step_trains_as_the_eager_one(mode):
         optimizer = torch.optim.SGD(network.parameters(), lr=lr, momentum=0.9, weight_decay=5e-4, fused=True)
         autocast = autocast_for("fp32", device)
         step = (
-            GraphedStep(network, optimizer, autocast) if graphed else partial(train_step, network, optimizer, autocast)
+            GraphedStep(network, optimizer, autocast, Classification())
+            if graphed
+            else partial(train_step, network, optimizer, autocast, Classification())
         )
         generator, losses = torch.Generator().manual_seed(1), []
         for i in range(50):
             set_learning_rate(optimizer, 0.05 if i < 25 else 0.005)
             size = 12 if i % 10 == 9 else 32
             images = torch.randn(size, 3, 32, 32, generator=generator).to(device, memory_format=torch.channels_last)
-            losses.append(step(images, torch.arange(size, device=device) % 10)[0].clone())
+            losses.append(step((images, torch.arange(size, device=device) % 10))[0].clone())
         return [*losses, *network.parameters(), *network.buffers()]
 
     try:
@@ -168,11 +171,13 @@ def test_a_capture_that_fails_leaves_an_eager_run(caplog):
         optimizer = torch.optim.SGD(network.parameters(), lr=lr, momentum=0.9, fused=True)
         autocast = autocast_for("fp32", device)
         step = (
-            GraphedStep(network, optimizer, autocast) if graphed else partial(train_step, network, optimizer, autocast)
+            GraphedStep(network, optimizer, autocast, Classification())
+            if graphed
+            else partial(train_step, network, optimizer, autocast, Classification())
         )
         generator = torch.Generator().manual_seed(1)
         for _ in range(4):
-            step(torch.randn(16, 3, 32, 32, generator=generator).to(device), torch.arange(16, device=device) % 10)
+            step((torch.randn(16, 3, 32, 32, generator=generator).to(device), torch.arange(16, device=device) % 10))
         state = [s["momentum_buffer"] for s in optimizer.state.values()]
         return [x.cpu() for x in (*network.parameters(), *network.buffers(), *state)]
 

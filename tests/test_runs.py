@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import anode_exp
+from anode_exp.build import autocast_for
 from anode_exp.commands.evaluate import table
 from anode_exp.commands.together import train
 from anode_exp.config.change import evaluations
@@ -19,7 +20,6 @@ from anode_exp.data import Normalisation, evaluation_batches, load
 from anode_exp.errors import UserError
 from anode_exp.models.calibrate import calibrate_norms
 from anode_exp.runs import evaluate_run
-from anode_exp.training.step import autocast_for
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,9 @@ from anode_exp.config.schema import (
 from anode_exp.errors import UserError
 from anode_exp.gradient import GRADIENT_MODES
 from anode_exp.models import MODELS, Autonomous, Evolution, OdeBlock, TimedBatchNorm, ode_blocks
-from anode_exp.ode import TABLEAUX, ExplicitRungeKutta, TimeGrid, Tolerance
+from anode_exp.ode import SOLVERS, TimeGrid, Tolerance
+from anode_exp.tasks.classification import Classification, ImageBatches
+from anode_exp.tasks.task import Data, Task
 
 
 def build_device(runtime: RuntimeConfig) -> torch.device:
@@ -83,15 +84,17 @@ def build_model(model: ModelConfig, solver: SolverConfig, gradient: GradientConf
     # A budget's plan needs the network, and replaces the modes of its blocks.
     mode = GRADIENT_MODES["dto_checkpoint" if gradient.name == "budget" else gradient.name](**chosen)
 
+    method = SOLVERS[solver.name]()
+
     def make_ode_block(f: nn.Module) -> OdeBlock:
         if isinstance(f, Autonomous) and (model.statistics == "by_time" or model.norm_affine == "by_time"):
             intervals = model.norm_intervals
-            tableau, n_steps = TABLEAUX[solver.name].without_unused_stages(), solver.n_steps
+            n_steps = solver.n_steps
             times = [0.0]
             if model.statistics == "by_time" and solver.adaptive:
                 times = [m / intervals for m in range(intervals + 1)]
             elif model.statistics == "by_time":
-                times = sorted({(n + c) / n_steps for n in range(n_steps) for c in tableau.c})
+                times = sorted({(n + c) / n_steps for n in range(n_steps) for c in method.nodes})
             between = model.statistics == "by_time" and solver.adaptive
             f.time_norms(times, between, intervals if model.norm_affine == "by_time" else None)
         evolution = None
@@ -99,7 +102,7 @@ def build_model(model: ModelConfig, solver: SolverConfig, gradient: GradientConf
             evolution = Evolution(
                 f, model.evolution_coupling, model.evolution_sharing, model.evolution_activation, model.evolution_steps
             )
-        block = OdeBlock(f, ExplicitRungeKutta(TABLEAUX[solver.name]), grid, mode, evolution)
+        block = OdeBlock(f, method, grid, mode, evolution)
         block.field.leaves_trace = model.statistics == "every_evaluation"
         return block
 
@@ -187,11 +190,84 @@ def build_augmentation(dataset: DatasetConfig) -> data.Augmentation:
     return data.Augmentation(dataset.crop_padding, dataset.flip)
 
 
-def _network(config: TrainConfig, gradient: GradientConfig, num_classes: int, **changes: Any) -> nn.Module:
-    """The network of a seed under a gradient mode; ``changes``: solver (a name), its settings, blocks_per_stage."""
+def build_network(config: TrainConfig, num_classes: int) -> nn.Module:
+    """The network of a run as it is before training, on the CPU: its seed decides the weights."""
     torch.manual_seed(config.seed)
-    blocks = changes.pop("blocks_per_stage", config.model.blocks_per_stage)
-    model = dataclasses.replace(config.model, blocks_per_stage=blocks)
-    name = changes.pop("solver", config.solver.name)
-    solver = dataclasses.replace(config.solver, name=name, **{"adaptive": False, **changes})
-    return build_model(model, solver, gradient, num_classes)
+    return build_model(config.model, config.solver, config.gradient, num_classes)
+
+
+def autocast_for(precision: str, device: torch.device) -> Callable[[], torch.autocast]:
+    """A factory of forward contexts: bfloat16 autocast for ``bf16``, nothing for ``fp32`` and ``tf32``."""
+    return lambda: torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+
+
+def set_backends(runtime: RuntimeConfig) -> None:
+    """The process's settings of CUDA's libraries.
+
+    Precision ``tf32`` lets CUDA round float32 factors to TF32; ``fp32`` and ``bf16`` keep float32 operations exact.
+    ``cudnn_benchmark`` lets cuDNN time its algorithms where a shape is new, in eager steps before any recording. What
+    it finds is kept for the process, whatever the setting is later.
+    """
+    allow = runtime.precision == "tf32"
+    torch.backends.cuda.matmul.allow_tf32 = allow
+    torch.backends.cudnn.allow_tf32 = allow
+    torch.backends.cudnn.benchmark = runtime.cudnn_benchmark
+
+
+@dataclass
+class Assembly:
+    """All that a configuration stands for, put together once: what is trained, on what, and how.
+
+    Attributes:
+        network: on its device, in its layout, before training.
+        data: batches on the device, in the same layout.
+        autocast: makes the contexts of forward passes.
+    """
+
+    config: TrainConfig
+    device: torch.device
+    layout: torch.memory_format
+    task: Task
+    data: Data
+    network: nn.Module
+    optimizer: torch.optim.Optimizer
+    autocast: Callable[[], torch.autocast]
+
+    @property
+    def stepped(self) -> tuple[nn.Module, torch.optim.Optimizer, Callable[[], torch.autocast], Task]:
+        """What ``train_step`` takes before the batch."""
+        return self.network, self.optimizer, self.autocast, self.task
+
+    @property
+    def batch_size(self) -> int:
+        """Of the whole training batches."""
+        return min(self.config.recipe.batch_size, self.data.size("train"))
+
+
+def assemble(config: TrainConfig, images: data.ImageData) -> Assembly:
+    """The assembly of a configuration; its device is that of the images."""
+    device = images.train.labels.device
+    network = build_network(config, images.num_classes)
+    layout = build_memory_format(config.runtime, network, device)
+    network = network.to(device, memory_format=layout)  # type: ignore[call-overload]
+    return Assembly(
+        config,
+        device,
+        layout,
+        Classification(config.recipe.label_smoothing),
+        build_batches(config, images, layout),
+        network,
+        build_optimizer(network, config.recipe),
+        autocast_for(config.runtime.precision, device),
+    )
+
+
+def build_batches(config: TrainConfig, images: data.ImageData, layout: torch.memory_format) -> ImageBatches:
+    device = images.train.labels.device
+    return ImageBatches(
+        images,
+        config.recipe.batch_size,
+        build_augmentation(config.dataset),
+        build_normalisation(config.dataset, device, layout),
+        config.seed,
+    )

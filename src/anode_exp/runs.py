@@ -2,27 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from anode_exp.build import (
-    build_augmentation,
-    build_data,
-    build_device,
-    build_memory_format,
-    build_model,
-    build_normalisation,
-    evaluation_batch_size,
-)
+from anode_exp.build import assemble, build_data, build_device, build_network, evaluation_batch_size, set_backends
 from anode_exp.config.check import read_config, typed
 from anode_exp.config.schema import TrainConfig
-from anode_exp.data import DATASETS, EpochBatches, evaluation_batches
+from anode_exp.data import DATASETS
 from anode_exp.errors import UserError
 from anode_exp.models import take_evaluations
 from anode_exp.models.calibrate import calibrate_norms
@@ -30,7 +20,7 @@ from anode_exp.ode import SolveFailed
 from anode_exp.records.checkpoints import Checkpoints
 from anode_exp.records.reading import append_line, read_metrics, read_results
 from anode_exp.training.progress import bar
-from anode_exp.training.step import autocast_for, evaluate, set_backends
+from anode_exp.training.step import evaluate
 
 
 @dataclass(frozen=True)
@@ -64,8 +54,7 @@ def load_run(directory: str | Path, checkpoint: str = "best", config: TrainConfi
     directory = Path(directory)
     config = typed(read_config(directory)) if config is None else config
     checkpoints = Checkpoints(directory / "checkpoints")
-    torch.manual_seed(config.seed)
-    network = build_model(config.model, config.solver, config.gradient, DATASETS[config.dataset.name][1])
+    network = build_network(config, DATASETS[config.dataset.name][1])
     epoch = 0
     if checkpoint != "0":
         kept = [str(epoch) for epoch in checkpoints.epochs()]
@@ -128,32 +117,28 @@ def evaluated(
     run = load_run(directory, checkpoint, config)
     device = build_device(config.runtime)
     set_backends(config.runtime)
-    images = build_data(config.dataset, device)
-    memory_format = build_memory_format(config.runtime, run.network, device)
-    network = run.network.to(device, memory_format=memory_format)  # type: ignore[call-overload]
+    assembly = assemble(config, build_data(config.dataset, device))
+    network, data = assembly.network, assembly.data
+    network.load_state_dict(run.network.state_dict())
     size = evaluation_batch_size(config, device)
-    normalise = build_normalisation(config.dataset, device, memory_format)
-    autocast = autocast_for(config.runtime.precision, device)
-    augmentation = build_augmentation(config.dataset)
-    epoch = EpochBatches(images.train, config.recipe.batch_size, augmentation, normalise, config.seed, 1)
-    batches: Iterable[tuple[Tensor, Tensor]] = evaluation_batches(images.test, size, normalise)
-    total = -(-len(images.test) // size)
+    total = -(-data.size("test") // size)
     name = config.solver.describe()
+    batches = data.evaluation("test", size)
     try:
         if calibrate:
-            calibrate_norms(network, autocast, islice(epoch, calibrate))
-        loss, accuracy = evaluate(network, autocast, bar(total, name, iterable=batches) if show else batches)
+            calibrate_norms(network, assembly.autocast, islice(data.epoch(1).starting_at(0), calibrate))
+        shown = bar(total, name, iterable=batches) if show else batches
+        metrics = evaluate(network, assembly.autocast, assembly.task, shown)
     except SolveFailed as error:
         raise UserError(f"{directory}, {name}: {error}") from error
     return {
         "checkpoint": checkpoint,
         "epoch": run.epoch,
         "dataset": config.dataset.name,
-        "images": len(images.test),
+        assembly.task.unit: data.size("test"),
         "solver": config.solver.name,
         "n_steps": None if config.solver.adaptive else config.solver.n_steps,
         "statistics": config.model.statistics + (f", {calibrate} batches anew" if calibrate else ""),
         "nfe": sum(e.forward for e in take_evaluations(network)) // total,
-        "test_loss": loss,
-        "test_accuracy": accuracy,
+        **{f"test_{metric}": x for metric, x in metrics.items()},
     }

@@ -9,6 +9,7 @@ import torch
 from conftest import Field, make_ode_block, solver
 from torch import nn
 
+from anode_exp.build import autocast_for
 from anode_exp.data import Augmentation, EpochBatches, Normalisation, Split
 from anode_exp.gradient import (
     GRADIENT_MODES,
@@ -23,7 +24,8 @@ from anode_exp.gradient import (
 )
 from anode_exp.models import MODELS, NORMS, ode_blocks, take_evaluations
 from anode_exp.ode import TABLEAUX, TimeGrid, VectorField
-from anode_exp.training.step import autocast_for, train_step
+from anode_exp.tasks.classification import Classification
+from anode_exp.training.step import train_step
 
 POLICIES = {
     "full_backprop": FullBackprop(),
@@ -145,7 +147,9 @@ def test_fifty_training_steps_to_the_last_bit(mode, tableau):
         optimizer = torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
         losses = []
         for batch in EpochBatches(split, 8, Augmentation(4, True), normalise, seed=0, epoch=1):
-            losses.append(train_step(network, optimizer, autocast_for("fp32", torch.device("cpu")), *batch)[0])
+            losses.append(
+                train_step(network, optimizer, autocast_for("fp32", torch.device("cpu")), Classification(), batch)[0]
+            )
         momentum = [s["momentum_buffer"] for s in optimizer.state.values()]
         assert len(losses) == 50
         return [torch.stack(losses), *network.state_dict().values(), *momentum]

@@ -11,15 +11,16 @@ from torch import nn
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from anode_exp.build import build_model, build_optimizer
+from anode_exp.build import autocast_for, build_model, build_optimizer
 from anode_exp.config.compose import composed
 from anode_exp.errors import UserError
 from anode_exp.models import Autonomous, TimedBatchNorm, count_parameters, ode_blocks
 from anode_exp.models.calibrate import calibrate_norms
 from anode_exp.models.layers import BatchNorm, interpolation
 from anode_exp.ode import TABLEAUX, ExplicitRungeKutta, Tolerance, VectorField, integrate_adaptive
+from anode_exp.tasks.classification import Classification
 from anode_exp.training.averaging import MovingAverage
-from anode_exp.training.step import autocast_for, evaluate, train_step
+from anode_exp.training.step import evaluate, train_step
 
 CPU = torch.device("cpu")
 ADAPTIVE = ["solver=dopri5", "solver.adaptive=true", "solver.rtol=0.01", "solver.atol=0.01"]
@@ -85,7 +86,7 @@ def test_training_is_bit_for_bit_that_with_one_set(overrides):
         for _ in range(3):
             images = torch.randn(8, 3, 32, 32, generator=generator)
             autocast = autocast_for(config.runtime.precision, CPU)
-            losses.append(train_step(network, optimizer, autocast, images, torch.arange(8))[0])
+            losses.append(train_step(network, optimizer, autocast, Classification(), (images, torch.arange(8)))[0])
             average.update(network)
         runs.append([torch.stack(losses), *network.parameters(), *average.network.parameters()])
         assert len(norms(network)) == (2 if statistics == "by_time" else 0)
@@ -114,7 +115,7 @@ def test_a_static_step_reads_nothing_on_the_host_and_adds_views_only(affine):
         optimizer = build_optimizer(network, config.recipe)
         for _ in range(2):
             with HostReads() as mode:
-                train_step(network, optimizer, autocast_for("fp32", CPU), batch(4), torch.arange(4))
+                train_step(network, optimizer, autocast_for("fp32", CPU), Classification(), (batch(4), torch.arange(4)))
         assert not sum(mode.reads.values())
         counts.append(Counter(mode.reads.keys()))
     more = {name for name in counts[0] if name not in counts[1]}
@@ -172,7 +173,9 @@ def test_evaluation_is_the_trained_network(overrides):
         network, config = network_of(*overrides, statistics=statistics)
         optimizer = build_optimizer(network, config.recipe)
         for _ in range(3):  # away from the start, where the times are alike
-            train_step(network, optimizer, autocast_for("fp32", CPU), batch(), torch.arange(64) % 10)
+            train_step(
+                network, optimizer, autocast_for("fp32", CPU), Classification(), (batch(), torch.arange(64) % 10)
+            )
         calibrate_norms(network, autocast_for("fp32", CPU), [(batch(), torch.zeros(64))])
         with torch.no_grad():
             evaluated, trained = network(batch()), network.train()(batch())
@@ -212,7 +215,7 @@ def test_steps_and_solvers_other_than_the_trained_ones():
 
 def test_before_any_training_an_adaptive_network_can_be_evaluated():
     network, _ = network_of(*ADAPTIVE)
-    loss, _ = evaluate(network, autocast_for("fp32", CPU), [(batch(4), torch.arange(4))])
+    loss, _ = evaluate(network, autocast_for("fp32", CPU), Classification(), [(batch(4), torch.arange(4))]).values()
     assert np.isfinite(loss)
 
 

@@ -23,7 +23,7 @@ from anode_exp.models import (
     ode_blocks,
 )
 from anode_exp.ode import TABLEAUX, ExplicitRungeKutta, TimeGrid, Tolerance
-from anode_exp.training.graphed_step import set_learning_rate
+from anode_exp.training.step import set_learning_rate
 
 SHAPES = [(4, 3, 3, 3), (4, 3, 5, 5), (4, 3, 1, 3), (4, 3, 3, 1), (4, 3, 1, 1), (2, 2, 4, 2)]
 EXACT = [DtoCheckpoint(), StepCheckpoint(), StepCheckpoint(states="rebuild"), StageCheckpoint(),

@@ -21,7 +21,7 @@ from anode_exp.report.gradient_error import order_in_dt
 from anode_exp.report.memory import growth
 from anode_exp.studies.evolution import kernels_over_time
 from anode_exp.studies.gradient_error import rows as gradient_error_rows
-from anode_exp.studies.memory import measure
+from anode_exp.studies.memory import peaks_and_times
 from anode_exp.studies.reversibility import Flow, fixed, steps_for, to_tolerance
 from anode_exp.studies.study import run_study
 
@@ -188,7 +188,7 @@ def test_recorded_steps_are_timed_where_runs_replay_theirs():
         return captures[-1]
 
     batch = torch.randn(2, 3, 32, 32), torch.arange(2)
-    found = list(measure(networks, *batch, "fp32", 3, lambda: None, capture))
+    found = list(peaks_and_times(networks, batch, "fp32", 3, lambda: None, capture))
     assert [c.replays for c in captures] == [1 + 3] * 2
     assert [row["nfe_backward"] for row in found] == [0, 16] and all(row["step_time_s"] > 0 for row in found)
 

@@ -7,10 +7,12 @@ import torch
 from conftest import Repeat, make_ode_block
 from torch import nn
 
+from anode_exp.build import autocast_for
 from anode_exp.gradient import GRADIENT_MODES
 from anode_exp.models import MODELS, take_evaluations
-from anode_exp.training.graphed_step import GraphedStep, set_learning_rate
-from anode_exp.training.step import autocast_for, train_step
+from anode_exp.tasks.classification import Classification
+from anode_exp.training.graphed_step import GraphedStep
+from anode_exp.training.step import set_learning_rate, train_step
 
 
 class FailsToWarmUp(Repeat):
@@ -54,14 +56,14 @@ def trained(
         captures.append(kind(network))
         return captures[-1]
 
-    step = GraphedStep(network, optimizer, autocast, capture) if graphed else None
+    step = GraphedStep(network, optimizer, autocast, Classification(), capture) if graphed else None
     generator, losses, evaluations = torch.Generator().manual_seed(1), [], []
     for epoch in range(2):
         set_learning_rate(optimizer, 0.05 / (1 + epoch))
         for size in (4, 4, 4, 4, 3):
             images = torch.randn(size, 3, 32, 32, generator=generator)
             labels = torch.arange(size)
-            run = step if step is not None else lambda *b: train_step(network, optimizer, autocast, *b)
+            run = step if step is not None else lambda b: train_step(network, optimizer, autocast, Classification(), b)
             loss, correct = run(images, labels)
             losses += [loss.clone(), correct.clone()]
             evaluations += [(e.forward, e.backward) for e in take_evaluations(network)]
@@ -105,9 +107,11 @@ def test_an_eager_step_that_fails_is_an_error():
     network = MODELS["squeezenext"](10, make_ode_block(), width=0.25)
     optimizer = torch.optim.SGD(network.parameters(), lr=torch.tensor(0.1), momentum=0.9)
     network.register_forward_hook(lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA out of memory")))
-    step = GraphedStep(network, optimizer, autocast_for("fp32", torch.device("cpu")), lambda: Repeat(network))
+    step = GraphedStep(
+        network, optimizer, autocast_for("fp32", torch.device("cpu")), Classification(), lambda: Repeat(network)
+    )
     with pytest.raises(torch.OutOfMemoryError):
-        step(torch.randn(2, 3, 32, 32), torch.arange(2))
+        step((torch.randn(2, 3, 32, 32), torch.arange(2)))
 
 
 def test_a_recording_can_be_forgotten():
@@ -119,10 +123,10 @@ def test_a_recording_can_be_forgotten():
         captures.append(Repeat(network))
         return captures[-1]
 
-    step = GraphedStep(network, optimizer, autocast_for("fp32", torch.device("cpu")), capture)
+    step = GraphedStep(network, optimizer, autocast_for("fp32", torch.device("cpu")), Classification(), capture)
     for times in (1, 2):
         for _ in range(3):
-            step(torch.randn(2, 3, 32, 32), torch.arange(2))
+            step((torch.randn(2, 3, 32, 32), torch.arange(2)))
         assert len(captures) == times and captures[-1].replays == 2
         step.forget()
 
@@ -147,7 +151,9 @@ def test_whole_batches_are_recorded_even_if_a_smaller_one_comes_second():
         captures.append(Repeat(network))
         return captures[-1]
 
-    step = GraphedStep(network, optimizer, autocast_for("fp32", torch.device("cpu")), capture, batch_size=4)
+    step = GraphedStep(
+        network, optimizer, autocast_for("fp32", torch.device("cpu")), Classification(), capture, batch_size=4
+    )
     for size in (4, 3, 4, 3, 4):
-        step(torch.randn(size, 3, 32, 32), torch.arange(size))
+        step((torch.randn(size, 3, 32, 32), torch.arange(size)))
     assert len(captures) == 1 and captures[0].replays == 2

@@ -5,13 +5,15 @@ import torch
 from conftest import make_ode_block
 from torch import nn
 
+from anode_exp.build import autocast_for
 from anode_exp.commands.together import train, train_together
 from anode_exp.config.compose import jobs
 from anode_exp.models import MODELS
+from anode_exp.tasks.classification import Classification
 from anode_exp.training import graphed_step, peak_memory
 from anode_exp.training import trainer as fit
 from anode_exp.training.peak_memory import LiveTensorBytes, PeakMemory
-from anode_exp.training.step import autocast_for, train_step
+from anode_exp.training.step import train_step
 
 MB = 1_000_000
 
@@ -55,7 +57,9 @@ def test_steps_of_the_checkpointed_mode_hold_less_and_grow_with_n_steps():
         for _ in range(3):
             with memory.step(network, optimizer):
                 images, labels = torch.randn(8, 3, 32, 32), torch.arange(8)
-                train_step(network, optimizer, autocast_for("fp32", torch.device("cpu")), images, labels)
+                train_step(
+                    network, optimizer, autocast_for("fp32", torch.device("cpu")), Classification(), (images, labels)
+                )
                 del images
         return memory.peak_bytes
 

@@ -6,11 +6,13 @@ import torch.nn.functional as F
 from conftest import make_ode_block
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from anode_exp.build import autocast_for
 from anode_exp.data import Augmentation, EpochBatches, Normalisation, Split
 from anode_exp.gradient import GRADIENT_MODES
 from anode_exp.models import MODELS
 from anode_exp.ode import TABLEAUX
-from anode_exp.training.step import autocast_for, evaluate, train_step
+from anode_exp.tasks.classification import Classification
+from anode_exp.training.step import evaluate, train_step
 
 CPU = torch.device("cpu")
 
@@ -53,7 +55,7 @@ def test_nothing_is_read_on_the_host(mode, tableau, precision):
     optimizer, epoch = sgd(net), batches()
     with NoHostRead():
         for images, labels in epoch:
-            train_step(net, optimizer, autocast_for(precision, CPU), images, labels)
+            train_step(net, optimizer, autocast_for(precision, CPU), Classification(), (images, labels))
 
 
 @pytest.mark.parametrize("mode", GRADIENT_MODES)
@@ -70,7 +72,10 @@ def test_a_whole_step_runs_on_the_meta_device(mode):
     epoch.flips = torch.empty(8, 1, dtype=bool, device=meta)
     before = [p._version for p in net.parameters()]
     for images, labels in epoch:
-        loss, correct = train_step(net, optimizer, lambda: torch.autocast("cpu", enabled=False), images, labels)
+        loss, sums = train_step(
+            net, optimizer, lambda: torch.autocast("cpu", enabled=False), Classification(), (images, labels)
+        )
+        correct = sums["correct"]
         assert loss.is_meta and correct.is_meta and loss.shape == correct.shape == ()
     everything = [*net.parameters(), *(p.grad for p in net.parameters()), *net.buffers()]
     everything += [x for s in optimizer.state.values() for x in s.values() if isinstance(x, torch.Tensor)]
@@ -84,7 +89,9 @@ def test_a_whole_step_runs_on_the_meta_device(mode):
 def test_nothing_is_read_on_the_host_of_a_resnet(mode):
     net = network(mode, "euler", "resnet18")
     with NoHostRead():
-        train_step(net, sgd(net), autocast_for("fp32", CPU), torch.randn(2, 3, 32, 32), torch.arange(2))
+        train_step(
+            net, sgd(net), autocast_for("fp32", CPU), Classification(), (torch.randn(2, 3, 32, 32), torch.arange(2))
+        )
 
 
 def test_one_step_is_sgd_written_out():
@@ -92,12 +99,12 @@ def test_one_step_is_sgd_written_out():
     twin = copy.deepcopy(net)
     images, labels = next(iter(batches()))
     optimizer = sgd(net)
-    loss, correct = train_step(net, optimizer, autocast_for("fp32", CPU), images, labels)
+    loss, sums = train_step(net, optimizer, autocast_for("fp32", CPU), Classification(), (images, labels))
     out = twin(images)
     expected = F.cross_entropy(out, labels)
     expected.backward()
     assert torch.equal(loss, expected.detach()) and not loss.requires_grad
-    assert int(correct) == int((out.argmax(1) == labels).sum())
+    assert int(sums["correct"]) == int((out.argmax(1) == labels).sum())
     for p, q in zip(net.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(p, q - 0.1 * (q.grad + 5e-4 * q), rtol=1e-6, atol=1e-7)
 
@@ -105,8 +112,8 @@ def test_one_step_is_sgd_written_out():
 def test_bf16_trains_float32_weights():
     net = network()
     images, labels = next(iter(batches()))
-    loss, _ = train_step(net, sgd(net), autocast_for("bf16", CPU), images, labels)
-    exact, _ = train_step(network(), sgd(net), autocast_for("fp32", CPU), images, labels)
+    loss, _ = train_step(net, sgd(net), autocast_for("bf16", CPU), Classification(), (images, labels))
+    exact, _ = train_step(network(), sgd(net), autocast_for("fp32", CPU), Classification(), (images, labels))
     assert loss.dtype == torch.float32 and all(p.dtype == torch.float32 for p in net.parameters())
     assert loss != exact and abs(loss - exact) < 0.1
 
@@ -116,7 +123,7 @@ def test_evaluation_uses_running_statistics_and_changes_nothing():
     data = list(batches(n=10))
     net(data[0][0])  # running statistics of one batch
     before = {k: v.clone() for k, v in net.state_dict().items()}
-    loss, accuracy = evaluate(net, autocast_for("fp32", CPU), data)
+    loss, accuracy = evaluate(net, autocast_for("fp32", CPU), Classification(), data).values()
     assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
     assert net.training
     net.eval()

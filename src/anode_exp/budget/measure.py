@@ -30,9 +30,10 @@ from anode_exp.budget.plan import RESERVE, Plan, Profile, counted_bytes, fastest
 from anode_exp.errors import UserError
 from anode_exp.gradient import GradientMode
 from anode_exp.models import OdeBlock, ode_blocks, take_evaluations
-from anode_exp.training.graphed_step import Capture, set_learning_rate
+from anode_exp.tasks.task import Batch, Task
+from anode_exp.training.graphed_step import Capture
 from anode_exp.training.peak_memory import LiveTensorBytes, allocator_of
-from anode_exp.training.step import train_step
+from anode_exp.training.step import set_learning_rate, state_tensors, train_step
 
 log = logging.getLogger(__name__)
 
@@ -65,7 +66,8 @@ class Planner:
     Args:
         network: on its device, in training mode.
         new_optimizer: makes the optimiser of a dry step; its state is filled, and its learning rate set to 0.
-        batch: images [B, 3, H, W] and labels [B] in the run's layout.
+        task: whose loss the steps take.
+        batch: in the run's layout.
         tick: called after every dry run, for a progress bar.
         batch_size: of the run; by default the batch's.
         rehearse: takes the steps that will run, with the policies that are set, and returns their peak bytes. By
@@ -78,17 +80,18 @@ class Planner:
         network: nn.Module,
         new_optimizer: Callable[[nn.Module], torch.optim.Optimizer],
         autocast: Callable[[], torch.autocast],
-        batch: tuple[Tensor, Tensor],
+        task: Task,
+        batch: Batch,
         tick: Callable[[], object] = lambda: None,
         batch_size: int | None = None,
         rehearse: Callable[[], int] | None = None,
         new_capture: Callable[[], Capture] | None = None,
     ) -> None:
-        self.network, self.autocast, self.tick = network, autocast, tick
+        self.network, self.autocast, self.task, self.tick = network, autocast, task, tick
         self.rehearse, self.new_capture = rehearse, new_capture
         # Copies: a view would count with the whole storage that it looks at.
-        self.batch = (batch[0].clone(), batch[1].clone())
-        self.batch_size = len(batch[1]) if batch_size is None else batch_size
+        self.batch: Batch = tuple(x.clone() for x in batch)
+        self.batch_size = len(batch[0]) if batch_size is None else batch_size
         self.optimizer = new_optimizer(network)
         set_learning_rate(self.optimizer, 0.0)
         for p in network.parameters():  # a run has momentum from its second step on
@@ -120,12 +123,6 @@ class Planner:
             self.network.load_state_dict(state)
             self.network.zero_grad(set_to_none=True)
             take_evaluations(self.network)
-
-    @property
-    def _own(self) -> list[Tensor]:
-        """What the network and its optimiser hold between steps."""
-        state = [x for s in self.optimizer.state.values() for x in s.values() if isinstance(x, Tensor)]
-        return [*self.network.parameters(), *self.network.buffers(), *state]
 
     def use(self, names: Sequence[str]) -> None:
         """Set each block's policy."""
@@ -166,24 +163,27 @@ class Planner:
         return Profile(kept, inside, outside, evaluations, [tuple(shape[1:]) for shape in self._shapes])
 
     def _dry_step(self, size: int) -> _Timeline:
-        some = torch.arange(size, device=self.device) % len(self.batch[1])
-        images, labels = self.batch[0][some], self.batch[1][some]
-        if self.batch[0].is_contiguous(memory_format=torch.channels_last):
-            images = images.contiguous(memory_format=torch.channels_last)
+        some = torch.arange(size, device=self.device) % len(self.batch[0])
+        batch = tuple(self._laid_out(x[some]) for x in self.batch)
         self._shapes: list[torch.Size] = [torch.Size()] * len(self.blocks)
         handles = []
         self.network.zero_grad(set_to_none=True)
-        with _Timeline([*self._own, images, labels]) as line:
+        with _Timeline([*state_tensors(self.network, self.optimizer), *batch]) as line:
             for i, block in enumerate(self.blocks):
                 handles += [
                     block.register_forward_pre_hook(lambda _, args, i=i: self._enter(line, i, args[0])),
                     block.register_forward_hook(lambda _, args, out, i=i: self._leave(line, i, out)),
                 ]
-            train_step(self.network, self.optimizer, self.autocast, images, labels)
+            train_step(self.network, self.optimizer, self.autocast, self.task, batch)
         for handle in handles:
             handle.remove()
         self.network.zero_grad(set_to_none=True)
         return line
+
+    def _laid_out(self, x: Tensor) -> Tensor:
+        """In the batch's layout, if x is images or their like."""
+        last = self.batch[0].dim() == 4 and self.batch[0].is_contiguous(memory_format=torch.channels_last)
+        return x.contiguous(memory_format=torch.channels_last) if last and x.dim() == 4 else x
 
     def _enter(self, line: _Timeline, i: int, y: Tensor) -> None:
         self._shapes[i] = y.shape
@@ -227,9 +227,7 @@ class Planner:
     def _time(self, block: OdeBlock, shape: tuple[int, ...]) -> float:
         generator = torch.Generator().manual_seed(0)
         y = torch.randn(self.batch_size, *shape, generator=generator).to(self.device)
-        if y.dim() == 4 and self.batch[0].is_contiguous(memory_format=torch.channels_last):
-            y = y.contiguous(memory_format=torch.channels_last)
-        y.requires_grad_()
+        y = self._laid_out(y).requires_grad_()
 
         def passes() -> None:
             y.grad = None
@@ -288,14 +286,15 @@ class Planner:
             if self.rehearse is not None:
                 return self.rehearse()
             allocator = allocator_of(self.device)
+            own = [*state_tensors(self.network, self.optimizer), *self.batch]
             if allocator is None:
-                with LiveTensorBytes([*self._own, *self.batch]) as live:
-                    train_step(self.network, self.optimizer, self.autocast, *self.batch)
+                with LiveTensorBytes(own) as live:
+                    train_step(self.network, self.optimizer, self.autocast, self.task, self.batch)
                 return live.peak
             allocator.empty_cache()
             allocator.reset_peaks()
-            others = allocator.allocated() - sum(x.nbytes for x in [*self._own, *self.batch])
-            train_step(self.network, self.optimizer, self.autocast, *self.batch)
+            others = allocator.allocated() - sum(x.nbytes for x in own)
+            train_step(self.network, self.optimizer, self.autocast, self.task, self.batch)
             return allocator.most_allocated() - others
 
     def fitted(self, budget: int) -> tuple[Plan, int]:

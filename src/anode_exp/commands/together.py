@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -14,20 +14,10 @@ import torch
 
 from anode_exp.budget.measure import SMALL_BATCHES, Planner
 from anode_exp.budget.plan import plan_table, policies
-from anode_exp.build import (
-    build_augmentation,
-    build_data,
-    build_device,
-    build_memory_format,
-    build_model,
-    build_normalisation,
-    build_optimizer,
-    build_schedule,
-    evaluation_batch_size,
-)
+from anode_exp.build import assemble, build_data, build_device, build_optimizer, set_backends
 from anode_exp.config.check import parse_bytes
 from anode_exp.config.schema import TrainConfig
-from anode_exp.data import ImageData, evaluation_batches
+from anode_exp.data import ImageData
 from anode_exp.errors import Ended, InUse, UserError
 from anode_exp.models import count_parameters, ode_blocks
 from anode_exp.records.checkpoints import Checkpoints
@@ -38,7 +28,6 @@ from anode_exp.training.graphed_step import GraphedStep
 from anode_exp.training.peak_memory import PeakMemory
 from anode_exp.training.progress import bar, log_to, logging_for
 from anode_exp.training.signals import StopRequest, stop_requests
-from anode_exp.training.step import set_backends
 from anode_exp.training.streams import clear_workspaces, run_streams
 from anode_exp.training.trainer import Progress, Trainer, memory_for, total_steps
 
@@ -92,151 +81,167 @@ def train_together(
     clear_workspaces(device)  # an earlier job of this process, failed perhaps, is no part of this one's memory
     images = build_data(first.dataset, device)
     streams = run_streams(device, len(runs))
-    results: dict[Path, dict[str, Any]] = {}
-    errors: dict[Path, Exception] = {}
-    epochs: dict[Path, int] = {}
-    active: list[tuple[Path, Generator[Trainer, None, dict[str, Any]], Any]] = []
-
-    def advance(directory: Path, run: Generator[Trainer, None, dict[str, Any]], stream: Any) -> Trainer | None:
-        with logging_for(directory), torch.cuda.stream(stream):
-            try:
-                before = epochs.get(directory)
-                trainer = next(run)
-                epochs[directory] = trainer.progress.epochs
-                if before not in (None, epochs[directory]):
-                    tick()
-                return trainer
-            except StopIteration as end:
-                results[directory] = {
-                    **end.value,
-                    "signal": asked.signal if end.value["status"] == "interrupted" else None,
-                }
-            except Exception as error:  # a run that fails does not stop the others
-                errors[directory] = error
-                if len(runs) > 1:
-                    log.error(f"{directory}: {error}", exc_info=not isinstance(error, UserError))
-            return None
-
+    alone = len(runs) == 1
     with ExitStack() as closing:
         asked = closing.enter_context(stop_requests()) if stop is None else stop
-        waiting = []
-        for (config, directory), stream in zip(runs, streams, strict=True):
-            memory = PeakMemory(device, images.nbytes)
-            run = _run(config, directory, images, memory, asked, resume, len(runs), started)
+        todo = [
+            Run(config, directory, images, stream, asked, resume, len(runs), started)
+            for (config, directory), stream in zip(runs, streams, strict=True)
+        ]
+        for run in todo:
             closing.callback(run.close)
+            run.go_on(run.begin)
             # Its first steps alone: warm-up, recording, and memory are then what they are without the others.
-            trainer = advance(directory, run, stream)
-            for _ in range(ALONE_STEPS - 1 if len(runs) > 1 else 0):
-                trainer = trainer and advance(directory, run, stream)
-            if trainer is not None:
-                if len(runs) > 1:
-                    trainer.memory.alone()
-                waiting.append((trainer, time.perf_counter()))
-                active.append((directory, run, stream))
-        for trainer, since in waiting:
-            trainer.waited_s += time.perf_counter() - since
-        while active:
-            active = [entry for entry in active if advance(*entry) is not None]
-    grave = [e for e in errors.values() if not isinstance(e, Ended | InUse)]
-    for error in grave or ([] if results else list(errors.values())):
+            for _ in range(0 if alone else ALONE_STEPS):
+                run.go_on(run.advance)
+            run.pause(alone)
+        for run in todo:
+            run.wake()
+        while active := [run for run in todo if run.active]:
+            for run in active:
+                if run.go_on(run.advance):
+                    tick()
+    errors = [run.error for run in todo if run.error is not None]
+    grave = [error for error in errors if not isinstance(error, Ended | InUse)]
+    for error in grave or (errors if len(errors) == len(todo) else []):
         raise error
-    for directory, error in errors.items():
-        log.info(str(error))
-        results[directory] = {**(read_results(directory) or {}), "signal": None}
-    return [results[directory] for _, directory in runs]
+    for run in todo:
+        if run.error is not None:
+            log.info(str(run.error))
+            run.results = {**(read_results(run.directory) or {}), "signal": None}
+    return [run.results for run in todo]
 
 
-def _run(
-    config: TrainConfig,
-    directory: Path,
-    images: ImageData,
-    memory: PeakMemory,
-    stop: StopRequest,
-    resume: bool,
-    together: int,
-    started: float,
-) -> Generator[Trainer, None, dict[str, Any]]:
-    """One run, a step at a time."""
-    device = images.train.labels.device
-    torch.manual_seed(config.seed)
-    network = build_model(config.model, config.solver, config.gradient, images.num_classes)
-    memory_format = build_memory_format(config.runtime, network, device)
-    network = network.to(device, memory_format=memory_format)  # type: ignore[call-overload]
-    optimizer = build_optimizer(network, config.recipe)
+class Run:
+    """One of the runs of a command: begun, then advanced a step at a time. What goes wrong in one is its own.
 
-    checkpoints = Checkpoints(directory / "checkpoints")
-    state = checkpoints.load() if resume else None
-    done = Progress() if state is None else Progress(**state["progress"])
-    if resume:
-        _check_can_go_on(directory, config, state, images)
-    record = RunRecord(directory, config, (done.epochs, done.steps) if resume else None)
-    try:
-        trainer = Trainer(
-            network,
-            images,
-            build_normalisation(config.dataset, device, memory_format),
-            build_augmentation(config.dataset),
-            optimizer,
-            build_schedule(config.recipe),
-            config.recipe,
-            config.runtime,
-            config.seed,
-            memory,
-            record,
-            checkpoints,
-            stop,
-            evaluation_batch_size(config, device),
-        )
+    Attributes:
+        active: whether it has begun and not ended.
+        results: what ``results.json`` holds, and ``signal``, once it has ended.
+        error: what it failed with.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        directory: Path,
+        images: ImageData,
+        stream: torch.cuda.Stream | None,
+        stop: StopRequest,
+        resume: bool,
+        together: int,
+        started: float,
+    ) -> None:
+        self.config, self.directory, self.images, self.stream, self.stop = config, directory, images, stream, stop
+        self.resume, self.together, self.started = resume, together, started
+        self.active = True
+        self.results: dict[str, Any] = {}
+        self.error: Exception | None = None
+        self._paused_at = 0.0
+        self._record: RunRecord | None = None
+        self._trainer: Trainer | None = None
+
+    def go_on(self, part: Callable[[], bool]) -> bool:
+        """A part of the run, on its stream and with its log; whether an epoch has ended. An error ends the run."""
+        if not self.active:
+            return False
+        with logging_for(self.directory), torch.cuda.stream(self.stream):
+            try:
+                return part()
+            except Exception as error:  # a run that fails does not stop the others
+                self.active, self.error = False, error
+                if self.together > 1:
+                    log.error(f"{self.directory}: {error}", exc_info=not isinstance(error, UserError))
+                return False
+
+    def begin(self) -> bool:
+        """Assemble what the configuration says, and take up the checkpoint where the run is resumed."""
+        config, directory = self.config, self.directory
+        self.memory = PeakMemory(self.images.train.labels.device, self.images.nbytes)
+        assembly = assemble(config, self.images)
+        checkpoints = Checkpoints(directory / "checkpoints")
+        state = checkpoints.load() if self.resume else None
+        done = Progress() if state is None else Progress.of(state["progress"])
+        if self.resume:
+            _check_can_go_on(directory, config, state, self.images)
+        self._record = RunRecord(directory, config, (done.epochs, done.steps) if self.resume else None)
+        self._trainer = trainer = Trainer(assembly, self.memory, self._record, checkpoints, self.stop)
+        self._earlier_s = done.train_time_s + done.evaluation_time_s
         if config.gradient.name == "budget":
-            _plan(config, directory, trainer, resume)
+            _plan(directory, trainer, self.resume)
         if state is not None:
             trainer.restore(state)
         log.info(
             f"{config.model.name} ({config.model.block} blocks), {config.solver.describe()}, "
-            f"{config.gradient.name}, {config.dataset.name} ({len(images.train)} images), seed {config.seed}, "
-            f"{device_name(device)}\n{directory}"
+            f"{config.gradient.name}, {config.dataset.name} ({len(self.images.train)} images), seed {config.seed}, "
+            f"{device_name(assembly.device)}\n{directory}"
         )
-        if resume:
+        if self.resume:
             log.info(f"going on after epoch {done.epochs}, step {done.steps}")
-        for _ in trainer.steps():
-            yield trainer
+        return False
+
+    def advance(self) -> bool:
+        """One step; whether an epoch has ended with it. After the last one the run is finished."""
+        assert self._trainer is not None
+        epochs = self._trainer.progress.epochs
+        if not self._trainer.advance():
+            self._finish(self._trainer)
+        return self._trainer.progress.epochs > epochs
+
+    def pause(self, alone: bool) -> None:
+        """The others' first steps come now."""
+        if self._trainer is not None and self.active and not alone:
+            self.memory.alone()
+        self._paused_at = time.perf_counter()
+
+    def wake(self) -> None:
+        """What it waited is no part of its times."""
+        if self._trainer is not None:
+            self._trainer.waited_s += time.perf_counter() - self._paused_at
+
+    def close(self) -> None:
+        if self._trainer is not None:
+            self._trainer.close()
+        if self._record is not None:
+            self._record.close()
+
+    def _finish(self, trainer: Trainer) -> None:
+        assert self._record is not None
+        device = trainer.device
         results = {
             "status": trainer.status,
             "reason": trainer.reason,
-            **_summary(trainer.progress),
-            "peak_memory_kind": memory.kind,
-            "reserved_memory_bytes": memory.reserved_bytes,
-            "dataset_bytes": images.nbytes,
-            "parameters": count_parameters(network),
+            **_summary(trainer),
+            "peak_memory_kind": self.memory.kind,
+            "reserved_memory_bytes": self.memory.reserved_bytes,
+            "dataset_bytes": self.images.nbytes,
+            "parameters": count_parameters(trainer.network),
             "device": device_name(device),
-            "runs_at_once": together,
+            "runs_at_once": self.together,
             "versions": versions(),
             "commit": commit(),
-            "seed": config.seed,
+            "seed": self.config.seed,
         }
-        earlier = done.train_time_s + done.evaluation_time_s
-        results["wall_time_s"]["total"] = earlier + time.perf_counter() - started
-        record.finish(results)
-    finally:
-        record.close()
-    log.info(_table(results))
-    if trainer.status == "interrupted":
-        log.info(f"go on with: python -m anode_exp train resume={directory}")
-    return results
+        results["wall_time_s"]["total"] = self._earlier_s + time.perf_counter() - self.started
+        self._record.finish(results)
+        log.info(_table(results, trainer))
+        if trainer.status == "interrupted":
+            log.info(f"go on with: python -m anode_exp train resume={self.directory}")
+        self.active = False
+        self.results = {**results, "signal": self.stop.signal if trainer.status == "interrupted" else None}
 
 
-def _plan(config: TrainConfig, directory: Path, trainer: Trainer, resume: bool) -> None:
+def _plan(directory: Path, trainer: Trainer, resume: bool) -> None:
     """Choose every block's policy for the byte budget, and record it; a resumed run keeps the one it had.
 
     Raises:
         UserError: if nothing fits.
     """
-    path, network = directory / "plan.json", trainer.network
+    path, network, config = directory / "plan.json", trainer.network, trainer.assembly.config
     modes = policies(config.solver.n_steps)
     if resume and path.exists():
         plan = json.loads(path.read_text())
     else:
-        size = min(config.recipe.batch_size, len(trainer.images.train))
         budget = parse_bytes(str(config.gradient.memory))
         with (
             bar(Planner.dry_runs(config.solver.n_steps), "planning") as progress,
@@ -245,10 +250,11 @@ def _plan(config: TrainConfig, directory: Path, trainer: Trainer, resume: bool) 
             planner = Planner(
                 network.train(),
                 lambda n: build_optimizer(n, config.recipe),
-                trainer.autocast,
-                next(evaluation_batches(trainer.images.train, max(SMALL_BATCHES), trainer.normalise)),
+                trainer.assembly.autocast,
+                trainer.task,
+                next(trainer.data.evaluation("train", max(SMALL_BATCHES))),
                 progress.update,
-                size,
+                trainer.assembly.batch_size,
                 trainer.rehearse,
                 trainer.step.new_capture if isinstance(trainer.step, GraphedStep) else None,
             )
@@ -281,13 +287,14 @@ def _check_can_go_on(directory: Path, config: TrainConfig, state: dict[str, Any]
         )
 
 
-def _summary(progress: Progress) -> dict[str, Any]:
-    images = progress.images - progress.settling_images
-    rate = images / (progress.train_time_s - progress.settling_time_s) if images > 0 else None
+def _summary(trainer: Trainer) -> dict[str, Any]:
+    progress, score = trainer.progress, trainer.task.score
+    samples = progress.samples - progress.settling_samples
+    rate = samples / (progress.train_time_s - progress.settling_time_s) if samples > 0 else None
     return {
-        "test_accuracy": progress.test_accuracy,
-        "best_test_accuracy": progress.best_test_accuracy,
-        "validation_accuracy": progress.validation_accuracy,
+        f"test_{score}": progress.test_score,
+        f"best_test_{score}": progress.best_test_score,
+        f"validation_{score}": progress.validation_score,
         "best_epoch": progress.best_epoch,
         "train_loss": progress.train_loss,
         "epochs": progress.epochs,
@@ -297,26 +304,26 @@ def _summary(progress: Progress) -> dict[str, Any]:
             "evaluation": progress.evaluation_time_s,
             "first_step": progress.first_step_s or 0.0,
         },
-        "images_per_s": rate,
+        f"{trainer.task.unit}_per_s": rate,
         "nfe": progress.nfe,
         "peak_memory_bytes": progress.peak_memory_bytes,
     }
 
 
-def _table(results: dict[str, Any]) -> str:
+def _table(results: dict[str, Any], trainer: Trainer) -> str:
     def shown(x: float | None, form: str) -> str:
         return "–" if x is None else format(x, form)
 
-    seconds, nfe = results["wall_time_s"], results["nfe"]
-    accuracy, best = (shown(results[k], ".2%") for k in ("test_accuracy", "best_test_accuracy"))
+    seconds, nfe, task = results["wall_time_s"], results["nfe"], trainer.task
+    test, best = (shown(results[f"{which}_{task.score}"], task.form) for which in ("test", "best_test"))
     rows = [
         ("status", f"{results['status']} after {results['epochs']} epochs, {results['steps']} steps"),
         *([("reason", results["reason"])] if results["reason"] else []),
-        ("test accuracy", f"{accuracy} (best {best})"),
+        (f"test {task.score}", f"{test} (best {best})"),
         ("training loss", shown(results["train_loss"], ".4f")),
         ("peak memory", f"{results['peak_memory_bytes'] / 1e6:,.1f} MB ({results['peak_memory_kind']})"),
         ("time", f"{seconds['train']:.1f} s training, {seconds['evaluation']:.1f} s evaluation"),
-        ("speed", f"{shown(results['images_per_s'], ',.0f')} images/s"),
+        ("speed", f"{shown(results[f'{task.unit}_per_s'], ',.0f')} {task.unit}/s"),
     ]
     if nfe:
         rows.append(("evaluations of f", f"{nfe['forward']:g} forward, {nfe['backward']:g} backward a step"))

@@ -14,7 +14,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from anode_exp.config.schema import EMBEDDED, GradientConfig, SolverConfig, StudyConfig, T, TrainConfig
+from anode_exp.config.schema import SOLVERS, GradientConfig, SolverConfig, StudyConfig, T, TrainConfig
 from anode_exp.errors import UserError
 
 
@@ -153,13 +153,42 @@ def typed_study(config: DictConfig) -> StudyConfig:
         raise UserError(f"checkpoint={study.checkpoint}: choose best, last, the number of an epoch, or every")
     for budget in study.budgets:
         parse_bytes(budget, "study.budgets")
-    for solver in set(study.adaptive_solvers) - set(EMBEDDED):
-        raise UserError(f"study.adaptive_solvers: {solver} is none; choose from {', '.join(EMBEDDED)}")
+    for solver in set(study.adaptive_solvers) - set(solvers_that("embedded")):
+        raise UserError(f"study.adaptive_solvers: {solver} is none; choose from {', '.join(solvers_that('embedded'))}")
     for label, gradient in study.gradients.items():
         if gradient.name == "budget":
             raise UserError(f"study.gradients.{label}: a budget is no gradient mode to compare; see study budget")
         _check_gradient(gradient, f"study.gradients.{label}.")
     return study
+
+
+def solvers_that(can: str) -> list[str]:
+    """The solvers with an ability, by the name of its attribute in ``Method``."""
+    return [name for name, method in SOLVERS.items() if getattr(method, can)]
+
+
+def _check_solver(config: TrainConfig) -> None:
+    """What is asked of a solver must be among what it can do."""
+    name, gradient = config.solver.name, config.gradient
+    needs = (
+        (config.solver.adaptive, "embedded", "solver.adaptive=true: {name} has no error estimate"),
+        (
+            gradient.name == "stage_checkpoint" or gradient.unit == "stage",
+            "stages",
+            "gradient={gradient}: {name} has no stages with an adjoint of their own; choose gradient.unit=step, "
+            "gradient=step_checkpoint",
+        ),
+        (
+            gradient.name in ("reverse_adjoint", "stored_adjoint"),
+            "explicit",
+            "gradient={gradient}: only explicit Runge–Kutta methods step a continuous adjoint, {name} is not one",
+        ),
+        (gradient.name == "budget", "static", "gradient=budget: {name} does not perform the same operations each step"),
+    )
+    for asked, can, text in needs:
+        if asked and name in SOLVERS and not getattr(SOLVERS[name], can):
+            remedy = f"choose solver={', '.join(solvers_that(can))}"
+            raise UserError(f"{text.format(name=name, gradient=gradient.name)}; {remedy}")
 
 
 def typed(config: DictConfig) -> TrainConfig:
@@ -195,10 +224,7 @@ def typed(config: DictConfig) -> TrainConfig:
             raise UserError("gradient=budget: plans for one run on its device; set seeds=1")
         if checked.solver.adaptive:
             raise UserError("gradient=budget: plans for a known number of steps; set solver.adaptive=false")
-    if checked.solver.adaptive and checked.solver.name not in EMBEDDED:
-        raise UserError(
-            f"solver.adaptive=true: {checked.solver.name} has no error estimate; choose solver={', '.join(EMBEDDED)}"
-        )
+    _check_solver(checked)
     if checked.model.norm_affine == "by_time":
         if checked.model.field_norm != "batch":
             raise UserError(

@@ -75,8 +75,32 @@ class SolverConfig:
         return f"{self.name}, {self.n_steps} steps"
 
 
-EMBEDDED = ("heun", "bosh3", "dopri5")
-"""Solvers with an error estimate, which can choose their steps."""
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """What a solver can do.
+
+    Attributes:
+        embedded: has an error estimate, and so can choose its steps.
+        stages: has stage states with an adjoint step of their own: gradient modes by the unit stage.
+        explicit: an explicit Runge–Kutta method, which also steps a continuous adjoint.
+        static: performs the same operations in every step: CUDA graphs and byte budgets.
+    """
+
+    embedded: bool = False
+    stages: bool = True
+    explicit: bool = True
+    static: bool = True
+
+
+SOLVERS = {
+    "euler": Method(),
+    "rk2": Method(),
+    "heun": Method(embedded=True),
+    "rk4": Method(),
+    "bosh3": Method(embedded=True),
+    "dopri5": Method(embedded=True),
+}
+"""The solvers by name, without torch; ``ode.SOLVERS`` makes them."""
 
 
 @dataclass(kw_only=True)

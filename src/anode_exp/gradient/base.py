@@ -10,15 +10,13 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from anode_exp.ode import ExplicitRungeKutta, Theta, TimeGrid, Tolerance, VectorField
+from anode_exp.ode import ExplicitRungeKutta, Solver, Theta, TimeGrid, Tolerance, VectorField
 
 
 class GradientMode(Protocol):
     """How a solve is differentiated. Forward values are those of ``solve_forward`` in every mode, bit for bit."""
 
-    def solve(
-        self, field: VectorField, y0: Tensor, theta: Theta, grid: TimeGrid | Tolerance, solver: ExplicitRungeKutta
-    ) -> Tensor:
+    def solve(self, field: VectorField, y0: Tensor, theta: Theta, grid: TimeGrid | Tolerance, solver: Solver) -> Tensor:
         """y(t1) of dy/dt = f(t, y, θ), y(t0) = y0, with this mode's gradients in y0 and θ.
 
         Args:
@@ -27,6 +25,20 @@ class GradientMode(Protocol):
             grid: fixed steps, or a tolerance that steps are chosen for. Their sizes are constants of the gradient.
         """
         ...
+
+
+def explicit(solver: Solver) -> ExplicitRungeKutta:
+    """The solver, whose tableau also steps the continuous adjoint.
+
+    Raises:
+        ValueError: if it is another method.
+    """
+    if not isinstance(solver, ExplicitRungeKutta):
+        raise ValueError(
+            f"{solver.name}: the continuous adjoint is solved by explicit Runge–Kutta methods only; use a gradient "
+            "mode that differentiates the discrete solve, such as dto_checkpoint"
+        )
+    return solver
 
 
 def current_autocast(device_type: str) -> Callable[[], AbstractContextManager[Any]]:

@@ -24,25 +24,32 @@ Algorithm 799: revolve, ACM TOMS 26(1), 2000.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import torch
-from checkpoint_schedules import Copy, EndReverse, Forward, Move, Reverse
-from checkpoint_schedules import Revolve as BinomialSchedule
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.autograd.graph import get_gradient_edge
 
 from anode_exp.gradient.base import ThetaGradient, current_autocast
-from anode_exp.ode import ExplicitRungeKutta, Steps, Theta, TimeGrid, Tolerance, VectorField, integrate, solve_forward
+from anode_exp.gradient.schedules import reversed_steps
+from anode_exp.ode import (
+    Solver,
+    State,
+    Steps,
+    Theta,
+    TimeGrid,
+    Tolerance,
+    VectorField,
+    integrate,
+    solve_forward,
+    with_stages,
+)
 
 UNITS = ("block", "step", "stage")
 STATES = ("input", "keep", "rebuild", "revolve", "equispaced")
-
-Advance = Callable[[int, Tensor], Tensor]
-"""(n, y_n) → y_{n+1}, without a graph."""
 
 
 class DiscreteAdjoint:
@@ -70,9 +77,7 @@ class DiscreteAdjoint:
             )
         self.unit, self.states, self.slots, self.passes = unit, states, slots, passes
 
-    def solve(
-        self, field: VectorField, y0: Tensor, theta: Theta, grid: TimeGrid | Tolerance, solver: ExplicitRungeKutta
-    ) -> Tensor:
+    def solve(self, field: VectorField, y0: Tensor, theta: Theta, grid: TimeGrid | Tolerance, solver: Solver) -> Tensor:
         return _Solve.apply(self, field, grid, solver, y0, *theta)
 
 
@@ -147,37 +152,37 @@ class _Solve(torch.autograd.Function):
         mode: DiscreteAdjoint,
         field: VectorField,
         grid: TimeGrid | Tolerance,
-        solver: ExplicitRungeKutta,
+        solver: Solver,
         y0: Tensor,
         *theta: Tensor,
     ) -> Tensor:
         ctx.mode, ctx.field, ctx.solver = mode, field, solver
         ctx.autocast = current_autocast(y0.device.type)
-        kept: list[Tensor] = []
+        kept: list[State] = []
         to_keep = kept if mode.states == "keep" else None
         # The steps taken: an adaptive solve finds them once, and they are a fixed grid from then on.
         y1, ctx.grid = solve_forward(field, y0, theta, grid, solver, to_keep, mode.unit == "stage")
-        kept = kept or [y0]
-        ctx.n_kept = len(kept)
-        ctx.save_for_backward(*kept, *theta)
+        kept = kept or [(y0,)]
+        ctx.sizes = [len(tensors) for tensors in kept]
+        ctx.save_for_backward(*(x for tensors in kept for x in tensors), *theta)
         return y1
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_y1: Tensor) -> tuple[Any, ...]:
-        saved = ctx.saved_tensors
-        kept, theta = list(saved[: ctx.n_kept]), saved[ctx.n_kept :]
+        saved = list(ctx.saved_tensors)
+        kept = [tuple(saved.pop(0) for _ in range(size)) for size in ctx.sizes]
         backward = _block_adjoint if ctx.mode.unit == "block" else _adjoint
         with ctx.autocast(), ctx.field.re_evaluation():
-            grads = backward(ctx, kept, theta, grad_y1)
+            grads = backward(ctx, kept, tuple(saved), grad_y1)
         return None, None, None, None, *grads
 
 
-def _block_adjoint(ctx: Any, kept: list[Tensor], theta: Theta, grad_y1: Tensor) -> list[Tensor | None]:
+def _block_adjoint(ctx: Any, kept: list[State], theta: Theta, grad_y1: Tensor) -> list[Tensor | None]:
     """Gradients in y0 and θ through the graph of the whole block."""
     needed = ctx.needs_input_grad[4:]
     # Detached, or the hooks of a θ that is no leaf would fire once in here and once outside.
-    y0, *copies = (x.detach().requires_grad_(need) for x, need in zip((kept[0], *theta), needed, strict=True))
+    y0, *copies = (x.detach().requires_grad_(need) for x, need in zip((*kept[0], *theta), needed, strict=True))
     with torch.enable_grad():
         # Where in the graph y1 is, not its value: that would be held all through the backward pass.
         y1 = get_gradient_edge(integrate(ctx.field, y0, tuple(copies), ctx.grid, ctx.solver))
@@ -195,104 +200,54 @@ def _block_adjoint(ctx: Any, kept: list[Tensor], theta: Theta, grad_y1: Tensor) 
     return [next(grads) if need else None for need in needed]
 
 
-def _adjoint(ctx: Any, kept: list[Tensor], theta: Theta, grad_y1: Tensor) -> list[Tensor | None]:
-    """Gradients in y0 and θ, a step after the other from the last to the first."""
+def _adjoint(ctx: Any, kept: list[State], theta: Theta, grad_y1: Tensor) -> list[Tensor | None]:
+    """Gradients in y0 and θ, one step after another, from the last to the first."""
     mode: DiscreteAdjoint = ctx.mode
     field: VectorField = ctx.field
     grid: TimeGrid | Steps = ctx.grid
-    solver: ExplicitRungeKutta = ctx.solver
+    solver: Solver = ctx.solver
     needed = ctx.needs_input_grad[4:]
     gradient = ThetaGradient(theta, needed[1:])
     per_step = gradient.per_step(field, grid.n_steps)
 
-    def advance(n: int, y: Tensor) -> Tensor:
-        return solver.step(field, per_step[n], grid.time(n), grid.step_size(n), y)
+    def advance(n: int, state: State) -> State:
+        return solver.step(field, per_step[n], grid.time(n), grid.step_size(n), state)
 
-    a = grad_y1
-    for n, states in _states(mode, kept, grid.n_steps, advance):
+    y0 = kept[0][:1]  # y is the first of a state, and of the stage states of an explicit method
+    start = partial(solver.start, field, per_step[0], grid.time(0))
+    if mode.states != "keep":
+        kept = [start(*y0)]
+    a: State = (grad_y1,)
+    for n, state in reversed_steps(mode.states, mode.slots, kept, grid.n_steps, advance):
         t, h, theta_n, add = grid.time(n), grid.step_size(n), per_step[n], partial(gradient.add, n)
         if mode.unit == "step":
-            a = _step_adjoint(solver, field, theta_n, t, h, states[0], a, add)
+            a = _vjp(partial(solver.step, field, theta_n, t, h), state, theta_n, a, add)
             continue
-        if mode.states != "keep":
-            states = solver.stage_states(field, theta_n, t, h, states.pop())
-        a = solver.adjoint_step(field, theta_n, t, h, states, a, add)
-    return [a if needed[0] else None, *gradient.result]
+        by_stages = with_stages(solver)
+        stages = list(state) if mode.states == "keep" else by_stages.stage_states(field, theta_n, t, h, state)
+        del state  # the list alone holds the stage states: each is freed when it was used
+        a = by_stages.adjoint_step(field, theta_n, t, h, stages, a, add)
+    if len(a) > 1:  # what the method carries besides y was made from y
+        a = _vjp(lambda state: start(*state), y0, per_step[0], a, partial(gradient.add, 0))
+    return [a[0] if needed[0] else None, *gradient.result]
 
 
-def _step_adjoint(
-    solver: ExplicitRungeKutta,
-    field: VectorField,
+def _vjp(
+    function: Callable[[State], State],
+    state: State,
     theta: Theta,
-    t: float,
-    h: float,
-    y: Tensor,
-    a: Tensor,
+    a: State,
     add: Callable[[Sequence[Tensor]], None],
-) -> Tensor:
-    """α_n from α_{n+1} through the graph of one step."""
+) -> State:
+    """∂J/∂state from ``a`` = ∂J/∂function(state), through the function's graph; what ``a`` is too short for is 0.
+
+    Args:
+        add: receives ∂J/∂θ, for each entry of θ that requires a gradient.
+    """
     with torch.enable_grad():
-        y = y.detach().requires_grad_()
-        y1 = get_gradient_edge(solver.step(field, theta, t, h, y))
-        wanted = (y, *(p for p in theta if p.requires_grad))
-        grad_y, *grad_theta = torch.autograd.grad([y1], wanted, a, materialize_grads=True)
-    add(grad_theta)
-    return grad_y
-
-
-def _states(
-    mode: DiscreteAdjoint, kept: list[Tensor], n_steps: int, advance: Advance
-) -> Iterator[tuple[int, list[Tensor]]]:
-    """(n, [y_n]) from n = n_steps − 1 down to 0; with kept stages (n, all of the step's stage states)."""
-    if mode.states == "keep":
-        size = len(kept) // n_steps
-        for n in reversed(range(n_steps)):
-            yield n, kept[n * size : (n + 1) * size]
-    elif mode.states == "rebuild":
-        states = [kept[0]]
-        for n in range(n_steps - 1):
-            states.append(advance(n, states[n]))
-        for n in reversed(range(n_steps)):
-            yield n, [states.pop()]
-    elif mode.states == "revolve":
-        yield from _revolve(kept[0], n_steps, mode.slots or 1, advance)
-    else:
-        yield from _equispaced(kept[0], n_steps, mode.slots or 1, advance)
-
-
-def _revolve(y: Tensor, n_steps: int, slots: int, advance: Advance) -> Iterator[tuple[int, list[Tensor]]]:
-    stored: dict[int, Tensor] = {}
-    for action in BinomialSchedule(n_steps, min(slots, n_steps)):
-        match action:
-            case Forward(write_adj_deps=True):
-                pass  # the unit that the adjoint evaluates again begins from y as it stands
-            case Forward():
-                if action.write_ics:
-                    stored[action.n0] = y
-                for n in range(action.n0, action.n1):
-                    y = advance(n, y)
-            case Move():
-                y = stored.pop(action.n)
-            case Copy():
-                y = stored[action.n]
-            case Reverse():
-                yield action.n0, [y]
-            case EndReverse():
-                return
-
-
-def _equispaced(y: Tensor, n_steps: int, slots: int, advance: Advance) -> Iterator[tuple[int, list[Tensor]]]:
-    at = sorted({i * n_steps // slots for i in range(slots)})
-    stored = {0: y}
-    for n in range(at[-1]):
-        y = advance(n, y)
-        if n + 1 in at:
-            stored[n + 1] = y
-    for first in reversed(at):
-        start = stored.pop(first)
-        end = n_steps if first == at[-1] else at[at.index(first) + 1]
-        for last in reversed(range(first, end)):
-            y = start
-            for n in range(first, last):
-                y = advance(n, y)
-            yield last, [y]
+        state = tuple(x.detach().requires_grad_() for x in state)
+        ends = [get_gradient_edge(x) for x, _ in zip(function(state), a, strict=False)]
+        wanted = (*state, *(p for p in theta if p.requires_grad))
+        gradients = torch.autograd.grad(ends, wanted, a, materialize_grads=True)
+    add(gradients[len(state) :])
+    return gradients[: len(state)]

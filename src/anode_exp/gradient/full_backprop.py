@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from anode_exp.ode import ExplicitRungeKutta, Theta, TimeGrid, Tolerance, VectorField, solve_forward
+from anode_exp.ode import Solver, Theta, TimeGrid, Tolerance, VectorField, solve_forward
 
 
 class FullBackprop:
@@ -16,7 +16,5 @@ class FullBackprop:
     Source: ANODE (arXiv 1902.10298) Sec. II.
     """
 
-    def solve(
-        self, field: VectorField, y0: Tensor, theta: Theta, grid: TimeGrid | Tolerance, solver: ExplicitRungeKutta
-    ) -> Tensor:
+    def solve(self, field: VectorField, y0: Tensor, theta: Theta, grid: TimeGrid | Tolerance, solver: Solver) -> Tensor:
         return solve_forward(field, y0, theta, grid, solver)[0]

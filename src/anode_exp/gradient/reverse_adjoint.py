@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from anode_exp.gradient.base import ThetaGradient, current_autocast
+from anode_exp.gradient.base import ThetaGradient, current_autocast, explicit
 from anode_exp.ode import (
     ButcherTableau,
-    ExplicitRungeKutta,
+    Solver,
     StepController,
     Steps,
     Theta,
@@ -40,19 +40,17 @@ class ReverseAdjoint:
     Source: Neural ODE (arXiv 1806.07366) Alg. 1; ANODE (arXiv 1902.10298) Eq. 5.
     """
 
-    def solve(
-        self, field: VectorField, y0: Tensor, theta: Theta, grid: TimeGrid | Tolerance, solver: ExplicitRungeKutta
-    ) -> Tensor:
+    def solve(self, field: VectorField, y0: Tensor, theta: Theta, grid: TimeGrid | Tolerance, solver: Solver) -> Tensor:
         return _ReverseAdjoint.apply(field, grid, solver, y0, *theta)
 
 
 class _ReverseAdjoint(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, field: VectorField, grid: TimeGrid | Tolerance, solver: ExplicitRungeKutta, y0: Tensor, *theta: Tensor
+        ctx: Any, field: VectorField, grid: TimeGrid | Tolerance, solver: Solver, y0: Tensor, *theta: Tensor
     ) -> Tensor:
+        ctx.field, ctx.grid, ctx.solver = field, grid, explicit(solver)
         y1, ctx.steps = solve_forward(field, y0, theta, grid, solver)
-        ctx.field, ctx.grid, ctx.solver = field, grid, solver
         ctx.autocast = current_autocast(y0.device.type)
         ctx.save_for_backward(y1, *theta)
         return y1

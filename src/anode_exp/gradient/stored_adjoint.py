@@ -8,9 +8,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from anode_exp.gradient.base import ThetaGradient, current_autocast
+from anode_exp.gradient.base import ThetaGradient, current_autocast, explicit
 from anode_exp.ode import (
-    ExplicitRungeKutta,
+    ButcherTableau,
+    Solver,
+    State,
     Steps,
     Theta,
     TimeGrid,
@@ -37,22 +39,20 @@ class StoredAdjoint:
     Source: ANODE (arXiv 1902.10298) Sec. IV.
     """
 
-    def solve(
-        self, field: VectorField, y0: Tensor, theta: Theta, grid: TimeGrid | Tolerance, solver: ExplicitRungeKutta
-    ) -> Tensor:
+    def solve(self, field: VectorField, y0: Tensor, theta: Theta, grid: TimeGrid | Tolerance, solver: Solver) -> Tensor:
         return _StoredAdjoint.apply(field, grid, solver, y0, *theta)
 
 
 class _StoredAdjoint(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, field: VectorField, grid: TimeGrid | Tolerance, solver: ExplicitRungeKutta, y0: Tensor, *theta: Tensor
+        ctx: Any, field: VectorField, grid: TimeGrid | Tolerance, solver: Solver, y0: Tensor, *theta: Tensor
     ) -> Tensor:
-        kept: list[Tensor] = []
+        kept: list[State] = []
+        ctx.field, ctx.table = field, explicit(solver).tableau
         y1, ctx.steps = solve_forward(field, y0, theta, grid, solver, kept)
-        ctx.field, ctx.solver = field, solver
         ctx.autocast = current_autocast(y0.device.type)
-        ctx.save_for_backward(*kept, y1, *theta)
+        ctx.save_for_backward(*(y for (y,) in kept), y1, *theta)
         return y1
 
     @staticmethod
@@ -60,7 +60,7 @@ class _StoredAdjoint(torch.autograd.Function):
     def backward(ctx: Any, grad_y1: Tensor) -> tuple[Any, ...]:
         steps: TimeGrid | Steps = ctx.steps
         field: VectorField = ctx.field
-        table = ctx.solver.tableau
+        table: ButcherTableau = ctx.table
         states, theta = list(ctx.saved_tensors[: steps.n_steps + 1]), ctx.saved_tensors[steps.n_steps + 1 :]
         gradient = ThetaGradient(theta, ctx.needs_input_grad[4:])
         per_step = gradient.per_step(field, steps.n_steps)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from anode_exp.gradient.base import GradientMode
 from anode_exp.models.evolution import Evolution
-from anode_exp.ode import Evaluations, ExplicitRungeKutta, TimeGrid, Tolerance, VectorField
+from anode_exp.ode import Evaluations, Solver, TimeGrid, Tolerance, VectorField
 
 
 class OdeBlock(nn.Module):
@@ -27,7 +27,7 @@ class OdeBlock(nn.Module):
     def __init__(
         self,
         f: nn.Module,
-        solver: ExplicitRungeKutta,
+        solver: Solver,
         grid: TimeGrid | Tolerance,
         gradient: GradientMode,
         evolution: Evolution | None = None,
@@ -50,8 +50,7 @@ class OdeBlock(nn.Module):
         return self.gradient.solve(self.field, y, theta, self.grid, self.solver)
 
     def extra_repr(self) -> str:
-        solver = self.solver.tableau.name
-        return f"solver={solver}, {self.grid}, gradient={type(self.gradient).__name__}"
+        return f"solver={self.solver.name}, {self.grid}, gradient={type(self.gradient).__name__}"
 
 
 def ode_blocks(network: nn.Module) -> Iterator[OdeBlock]:

@@ -1,18 +1,31 @@
-"""What an ODE solve is: vector field, tableau, step, time loop. Knows torch only."""
+"""What an ODE solve is: vector field, solver, time grid, time loop. Knows torch only."""
+
+from collections.abc import Callable
+from functools import partial
 
 from anode_exp.ode.controller import SolveFailed, StepController, check_evaluations
 from anode_exp.ode.explicit import ExplicitRungeKutta, weighted_sum
 from anode_exp.ode.grid import Steps, TimeGrid, Tolerance
 from anode_exp.ode.integrate import integrate, integrate_adaptive, solve_forward
+from anode_exp.ode.solver import EmbeddedSolver, Solver, StageSolver, State, with_stages
 from anode_exp.ode.tableau import TABLEAUX, ButcherTableau
 from anode_exp.ode.vector_field import Evaluations, Theta, VectorField
 
+SOLVERS: dict[str, Callable[[], Solver]] = {
+    name: partial(ExplicitRungeKutta, tableau) for name, tableau in TABLEAUX.items()
+}
+
 __all__ = [
+    "SOLVERS",
     "TABLEAUX",
     "ButcherTableau",
+    "EmbeddedSolver",
     "Evaluations",
     "ExplicitRungeKutta",
     "SolveFailed",
+    "Solver",
+    "StageSolver",
+    "State",
     "StepController",
     "Steps",
     "Theta",
@@ -24,4 +37,5 @@ __all__ = [
     "integrate_adaptive",
     "solve_forward",
     "weighted_sum",
+    "with_stages",
 ]

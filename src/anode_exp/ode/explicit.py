@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from anode_exp.ode.solver import Attempt, State
 from anode_exp.ode.tableau import ButcherTableau
 from anode_exp.ode.vector_field import Theta, VectorField
 
@@ -20,41 +20,41 @@ def weighted_sum(y: Tensor, h: float, weights: Sequence[float], slopes: Sequence
     return y
 
 
-@dataclass
-class Attempt:
-    """One step that may be rejected: y(t + h), its error estimate, f there if the method evaluates it, stage states."""
-
-    y: Tensor
-    error: Tensor
-    last_slope: Tensor | None
-    stages: list[Tensor]
-
-
 class ExplicitRungeKutta:
     """Solver of dy/dt = f(t, y, θ) by the explicit Runge–Kutta method of a tableau, θ constant within a step.
 
     Stages that the solution does not use (those of an embedded error estimate) are not evaluated on a fixed grid.
+
+    Its state is y only.
 
     Attributes:
         tableau: the method without those stages.
         embedded: the method with them, for adaptive steps.
     """
 
+    static = True
+
     def __init__(self, tableau: ButcherTableau) -> None:
         self.embedded = tableau
         self.tableau = tableau.without_unused_stages()
+        self.name, self.order, self.nodes = tableau.name, tableau.order, self.tableau.c
+        self.error_order = None if tableau.b_error is None else tableau.order
+
+    def start(self, field: VectorField, theta: Theta, t: float, y: Tensor) -> State:
+        return (y,)
 
     def step(
-        self, field: VectorField, theta: Theta, t: float, h: float, y: Tensor, kept: list[Tensor] | None = None
-    ) -> Tensor:
-        """y(t + h) from y(t); ``tableau.stages`` evaluations of f. ``kept`` receives the stage states Y_i."""
+        self, field: VectorField, theta: Theta, t: float, h: float, state: State, stages: list[Tensor] | None = None
+    ) -> State:
+        """y(t + h) from y(t); ``tableau.stages`` evaluations of f. ``stages`` receives the stage states Y_i."""
+        (y,) = state
         slopes: list[Tensor] = []
         for c, row in zip(self.tableau.c, self.tableau.a, strict=True):
             y_i = weighted_sum(y, h, row, slopes)
-            if kept is not None:
-                kept.append(y_i)
+            if stages is not None:
+                stages.append(y_i)
             slopes.append(field(t + c * h, y_i, theta))
-        return weighted_sum(y, h, self.tableau.b, slopes)
+        return (weighted_sum(y, h, self.tableau.b, slopes),)
 
     def attempt(self, field: VectorField, theta: Theta, t: float, h: float, y: Tensor, first: Tensor) -> Attempt:
         """A step with its error estimate h Σ_i b_error_i k_i, from the slope ``first`` = f(t, y)."""
@@ -69,10 +69,11 @@ class ExplicitRungeKutta:
             error = sum((h * e * k for e, k in zip(table.b_error, slopes, strict=True) if e), torch.zeros_like(y))
         return Attempt(y1, error, slopes[-1] if table.first_same_as_last else None, stages[: self.tableau.stages])
 
-    def stage_states(self, field: VectorField, theta: Theta, t: float, h: float, y: Tensor) -> list[Tensor]:
+    def stage_states(self, field: VectorField, theta: Theta, t: float, h: float, state: State) -> list[Tensor]:
         """Y_i = y + h Σ_j a_ij f(Y_j) of one step; one evaluation of f less than the step."""
         slopes: list[Tensor] = []
-        states = [y]
+        states = list(state)
+        y = states[0]
         for c, row in zip(self.tableau.c, self.tableau.a[1:], strict=False):
             slopes.append(field(t + c * h, states[-1], theta))
             states.append(weighted_sum(y, h, row, slopes))
@@ -85,9 +86,9 @@ class ExplicitRungeKutta:
         t: float,
         h: float,
         stages: list[Tensor],
-        a: Tensor,
+        a: State,
         add: Callable[[Sequence[Tensor], float], None],
-    ) -> Tensor:
+    ) -> State:
         """The adjoint of one step, written out; f is differentiated one evaluation at a time.
 
         From the last stage to the first, with h a constant:
@@ -106,13 +107,14 @@ class ExplicitRungeKutta:
         Source: PNODE (arXiv 2206.01298); Hager, Numer. Math. 87, 2000.
         """
         table = self.tableau
+        (end,) = a
         lambdas: dict[int, tuple[float, Tensor]] = {}  # λ_i as a factor and a tensor: scaling it would take another
         for i in reversed(range(table.stages)):
-            terms = [(table.b[i], a), *((table.a[j][i] * factor, x) for j, (factor, x) in lambdas.items())]
+            terms = [(table.b[i], end), *((table.a[j][i] * factor, x) for j, (factor, x) in lambdas.items())]
             (w0, mu), *rest = [(w, x) for w, x in terms if w != 0.0]
             # μ_i = h w0 (x0 + Σ (w/w0) x): a lone term costs no tensor
             mu = weighted_sum(mu, 1.0, [w / w0 for w, _ in rest], [x for _, x in rest])
             _, gradient, g = field.vjp(t + table.c[i] * h, stages.pop(), theta, mu)
             lambdas[i] = h * w0, gradient
             add(g, h * w0)
-        return weighted_sum(a, 1.0, [w for w, _ in lambdas.values()], [x for _, x in lambdas.values()])
+        return (weighted_sum(end, 1.0, [w for w, _ in lambdas.values()], [x for _, x in lambdas.values()]),)

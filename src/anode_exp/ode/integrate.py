@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from anode_exp.ode.controller import StepController, check_evaluations
-from anode_exp.ode.explicit import ExplicitRungeKutta
 from anode_exp.ode.grid import Steps, TimeGrid, Tolerance, rms
+from anode_exp.ode.solver import EmbeddedSolver, Solver, State, with_stages
 from anode_exp.ode.vector_field import Theta, VectorField
 
 
@@ -16,8 +16,8 @@ def integrate(
     y0: Tensor,
     theta: Theta,
     grid: TimeGrid | Steps,
-    solver: ExplicitRungeKutta,
-    kept: list[Tensor] | None = None,
+    solver: Solver,
+    kept: list[State] | None = None,
     keep_stages: bool = False,
 ) -> Tensor:
     """Solve dy/dt = f(t, y, θ), y(t0) = y0, over the grid.
@@ -25,17 +25,25 @@ def integrate(
     Args:
         y0: initial state, any shape.
         theta: one entry a parameter of f, constant in time or with a leading axis of n_steps.
-        kept: receives the state at the start of every step, or with ``keep_stages`` every stage state of every step.
+        kept: receives the state at the start of every step, or with ``keep_stages`` the stage states of every step.
+        keep_stages: for a ``StageSolver``.
 
     Returns:
         y(t1), of y0's shape and dtype. Nothing is read on the host, so a CUDA graph can capture the solve.
     """
-    y = y0
-    for n, theta_n in enumerate(field.theta_per_step(theta, grid.n_steps)):
-        if kept is not None and not keep_stages:
-            kept.append(y)
-        y = solver.step(field, theta_n, grid.time(n), grid.step_size(n), y, kept if keep_stages else None)
-    return y
+    per_step = field.theta_per_step(theta, grid.n_steps)
+    state = solver.start(field, per_step[0], grid.time(0), y0)
+    for n, theta_n in enumerate(per_step):
+        t, h = grid.time(n), grid.step_size(n)
+        if kept is not None and keep_stages:
+            stages: list[Tensor] = []
+            state = with_stages(solver).step(field, theta_n, t, h, state, stages)
+            kept.append(tuple(stages))
+            continue
+        if kept is not None:
+            kept.append(state)
+        state = solver.step(field, theta_n, t, h, state)
+    return state[0]
 
 
 @torch.no_grad()
@@ -61,8 +69,8 @@ def integrate_adaptive(
     y0: Tensor,
     theta: Theta,
     tolerance: Tolerance,
-    solver: ExplicitRungeKutta,
-    kept: list[Tensor] | None = None,
+    solver: Solver,
+    kept: list[State] | None = None,
     keep_stages: bool = False,
 ) -> tuple[Tensor, Steps]:
     """Solve dy/dt = f(t, y, θ), y(t0) = y0, to the tolerance.
@@ -83,15 +91,15 @@ def integrate_adaptive(
     """
     if any(entry.shape != p.shape for entry, p in zip(theta, field.theta, strict=True)):
         raise ValueError("adaptive steps need a θ constant in time: how many steps there will be is not known")
-    table = solver.embedded
-    if table.b_error is None:
-        raise ValueError(f"{table.name} has no error estimate; adaptive steps need one: heun, bosh3 or dopri5")
+    order = solver.error_order if isinstance(solver, EmbeddedSolver) else None
+    if not isinstance(solver, EmbeddedSolver) or order is None:
+        raise ValueError(f"{solver.name} has no error estimate; adaptive steps need one: heun, bosh3 or dopri5")
     before = field.evaluations.total
     y, t = y0, tolerance.t0
     first = field(t, y, theta)
     with field.trial():
-        h = _first_step(field, theta, y, first, tolerance, table.order)
-    control = StepController(t, tolerance.t1, h, table.order, tolerance)
+        h = _first_step(field, theta, y, first, tolerance, order)
+    control = StepController(t, tolerance.t1, h, order, tolerance)
     slope: Tensor | None = first
     times, sizes = [t], []
     while not control.done:
@@ -107,7 +115,7 @@ def integrate_adaptive(
         field.count_step(accepted)
         if accepted:
             if kept is not None:
-                kept += attempt.stages if keep_stages else [y]
+                kept.append(tuple(attempt.stages) if keep_stages else (y,))
             y, slope = attempt.y, attempt.last_slope
             times.append(control.t)
             sizes.append(h)
@@ -119,8 +127,8 @@ def solve_forward(
     y0: Tensor,
     theta: Theta,
     grid: TimeGrid | Tolerance,
-    solver: ExplicitRungeKutta,
-    kept: list[Tensor] | None = None,
+    solver: Solver,
+    kept: list[State] | None = None,
     keep_stages: bool = False,
 ) -> tuple[Tensor, TimeGrid | Steps]:
     """``integrate`` over a given grid, or ``integrate_adaptive`` to a tolerance: y(t1) and the steps taken."""

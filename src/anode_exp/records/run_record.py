@@ -42,6 +42,18 @@ def _finite(value: Any) -> Any:
     return value
 
 
+def _metric_tags(line: dict[str, Any]) -> list[tuple[str, str]]:
+    """TensorBoard's tag and the key of each metric of a split, such as loss/train; and of samples per second."""
+    tags = []
+    for key in line:
+        split, _, metric = key.partition("_")
+        if split in ("train", "validation", "test") and metric != "time_s":
+            tags.append((f"{metric}/{split}", key))
+        elif key.endswith("_per_s"):
+            tags.append((key, key))
+    return tags
+
+
 class RunRecord:
     """The open records of one run.
 
@@ -111,21 +123,15 @@ class RunRecord:
             self._events.add_scalar("train_step/loss", loss, first + i)
         for tag, key in (
             ("epoch", "epoch"),
-            ("loss/train", "train_loss"),
-            ("loss/validation", "validation_loss"),
-            ("loss/test", "test_loss"),
-            ("accuracy/train", "train_accuracy"),
-            ("accuracy/validation", "validation_accuracy"),
-            ("accuracy/test", "test_accuracy"),
             ("learning_rate", "lr"),
             ("peak_memory_bytes", "peak_memory_bytes"),
             ("epoch_time_s/train", "train_time_s"),
             ("epoch_time_s/evaluation", "evaluation_time_s"),
-            ("images_per_s", "images_per_s"),
             ("nfe_per_step/forward", "nfe_forward"),
             ("nfe_per_step/backward", "nfe_backward"),
             ("adaptive_steps_per_step/accepted", "nfe_accepted"),
             ("adaptive_steps_per_step/rejected", "nfe_rejected"),
+            *_metric_tags(line),
         ):
             if line.get(key) is not None:
                 self._events.add_scalar(tag, line[key], line["steps"])
@@ -148,7 +154,8 @@ class RunRecord:
         }
         numbers = {
             f"hparam/{k}": float(results[k])
-            for k in ("test_accuracy", "best_test_accuracy", "train_loss", "peak_memory_bytes")
+            for k in results
+            if k.startswith(("test_", "best_test_")) or k in ("train_loss", "peak_memory_bytes")
             if results[k] is not None
         }
         # SummaryWriter.add_hparams would open a directory of its own; the same three summaries belong in this one.

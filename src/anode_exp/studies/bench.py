@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -14,34 +15,25 @@ from tabulate import tabulate
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from anode_exp.build import (
-    build_augmentation,
-    build_data,
-    build_device,
-    build_memory_format,
-    build_model,
-    build_normalisation,
-    build_optimizer,
-)
+from anode_exp.build import Assembly, assemble, build_augmentation, build_data, build_device, set_backends
 from anode_exp.config.schema import TrainConfig
-from anode_exp.data import EpochBatches, ImageData
+from anode_exp.data import ImageData
 from anode_exp.data.torchvision_loader import torchvision_loader
 from anode_exp.models import ode_blocks
-from anode_exp.ode import ExplicitRungeKutta, Theta, TimeGrid, Tolerance, VectorField, solve_forward
+from anode_exp.ode import Solver, Theta, TimeGrid, Tolerance, VectorField, solve_forward
 from anode_exp.records.environment import commit, device_name, versions
-from anode_exp.studies.throughput import Contestant, measure
-from anode_exp.training.graphed_step import Step, set_learning_rate, training_step
+from anode_exp.studies.throughput import Contestant, time_in_turn
+from anode_exp.tasks.task import Batch
+from anode_exp.training.graphed_step import training_step
 from anode_exp.training.progress import bar
-from anode_exp.training.step import autocast_for, set_backends, train_step
+from anode_exp.training.step import Step, set_learning_rate, state_tensors, train_step
 from anode_exp.training.streams import run_streams
 
 
 class TorchCheckpoint:
     """A baseline for ``dto_checkpoint``: ``torch.utils.checkpoint`` around each block's solve."""
 
-    def solve(
-        self, field: VectorField, y0: Tensor, theta: Theta, grid: TimeGrid | Tolerance, solver: ExplicitRungeKutta
-    ) -> Tensor:
+    def solve(self, field: VectorField, y0: Tensor, theta: Theta, grid: TimeGrid | Tolerance, solver: Solver) -> Tensor:
         def run(y: Tensor) -> Tensor:
             return solve_forward(field, y, theta, grid, solver)[0]
 
@@ -68,7 +60,7 @@ def run_bench(entries: list[tuple[str, TrainConfig, str | None]], rounds: int, d
             images[key] = build_data(config.dataset, device)
         contestants.append(_contestant(label, config, baseline, images[key], device))
     with bar(len(contestants) * (1 + rounds), "bench") as progress:
-        rows, bandwidth, rates = measure(contestants, device, rounds, progress.update)
+        rows, bandwidth, rates = time_in_turn(contestants, device, rounds, progress.update)
     limits = {"copy_bytes_per_s": bandwidth, "matrix_flops_per_s": {str(d)[6:]: rate for d, rate in rates.items()}}
     facts = {"device": device_name(device), "limits": limits, "versions": versions(), "commit": commit()}
     (directory / "bench.json").write_text(json.dumps({**facts, "rounds": rounds, "rows": rows}, indent=2) + "\n")
@@ -89,7 +81,7 @@ def _contestant(
     networks = []
     for seed, stream in enumerate(streams, config.seed):
         with torch.cuda.stream(stream):
-            networks.append(_network(replace(config, seed=seed), baseline, images, device))
+            networks.append(_steps(replace(config, seed=seed), baseline, images))
     size = min(config.recipe.batch_size, len(images.train))
 
     def step() -> None:
@@ -110,59 +102,39 @@ def _contestant(
     return Contestant(label, step, eagerly, config.seeds * size, epoch_steps, own, dtype, baseline == "dataloader")
 
 
-def _network(
-    config: TrainConfig, baseline: str | None, images: ImageData, device: torch.device
+def _steps(
+    config: TrainConfig, baseline: str | None, images: ImageData
 ) -> tuple[Callable[[], object], Callable[[], object], Callable[[], list[Tensor]]]:
     """What takes one training step, what takes it eagerly, and what gives the tensors held between steps."""
-    torch.manual_seed(config.seed)
-    plain = baseline in ("eager", "dataloader")
-    network = build_model(config.model, config.solver, config.gradient, images.num_classes)
+    if baseline in ("eager", "dataloader"):
+        config = replace(config, runtime=replace(config.runtime, channels_last=False))
+    assembly = assemble(config, images)
+    network, optimizer = assembly.network, assembly.optimizer
     if baseline == "torch_checkpoint":
         for block in ode_blocks(network):
             block.gradient = TorchCheckpoint()
-    layout = torch.contiguous_format if plain else build_memory_format(config.runtime, network, device)
-    network = network.to(device, memory_format=layout)  # type: ignore[call-overload]
-    optimizer = build_optimizer(network, config.recipe)
     set_learning_rate(optimizer, 1e-4)  # weights must stay finite, and not matter
-    autocast = autocast_for(config.runtime.precision, device)
-    size = min(config.recipe.batch_size, len(images.train))
-    if baseline == "dataloader":
-        source = _loaded(config, images, size, device)
-    else:
-        source = _on_device(config, images, size, device, layout)
-    counted: Step = partial(train_step, network, optimizer, autocast, label_smoothing=config.recipe.label_smoothing)
-    if baseline is None:
-        take = training_step(network, optimizer, autocast, config.runtime, device, size, config.recipe.label_smoothing)
-    else:
-        take = counted
+    source = _loaded(assembly, images) if baseline == "dataloader" else _on_device(assembly)
+    counted: Step = partial(train_step, *assembly.stepped)
+    take = training_step(assembly) if baseline is None else counted
 
     def own() -> list[Tensor]:
-        state = [x for s in optimizer.state.values() for x in s.values() if isinstance(x, Tensor)]
-        gradients = [p.grad for p in network.parameters() if p.grad is not None]
-        return [*network.parameters(), *network.buffers(), *state, *gradients]
+        return [*state_tensors(network, optimizer), *(p.grad for p in network.parameters() if p.grad is not None)]
 
-    return lambda: take(*next(source)), lambda: counted(*next(source)), own
+    return lambda: take(next(source)), lambda: counted(next(source)), own
 
 
-def _on_device(
-    config: TrainConfig, images: ImageData, size: int, device: torch.device, layout: torch.memory_format
-) -> Iterator[tuple[Tensor, Tensor]]:
+def _on_device(assembly: Assembly) -> Iterator[Batch]:
     """Whole batches for ever."""
-    normalise = build_normalisation(config.dataset, device, layout)
-    epoch = 0
-    while True:
-        epoch += 1
-        batches = EpochBatches(
-            images.train, size, build_augmentation(config.dataset), normalise, config.seed, epoch
-        ).starting_at(0)
-        for batch, labels in batches:
-            if len(labels) == size:
-                yield batch, labels
+    for epoch in count(1):
+        for batch in assembly.data.epoch(epoch).starting_at(0):
+            if len(batch[0]) == assembly.batch_size:
+                yield batch
 
 
-def _loaded(config: TrainConfig, images: ImageData, size: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
-    data = config.dataset
-    loader = torchvision_loader(images.train, size, build_augmentation(data), data.mean, data.std)
+def _loaded(assembly: Assembly, images: ImageData) -> Iterator[Batch]:
+    data, device = assembly.config.dataset, assembly.device
+    loader = torchvision_loader(images.train, assembly.batch_size, build_augmentation(data), data.mean, data.std)
     while True:
         for batch, labels in loader:
             yield batch.to(device, non_blocking=True), labels.to(device, non_blocking=True)

@@ -6,18 +6,20 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from anode_exp.budget.measure import Planner
 from anode_exp.budget.plan import RESERVE
-from anode_exp.build import _network, build_memory_format, build_optimizer
+from anode_exp.build import autocast_for, build_optimizer
 from anode_exp.config.check import parse_bytes
 from anode_exp.config.schema import GradientConfig, StudyConfig, TrainConfig
 from anode_exp.models import ode_blocks
-from anode_exp.studies.memory import measure
+from anode_exp.studies.memory import peaks_and_times
+from anode_exp.studies.networks import placed, varied
+from anode_exp.tasks.classification import Classification
 from anode_exp.training.graphed_step import capture_of
 from anode_exp.training.progress import bar
-from anode_exp.training.step import autocast_for
 
 
 def rows(
@@ -25,13 +27,11 @@ def rows(
 ) -> Iterator[dict[str, Any]]:
     n_steps, precision = config.solver.n_steps, config.runtime.precision
 
-    def network() -> nn.Module:
-        made = _network(config, GradientConfig(name="dto_checkpoint"), num_classes)
-        layout = build_memory_format(config.runtime, made, batch[0].device)
-        return made.to(batch[0].device, memory_format=layout)  # type: ignore[call-overload]
+    def network() -> tuple[nn.Module, torch.memory_format]:
+        made = varied(config, GradientConfig(name="dto_checkpoint"), num_classes)
+        return placed(made, config, batch[0].device)
 
-    measured_network = network()
-    layout = build_memory_format(config.runtime, measured_network, batch[0].device)
+    measured_network, layout = network()
     images, labels = batch[0].contiguous(memory_format=layout), batch[1].clone()
     count = len(study.budgets) or 8
     with bar(Planner.dry_runs(n_steps) + count * (1 + study.repeats), study.name) as progress:
@@ -39,6 +39,7 @@ def rows(
             measured_network.train(),
             lambda n: build_optimizer(n, config.recipe),
             autocast_for(precision, batch[0].device),
+            Classification(),
             (images, labels),
             progress.update,
             new_capture=capture_of(config, images.device),
@@ -52,11 +53,11 @@ def rows(
         plans = [(budget, *planner.fitted(budget)) for budget in budgets]
         networks: dict[str, nn.Module] = {}
         for i, (_, plan, _) in enumerate(plans):
-            networks[str(i)] = network()
+            networks[str(i)], _ = network()
             for block, name in zip(ode_blocks(networks[str(i)]), plan.policies, strict=True):
                 block.gradient = planner.choices[name]
         new_capture = capture_of(config, images.device)
-        for row in measure(networks, images, labels, precision, study.repeats, progress.update, new_capture):
+        for row in peaks_and_times(networks, (images, labels), precision, study.repeats, progress.update, new_capture):
             budget, plan, dry = plans[int(row.pop("gradient"))]
             facts = {"budget_bytes": budget, "predicted_bytes": plan.predicted_bytes, "dry_step_bytes": dry}
             yield {**facts, **row, "policies": plan.policies}

@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from anode_exp.build import _network
 from anode_exp.config.schema import GradientConfig, StudyConfig, TrainConfig
 from anode_exp.ode import SolveFailed
 from anode_exp.records.checkpoints import Checkpoints
 from anode_exp.runs import load_run
+from anode_exp.studies.networks import varied
 from anode_exp.training.progress import bar
 
 
@@ -78,7 +78,7 @@ def rows(
             for setting in settings:
 
                 def gradient(mode: GradientConfig, setting: dict[str, Any] = setting, weights: Any = weights) -> Tensor:
-                    network = _network(config, mode, num_classes, **setting)
+                    network = varied(config, mode, num_classes, **setting)
                     if weights is not None:
                         network.load_state_dict(weights)
                     return flat_gradient(network.to(images.device).double(), images, labels)

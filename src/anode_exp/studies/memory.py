@@ -12,13 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from anode_exp.build import _network, build_memory_format
+from anode_exp.build import autocast_for
 from anode_exp.config.schema import StudyConfig, TrainConfig
 from anode_exp.models import take_evaluations
+from anode_exp.studies.networks import placed, varied
+from anode_exp.tasks.classification import Classification
+from anode_exp.tasks.task import Batch
 from anode_exp.training.graphed_step import Capture, GraphedStep, capture_of
 from anode_exp.training.peak_memory import LiveTensorBytes, allocator_of
 from anode_exp.training.progress import bar
-from anode_exp.training.step import autocast_for, train_step
+from anode_exp.training.step import state_tensors, train_step
 
 LEARNING_RATE = 1e-4  # weights must stay finite, and not matter
 
@@ -28,10 +31,9 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def measure(
+def peaks_and_times(
     networks: dict[str, nn.Module],
-    images: Tensor,
-    labels: Tensor,
+    batch: Batch,
     precision: str,
     repeats: int,
     tick: Callable[[], object],
@@ -47,12 +49,13 @@ def measure(
     Args:
         new_capture: makes recordings, whose replays are timed: so do runs on CUDA. None times eager steps.
     """
-    device = images.device
+    device = batch[0].device
+    task = Classification()
     autocast = autocast_for(precision, device)
     optimizers = {k: torch.optim.SGD(n.parameters(), lr=LEARNING_RATE, momentum=0.9) for k, n in networks.items()}
 
     def step(label: str) -> None:
-        train_step(networks[label], optimizers[label], autocast, images, labels)
+        train_step(networks[label], optimizers[label], autocast, task, batch)
 
     allocator = allocator_of(device)
     peaks: dict[str, dict[str, Any]] = {}
@@ -60,9 +63,8 @@ def measure(
         step(label)  # makes the optimiser's state
         take_evaluations(network)
         gc.collect()
-        state = [x for s in optimizers[label].state.values() for x in s.values() if isinstance(x, Tensor)]
-        own = [*network.parameters(), *network.buffers(), *state]
-        with LiveTensorBytes([*own, images, labels]) as live:
+        own = [*state_tensors(network, optimizers[label]), *batch]
+        with LiveTensorBytes(own) as live:
             step(label)
         evaluations = take_evaluations(network)
         cuda_bytes = None
@@ -70,7 +72,7 @@ def measure(
             optimizers[label].zero_grad()
             allocator.empty_cache()
             allocator.reset_peaks()
-            others = allocator.allocated() - sum(x.nbytes for x in [*own, images, labels])
+            others = allocator.allocated() - sum(x.nbytes for x in own)
             step(label)
             cuda_bytes = allocator.most_allocated() - others
         peaks[label] = {
@@ -85,9 +87,9 @@ def measure(
     recorded = {}
     if new_capture is not None:
         for label, network in networks.items():
-            recorded[label] = GraphedStep(network, optimizers[label], autocast, new_capture)
+            recorded[label] = GraphedStep(network, optimizers[label], autocast, task, new_capture)
             for _ in range(2):
-                recorded[label](images, labels)
+                recorded[label](batch)
 
     seconds: dict[str, list[float]] = {label: [] for label in networks}
     for _ in range(repeats):
@@ -95,7 +97,7 @@ def measure(
             _wait(device)
             started = time.perf_counter()
             if label in recorded:
-                recorded[label](images, labels)
+                recorded[label](batch)
             else:
                 step(label)
             _wait(device)
@@ -118,21 +120,20 @@ def rows(
     images, labels = batch
     grids = [("n_steps", n) for n in study.n_steps] + [("blocks_per_stage", n) for n in study.blocks_per_stage]
     with bar(len(grids) * len(study.gradients) * (1 + study.repeats), study.name) as progress:
-        for varied, value in grids:
+        for axis, value in grids:
             networks: dict[str, nn.Module] = {}
             for label, gradient in study.gradients.items():
-                network = _network(config, gradient, num_classes, **{varied: value})
-                layout = build_memory_format(config.runtime, network, images.device)
-                networks[label] = network.to(images.device, memory_format=layout)  # type: ignore[call-overload]
+                network = varied(config, gradient, num_classes, **{axis: value})
+                networks[label], layout = placed(network, config, images.device)
             laid_out = images.contiguous(memory_format=layout)
-            for row in measure(
-                networks, laid_out, labels, config.runtime.precision, study.repeats, progress.update,
+            for row in peaks_and_times(
+                networks, (laid_out, labels), config.runtime.precision, study.repeats, progress.update,
                 capture_of(config, images.device),
             ):  # fmt: skip
                 yield {
-                    "varied": varied,
+                    "varied": axis,
                     "n_steps": config.solver.n_steps,
                     "blocks_per_stage": config.model.blocks_per_stage,
-                    varied: value,
+                    axis: value,
                     **row,
                 }

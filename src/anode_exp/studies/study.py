@@ -9,11 +9,10 @@ from pathlib import Path
 import torch
 from omegaconf import OmegaConf
 
-from anode_exp.build import build_data, build_device, build_normalisation
+from anode_exp.build import build_data, build_device, build_normalisation, set_backends
 from anode_exp.config.schema import StudyConfig, TrainConfig
 from anode_exp.data import DATASETS, Normalisation, evaluation_batches
 from anode_exp.records.environment import commit, device_name, versions
-from anode_exp.training.step import set_backends
 from anode_exp.training.streams import run_streams
 
 

@@ -142,7 +142,7 @@ def _inspect(c: Contestant, device: torch.device) -> tuple[dict[str, Any], int]:
     return counts, turn
 
 
-def measure(
+def time_in_turn(
     contestants: list[Contestant], device: torch.device, rounds: int, tick: Callable[[], object]
 ) -> tuple[list[dict[str, Any]], float, dict[torch.dtype, float]]:
     """A row for each contestant, and the device's limits: bytes a second, operations a second by precision.

@@ -13,17 +13,16 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from anode_exp.config.schema import RuntimeConfig, TrainConfig
+from anode_exp.build import Assembly
+from anode_exp.config.schema import TrainConfig
 from anode_exp.models import ode_blocks
 from anode_exp.ode import TimeGrid
-from anode_exp.training.step import train_step
+from anode_exp.tasks.task import Batch, Sums, Task
+from anode_exp.training.step import Step, state_tensors, train_step
 
 log = logging.getLogger(__name__)
 
 WARM_UP_STEPS = 3
-
-Step = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-"""(images, labels) → (loss, correct): one training step."""
 
 
 class Capture(Protocol):
@@ -106,12 +105,12 @@ class GraphedStep:
         network: nn.Module,
         optimizer: torch.optim.Optimizer,
         autocast: Callable[[], torch.autocast],
+        task: Task,
         new_capture: Callable[[], Capture] = CudaCapture,
-        label_smoothing: float = 0.0,
         batch_size: int | None = None,
     ) -> None:
-        self.label_smoothing, self.batch_size = label_smoothing, batch_size
-        self.network, self.optimizer, self.autocast, self.new_capture = network, optimizer, autocast, new_capture
+        self.network, self.optimizer, self.autocast, self.task = network, optimizer, autocast, task
+        self.new_capture, self.batch_size = new_capture, batch_size
         self._failed = False
         self.forget()
 
@@ -119,47 +118,43 @@ class GraphedStep:
         """Drop the recording: the next step is a first one again. That recording has failed is not forgotten."""
         self._capture: Capture | None = None
         self._ran_eagerly = False
-        self._images = self._labels = torch.empty(0)
-        self._results: tuple[Tensor, Tensor] | None = None
+        self._batch: Batch = ()
+        self._results: tuple[Tensor, Sums] | None = None
         self._evaluations: list[dict[str, int]] = []
 
-    def __call__(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    def __call__(self, batch: Batch) -> tuple[Tensor, Sums]:
         if self._capture is None and not self._failed:
-            if not self._ran_eagerly or self.batch_size not in (None, len(labels)):
+            if not self._ran_eagerly or self.batch_size not in (None, len(batch[0])):
                 self._ran_eagerly = True
-                return self._eager(images, labels)
+                return self._eager(batch)
             with _syncing_allowed():
-                self._record(images, labels)
-        if self._capture is None or images.shape != self._images.shape:
-            return self._eager(images, labels)
+                self._record(batch)
+        if self._capture is None or batch[0].shape != self._batch[0].shape:
+            return self._eager(batch)
         assert self._results is not None
-        self._images.copy_(images)
-        self._labels.copy_(labels)
+        for mine, x in zip(self._batch, batch, strict=True):
+            mine.copy_(x)
         self._capture.replay()
         for block, counts in zip(ode_blocks(self.network), self._evaluations, strict=True):
             for name, count in counts.items():
                 setattr(block.field.evaluations, name, getattr(block.field.evaluations, name) + count)
         return self._results
 
-    def _eager(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        return train_step(self.network, self.optimizer, self.autocast, images, labels, self.label_smoothing)
-
-    def _tensors(self) -> list[Tensor]:
-        state = [x for s in self.optimizer.state.values() for x in s.values() if isinstance(x, Tensor)]
-        return [*self.network.parameters(), *self.network.buffers(), *state]
+    def _eager(self, batch: Batch) -> tuple[Tensor, Sums]:
+        return train_step(self.network, self.optimizer, self.autocast, self.task, batch)
 
     def _counters(self) -> list[dict[str, int]]:
         return [asdict(block.field.evaluations) for block in ode_blocks(self.network)]
 
-    def _record(self, images: Tensor, labels: Tensor) -> None:
+    def _record(self, batch: Batch) -> None:
         """Record, or give up for good; weights, buffers, momentum and counters are as before in either case."""
-        tensors = self._tensors()
+        tensors = state_tensors(self.network, self.optimizer)
         # On the host, so that the copies are no part of the device's peak.
         before = [x.detach().to("cpu", copy=True) for x in tensors]
         counted = self._counters()
         reason = None
         try:
-            self._capture_step(images, labels)
+            self._capture_step(batch)
         except Exception as error:
             reason = _root(error)
             self.forget()
@@ -179,12 +174,12 @@ class GraphedStep:
                 "with the same numbers; runtime.cuda_graph=false silences this"
             )
 
-    def _capture_step(self, images: Tensor, labels: Tensor) -> None:
-        self._images, self._labels = images.clone(), labels.clone()
+    def _capture_step(self, batch: Batch) -> None:
+        self._batch = tuple(x.clone() for x in batch)
         capture = self.new_capture()
 
-        def work() -> tuple[Tensor, Tensor]:
-            return self._eager(self._images, self._labels)
+        def work() -> tuple[Tensor, Sums]:
+            return self._eager(self._batch)
 
         capture.warm_up(work)
         self.optimizer.zero_grad(set_to_none=True)  # the recording then makes gradients of its own
@@ -217,45 +212,20 @@ def _syncing_allowed() -> Iterator[None]:
         torch.cuda.set_sync_debug_mode(mode)
 
 
-def training_step(
-    network: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    autocast: Callable[[], torch.autocast],
-    runtime: RuntimeConfig,
-    device: torch.device,
-    batch_size: int,
-    label_smoothing: float = 0.0,
-) -> Step:
+def training_step(assembly: Assembly) -> Step:
     """The step that a configuration asks for: captured on CUDA, eager elsewhere and with adaptive steps; f compiled.
 
-    Args:
-        batch_size: of the batches to capture and to compile f for; others run eagerly, and f as it is.
+    Whole batches are captured, and f is compiled for them; others run eagerly, and f as it is.
     """
+    network, runtime = assembly.network, assembly.config.runtime
     if runtime.compile:
         for block in ode_blocks(network):
-            block.field.compile(batch_size=batch_size)
-    if device.type == "cuda" and runtime.cuda_graph:
-        if all(isinstance(block.grid, TimeGrid) for block in ode_blocks(network)):
-            return GraphedStep(network, optimizer, autocast, label_smoothing=label_smoothing, batch_size=batch_size)
-        log.info("adaptive steps are chosen on the host, so no CUDA graph can capture them: running eagerly")
-    return partial(train_step, network, optimizer, autocast, label_smoothing=label_smoothing)
-
-
-def restart_momentum(optimizer: torch.optim.Optimizer) -> None:
-    """In place, as a recorded step asks: a momentum of zero is that of an optimiser's first step."""
-    for state in optimizer.state.values():
-        if state.get("momentum_buffer") is not None:
-            state["momentum_buffer"].zero_()
-
-
-def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """In place where it is a tensor: a recorded step reads that very one. A group's ``lr_factor`` multiplies it."""
-    for group in optimizer.param_groups:
-        rate = lr * group.get("lr_factor", 1.0)
-        if isinstance(group["lr"], Tensor):
-            group["lr"].fill_(rate)
-        else:
-            group["lr"] = rate
+            block.field.compile(batch_size=assembly.batch_size)
+    if assembly.device.type == "cuda" and runtime.cuda_graph:
+        if all(isinstance(block.grid, TimeGrid) and block.solver.static for block in ode_blocks(network)):
+            return GraphedStep(*assembly.stepped, batch_size=assembly.batch_size)
+        log.info("steps are chosen on the host, so no CUDA graph can capture them: running eagerly")
+    return partial(train_step, *assembly.stepped)
 
 
 def capture_of(config: TrainConfig, device: torch.device) -> Callable[[], Capture] | None:

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from anode_exp.training.step import state_tensors
+
 
 class LiveTensorBytes(TorchDispatchMode):
     """Counts the bytes of tensor storages alive while it is active, on any device.
@@ -137,9 +139,8 @@ class PeakMemory:
             yield
             return
         self._steps += 1
-        there: list[Tensor] = [*network.parameters(), *network.buffers(), *others]
+        there = [*state_tensors(network, optimizer), *others]
         there += [p.grad for p in network.parameters() if p.grad is not None]
-        there += [x for state in optimizer.state.values() for x in state.values() if isinstance(x, Tensor)]
         live = LiveTensorBytes(there)
         there.clear()  # or the gradients would live through the step that drops them
         try:

@@ -5,74 +5,73 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from anode_exp.config.schema import RuntimeConfig
+from anode_exp.tasks.task import Batch, Sums, Task
+from anode_exp.training.world import ALONE, World
 
-
-def autocast_for(precision: str, device: torch.device) -> Callable[[], torch.autocast]:
-    """A factory of forward contexts: bfloat16 autocast for ``bf16``, nothing for ``fp32`` and ``tf32``."""
-    return lambda: torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
-
-
-def set_backends(runtime: RuntimeConfig) -> None:
-    """The process's settings of CUDA's libraries.
-
-    Precision ``tf32`` lets CUDA round float32 factors to TF32; ``fp32`` and ``bf16`` keep float32 operations exact.
-    ``cudnn_benchmark`` lets cuDNN time its algorithms where a shape is new, in eager steps before any recording. What
-    it finds is kept for the process, whatever the setting is later.
-    """
-    allow = runtime.precision == "tf32"
-    torch.backends.cuda.matmul.allow_tf32 = allow
-    torch.backends.cudnn.allow_tf32 = allow
-    torch.backends.cudnn.benchmark = runtime.cudnn_benchmark
+Step = Callable[[Batch], tuple[Tensor, Sums]]
+"""batch → (mean loss, sums): one training step."""
 
 
 def train_step(
     network: nn.Module,
     optimizer: torch.optim.Optimizer,
     autocast: Callable[[], torch.autocast],
-    images: Tensor,
-    labels: Tensor,
-    label_smoothing: float = 0.0,
-) -> tuple[Tensor, Tensor]:
+    task: Task,
+    batch: Batch,
+    world: World = ALONE,
+) -> tuple[Tensor, Sums]:
     """Forward, backward, optimiser.
 
-    Args:
-        images: [B, 3, H, W]; labels: [B].
-        label_smoothing: share of each target that is spread over all classes.
-
     Returns:
-        Mean cross entropy and number of correct predictions, both scalars on the device, of the weights before the
-        update.
+        The mean loss and the task's sums, scalars on the device, of the weights before the update.
     """
     optimizer.zero_grad(set_to_none=True)
     with autocast():
-        logits = network(images)
-        loss = F.cross_entropy(logits, labels, label_smoothing=label_smoothing)
+        loss, output = task.loss(network, batch)
     loss.backward()
+    world.mean_(p.grad for p in network.parameters() if p.grad is not None)
     optimizer.step()
-    return loss.detach(), (logits.detach().argmax(1) == labels).sum()
+    return loss.detach(), task.sums(output.detach(), batch)
 
 
 @torch.no_grad()
 def evaluate(
-    network: nn.Module,
-    autocast: Callable[[], torch.autocast],
-    batches: Iterable[tuple[Tensor, Tensor]],
-) -> tuple[float, float]:
-    """Mean cross entropy and accuracy in [0, 1] over all images, in evaluation mode; one host read at the end."""
+    network: nn.Module, autocast: Callable[[], torch.autocast], task: Task, batches: Iterable[Batch]
+) -> dict[str, float]:
+    """The task's metrics over all batches, in evaluation mode; one host read at the end."""
     was_training = network.training
     network.eval()
-    loss_sum: Tensor | float = 0.0
-    correct: Tensor | int = 0
+    totals: dict[str, Tensor | float] = {}
     n = 0
-    for images, labels in batches:
+    for batch in batches:
         with autocast():
-            logits = network(images)
-            loss_sum = loss_sum + F.cross_entropy(logits, labels, reduction="sum")
-        correct = correct + (logits.argmax(1) == labels).sum()
-        n += len(labels)
+            sums = task.evaluation_sums(network, batch)
+        totals = {name: totals.get(name, 0.0) + value for name, value in sums.items()}
+        n += len(batch[0])
     network.train(was_training)
-    return float(loss_sum) / n, int(correct) / n
+    return task.metrics({name: float(total) for name, total in totals.items()}, n)
+
+
+def state_tensors(network: nn.Module, optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    """What lives between training steps: parameters, buffers and the optimiser's state, gradients not."""
+    state = [x for s in optimizer.state.values() for x in s.values() if isinstance(x, Tensor)]
+    return [*network.parameters(), *network.buffers(), *state]
+
+
+def restart_momentum(optimizer: torch.optim.Optimizer) -> None:
+    """In place, as a recorded step asks: a momentum of zero is that of an optimiser's first step."""
+    for state in optimizer.state.values():
+        if state.get("momentum_buffer") is not None:
+            state["momentum_buffer"].zero_()
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """In place where it is a tensor: a recorded step reads that very one. A group's ``lr_factor`` multiplies it."""
+    for group in optimizer.param_groups:
+        rate = lr * group.get("lr_factor", 1.0)
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate

@@ -6,52 +6,64 @@ import logging
 import math
 import time
 import traceback
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import chain
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from tqdm import tqdm
 
-from anode_exp.config.schema import RecipeConfig, RuntimeConfig
-from anode_exp.data import Augmentation, EpochBatches, ImageData, Normalisation, Split, evaluation_batches
+from anode_exp.build import Assembly, build_schedule, evaluation_batch_size
+from anode_exp.config.schema import RecipeConfig
 from anode_exp.errors import UserError
 from anode_exp.models import take_evaluations
 from anode_exp.ode import SolveFailed
 from anode_exp.records.checkpoints import Checkpoints
 from anode_exp.records.run_record import RunRecord
+from anode_exp.tasks.task import Batch, Sums
 from anode_exp.training.averaging import MovingAverage
-from anode_exp.training.graphed_step import GraphedStep, restart_momentum, set_learning_rate, training_step
+from anode_exp.training.graphed_step import GraphedStep, training_step
 from anode_exp.training.peak_memory import PeakMemory
 from anode_exp.training.progress import bar
 from anode_exp.training.signals import StopRequest
-from anode_exp.training.step import autocast_for, evaluate
+from anode_exp.training.step import evaluate, restart_momentum, set_learning_rate
+from anode_exp.training.world import ALONE
 
 log = logging.getLogger(__name__)
 
 
 @dataclass
 class Progress:
-    """How far a run is; times in seconds, accuracies in [0, 1], None where nothing was measured."""
+    """How far a run is; times in seconds, scores by the task, None where nothing was measured."""
 
     epochs: int = 0
     steps: int = 0
-    images: int = 0
+    samples: int = 0
     train_loss: float | None = None
-    test_accuracy: float | None = None
-    best_test_accuracy: float | None = None
-    validation_accuracy: float | None = None
+    test_score: float | None = None
+    best_test_score: float | None = None
+    validation_score: float | None = None
     best_epoch: int | None = None
-    best_score: float = -1.0
+    best_score: float | None = None
     nfe: dict[str, Any] = field(default_factory=dict)  # a step: forward, backward, and both for each block
     train_time_s: float = 0.0
     evaluation_time_s: float = 0.0
     first_step_s: float | None = None
-    settling_time_s: float = 0.0  # of train_time_s and images, those of the first SETTLING_STEPS of every process
-    settling_images: int = 0
+    settling_time_s: float = 0.0  # of train_time_s and samples, those of the first SETTLING_STEPS of every process
+    settling_samples: int = 0
     peak_memory_bytes: int = 0
+
+    @classmethod
+    def of(cls, saved: dict[str, Any]) -> Progress:
+        """From a checkpoint, also of the time when all runs were classifications."""
+        return cls(**{_renamed(name): value for name, value in saved.items()})
+
+
+def _renamed(name: str) -> str:
+    return name.replace("_accuracy", "_score").replace("images", "samples")
 
 
 SETTLING_STEPS = 2
@@ -60,18 +72,25 @@ SETTLING_STEPS = 2
 
 @dataclass
 class EpochPart:
-    """The steps of the epoch in progress: their losses [k], correct predictions, and seconds, as in ``Progress``."""
+    """The steps taken of an epoch: their losses [k], the task's sums, and seconds, as in ``Progress``."""
 
     losses: Tensor
-    correct: Tensor
+    sums: Sums
     train_time_s: float = 0.0
     settling_time_s: float = 0.0
-    settling_images: int = 0
+    settling_samples: int = 0
+
+    @classmethod
+    def of(cls, saved: dict[str, Any]) -> EpochPart:
+        """From a checkpoint, also of the time when all runs were classifications."""
+        if "correct" in saved:
+            saved = {**saved, "sums": {"correct": saved["correct"]}}
+        return cls(**{_renamed(name): value for name, value in saved.items() if name != "correct"})
 
 
-def total_steps(recipe: RecipeConfig, images: int) -> int:
-    """Training steps of the whole recipe on that many images."""
-    steps = recipe.epochs * -(-images // recipe.batch_size)
+def total_steps(recipe: RecipeConfig, samples: int) -> int:
+    """Training steps of the whole recipe on so many samples."""
+    steps = recipe.epochs * -(-samples // recipe.batch_size)
     return steps if recipe.max_steps is None else min(steps, recipe.max_steps)
 
 
@@ -95,11 +114,39 @@ SMALLER_STEP = (
 )
 
 
+@dataclass
+class _Epoch:
+    """The epoch in progress: as ``EpochPart``, with what its next step needs. ``end`` steps are taken.
+
+    Attributes:
+        first: steps that an earlier process had taken.
+        started, since: when this process began the epoch, and its last step before the run had settled.
+    """
+
+    part: EpochPart
+    source: Iterator[Batch]
+    sizes: list[int]
+    lr: float
+    first: int
+    end: int
+    started: float
+    since: float
+    shown: tqdm[Any]
+
+    @property
+    def done(self) -> bool:
+        return self.end == len(self.sizes)
+
+    def count(self, start: int = 0) -> int:
+        """Samples of the steps taken from ``start`` on."""
+        return sum(self.sizes[start : self.end])
+
+
 class Trainer:
     """Trains until the recipe ends, the loss is no longer finite, or a signal asks to stop.
 
     After every epoch: evaluate, append the epoch to the record, save the ``last`` checkpoint, and ``best`` when the
-    accuracy on held-out images (on test images where none are held out) is the highest so far.
+    score of the validation split (of the test split where there is none) is the best so far.
 
     Attributes:
         status: completed, diverged or interrupted.
@@ -109,40 +156,26 @@ class Trainer:
     """
 
     def __init__(
-        self,
-        network: nn.Module,
-        images: ImageData,
-        normalise: Normalisation,
-        augmentation: Augmentation,
-        optimizer: torch.optim.Optimizer,
-        schedule: Callable[[int], float],
-        recipe: RecipeConfig,
-        runtime: RuntimeConfig,
-        seed: int,
-        memory: PeakMemory,
-        record: RunRecord,
-        checkpoints: Checkpoints,
-        stop: StopRequest,
-        evaluation_batch_size: int,
+        self, assembly: Assembly, memory: PeakMemory, record: RunRecord, checkpoints: Checkpoints, stop: StopRequest
     ) -> None:
-        self.network, self.images, self.normalise, self.augmentation = network, images, normalise, augmentation
-        self.optimizer, self.schedule, self.recipe, self.runtime, self.seed = optimizer, schedule, recipe, runtime, seed
+        self.assembly, self.network, self.optimizer = assembly, assembly.network, assembly.optimizer
+        self.task, self.data, self.device = assembly.task, assembly.data, assembly.device
+        self.recipe, self.runtime = assembly.config.recipe, assembly.config.runtime
         self.memory, self.record, self.checkpoints, self.stop = memory, record, checkpoints, stop
-        self.evaluation_batch_size = evaluation_batch_size
-        self.device = images.train.labels.device
-        self.autocast = autocast_for(runtime.precision, self.device)
+        self.world = ALONE
+        self.schedule = build_schedule(self.recipe)
         self.averaged = None
-        if recipe.moving_average:  # a copy, made before anything is compiled
-            self.averaged = MovingAverage(network, recipe.moving_average)
-        size = min(recipe.batch_size, len(images.train))
-        self.step = training_step(network, optimizer, self.autocast, runtime, self.device, size, recipe.label_smoothing)
+        if self.recipe.moving_average:  # a copy, made before anything is compiled
+            self.averaged = MovingAverage(self.network, self.recipe.moving_average)
+        self.step = training_step(assembly)
         self.waited_s = 0.0
         self.status = "completed"
         self.reason: str | None = None
         self.progress = Progress()
+        self.total_steps = total_steps(self.recipe, self.data.size("train"))
         self._settling = SETTLING_STEPS
-        self._part: EpochPart | None = None
-        self.total_steps = total_steps(recipe, len(images.train))
+        self._epoch: _Epoch | None = None
+        self._part: EpochPart | None = None  # of an epoch that an earlier process began, or a stop interrupted
 
     def state(self) -> dict[str, Any]:
         """All that a later process needs to go on as if nothing had happened."""
@@ -158,8 +191,8 @@ class Trainer:
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        self.progress = Progress(**state["progress"])
-        self._part = None if state["epoch_part"] is None else EpochPart(**state["epoch_part"])
+        self.progress = Progress.of(state["progress"])
+        self._part = None if state["epoch_part"] is None else EpochPart.of(state["epoch_part"])
         self.network.load_state_dict(state["network"])
         if self.averaged is not None:
             self.averaged.load_state_dict(state["averaged"])
@@ -171,44 +204,133 @@ class Trainer:
         if self.device.type == "cuda":
             torch.cuda.set_rng_state(state["cuda_random_state"], self.device)
 
-    def steps(self) -> Iterator[None]:
-        """Train, pausing after every step and every epoch, for what drives this to do something else meanwhile."""
+    def advance(self) -> bool:
+        """Take one training step, or end the epoch whose steps are taken; False when there is nothing left to do.
+
+        What drives several runs does something else in between.
+        """
+        if self._epoch is None:
+            if self.status != "completed" or (self._part is None and self.progress.steps >= self.total_steps):
+                return False
+            self._epoch = self._begin_epoch()
+        epoch = self._epoch
+        if not epoch.done:
+            self._take_step(epoch)
+            if self.status == "completed":
+                return True
+        self._epoch = None
+        self._end_epoch(epoch)
+        return True
+
+    def close(self) -> None:
+        """Take the bar of an epoch in progress off the terminal."""
+        if self._epoch is not None:
+            self._epoch.shown.close()
+
+    def _begin_epoch(self) -> _Epoch:
+        progress = self.progress
         self.network.train()
         take_evaluations(self.network)
-        while self.status == "completed" and (self._part is not None or self.progress.steps < self.total_steps):
-            yield from self._epoch()
-            yield
-
-    def _epoch(self) -> Iterator[None]:
-        progress = self.progress
         lr = self.schedule(progress.epochs)
         set_learning_rate(self.optimizer, lr)
         if self.recipe.restart_momentum and self._part is None:
             restart_momentum(self.optimizer)
-        part = yield from self._train_epoch(progress.epochs + 1)
+        batches = self.data.epoch(progress.epochs + 1)
+        before, self._part = self._part, None
+        taken = 0 if before is None else len(before.losses)
+        n_steps = min(len(batches), taken + self.total_steps - progress.steps)
+        part = EpochPart(torch.full((n_steps,), math.nan, device=self.device), self.task.zeros(self.device))
+        if before is not None:
+            part.losses[:taken] = before.losses.to(self.device)
+            part = replace(
+                before, losses=part.losses, sums={name: x.to(self.device) for name, x in before.sums.items()}
+            )
+        now = self._clock()
+        shown = bar(n_steps, f"epoch {progress.epochs + 1}/{self.recipe.epochs}", taken)
+        size, n = self.recipe.batch_size, self.data.size("train")
+        sizes = [min(size, n - i * size) for i in range(n_steps)]
+        return _Epoch(part, batches.starting_at(taken), sizes, lr, taken, taken, now, now, shown)
+
+    def _take_step(self, epoch: _Epoch) -> None:
+        """One step of the epoch; sets ``status`` where it is the run's last for now."""
+        progress, part, i = self.progress, epoch.part, epoch.end
+        epoch.end += 1
+        progress.steps += 1
+        try:
+            sums = self._step_on(epoch.source, part.losses, i)
+        except SolveFailed as error:
+            self.status, self.reason = "diverged", str(error)
+            return
+        for name, value in sums.items():
+            part.sums[name] += value
+        if self._settling:
+            self._settle(epoch, i)
+        epoch.shown.update()
+        if self.world.any(self.stop.signal is not None):
+            self.status = "interrupted"
+            return
+        check = epoch.end % self.runtime.check_every == 0
+        if check and not bool(part.losses[: epoch.end].isfinite().all()):
+            self.status = "diverged"
+            return
+        if check or self.device.type == "cpu":  # a read makes the host wait for a GPU, so seldom there
+            metrics = self.task.metrics({name: float(x) for name, x in part.sums.items()}, epoch.count())
+            rate = epoch.count(epoch.first) / (self._clock() - epoch.started)
+            epoch.shown.set_postfix(
+                {
+                    "loss": f"{float(part.losses[i]):.3f}",
+                    **{name: f"{x:.3g}" for name, x in metrics.items()},
+                    f"{self.task.unit}_per_s": f"{rate:.0f}",
+                }
+            )
+
+    def _settle(self, epoch: _Epoch, i: int) -> None:
+        """Time one of the first steps, which pay for more than themselves."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        now = self._clock()
+        if self.progress.first_step_s is None:
+            self.progress.first_step_s = now - epoch.since
+        self._settling -= 1
+        epoch.part.settling_time_s += now - epoch.since
+        epoch.part.settling_samples += epoch.sizes[i]
+        epoch.since = now
+
+    def _end_epoch(self, epoch: _Epoch) -> None:
+        """Record the epoch, or keep its part for later where a request to stop interrupted it."""
+        progress, part = self.progress, epoch.part
+        epoch.shown.close()
+        if epoch.end > epoch.first:
+            progress.nfe = self._evaluations_per_step(epoch.end - epoch.first)
+        part.losses = part.losses[: epoch.end].cpu()  # waits for the device: the time is that of finished steps
+        self.world.mean_([part.losses])
+        self.world.sum_(part.sums.values())
+        part.sums = {name: x.cpu() for name, x in part.sums.items()}
+        part.train_time_s += self._clock() - epoch.started
         if self.status == "interrupted":
+            self._part = part
             self.checkpoints.save(self.state())
             return
-        self._part = None
         step_losses: list[float] = part.losses.tolist()
-        sizes = self._batch_sizes(len(step_losses))
+        samples = epoch.count()
         progress.epochs += 1
-        progress.train_loss = sum(n * x for n, x in zip(sizes, step_losses, strict=True)) / sum(sizes)
+        progress.train_loss = sum(n * x for n, x in zip(epoch.sizes, step_losses, strict=False)) / samples
         if not math.isfinite(progress.train_loss):
             self.status = "diverged"
         progress.train_time_s += part.train_time_s
-        progress.images += sum(sizes)
+        progress.samples += samples
         progress.settling_time_s += part.settling_time_s
-        progress.settling_images += part.settling_images
+        progress.settling_samples += part.settling_samples
         progress.peak_memory_bytes = max(progress.peak_memory_bytes, self.memory.peak_bytes)
+        metrics = self.task.metrics({name: float(x) for name, x in part.sums.items()}, samples)
         line: dict[str, Any] = {
             "epoch": progress.epochs,
             "steps": progress.steps,
-            "lr": lr,
+            "lr": epoch.lr,
             "train_loss": progress.train_loss,
-            "train_accuracy": int(part.correct) / sum(sizes),
+            **{f"train_{name}": x for name, x in metrics.items()},
             "train_time_s": part.train_time_s,
-            "images_per_s": sum(sizes) / part.train_time_s,
+            f"{self.task.unit}_per_s": samples / part.train_time_s,
             "peak_memory_bytes": progress.peak_memory_bytes,
             **{f"nfe_{k}": n for k, n in progress.nfe.items() if k != "blocks"},
         }
@@ -219,17 +341,32 @@ class Trainer:
             except SolveFailed as error:
                 self.status, self.reason = "diverged", f"evaluation: {error}"
         self.record.epoch({**line, "step_losses": step_losses})
-        log.info(_describe(line, self.recipe.epochs, self.status))
+        log.info(self._describe(line))
         if self.status == "completed":
-            score = line.get("validation_accuracy", line["test_accuracy"])
-            best = score > progress.best_score
-            if best:
-                progress.best_score, progress.best_epoch = score, progress.epochs
-            every = self.runtime.keep_every
-            keep = progress.epochs if every is not None and progress.epochs % every == 0 else None
-            self.checkpoints.save(self.state(), best, keep)
-            if self.stop.signal is not None and progress.steps < self.total_steps:
+            self._save(line)
+            if self.world.any(self.stop.signal is not None) and progress.steps < self.total_steps:
                 self.status = "interrupted"
+
+    def _evaluations_per_step(self, steps: int) -> dict[str, Any]:
+        blocks = [{k: n / steps for k, n in asdict(e).items()} for e in take_evaluations(self.network)]
+        if not any(block["accepted"] for block in blocks):  # fixed grids have nothing to accept
+            blocks = [{k: block[k] for k in ("forward", "backward")} for block in blocks]
+        total = {k: sum(block[k] for block in blocks) for k in (blocks[0] if blocks else ("forward", "backward"))}
+        return {**total, "blocks": blocks}
+
+    def _save(self, line: dict[str, Any]) -> None:
+        """The epoch's checkpoints: ``last``, ``best`` if it is, and one by number where they are kept."""
+        progress = self.progress
+        score = line.get(f"validation_{self.task.score}", line[f"test_{self.task.score}"])
+        best = self._better(score, progress.best_score) == score != progress.best_score
+        if best:
+            progress.best_score, progress.best_epoch = score, progress.epochs
+        every = self.runtime.keep_every
+        keep = progress.epochs if every is not None and progress.epochs % every == 0 else None
+        self.checkpoints.save(self.state(), best, keep)
+
+    def _better(self, score: float, other: float | None) -> float:
+        return score if other is None else max(score, other) if self.task.higher_is_better else min(score, other)
 
     @contextmanager
     def _sync_debug(self) -> Iterator[None]:
@@ -245,29 +382,20 @@ class Trainer:
     def _clock(self) -> float:
         return time.perf_counter() - self.waited_s
 
-    def _batch_sizes(self, n_steps: int) -> list[int]:
-        size, n = self.recipe.batch_size, len(self.images.train)
-        return [min(size, n - i * size) for i in range(n_steps)]
-
-    def _batches(self, epoch: int) -> EpochBatches:
-        return EpochBatches(
-            self.images.train, self.recipe.batch_size, self.augmentation, self.normalise, self.seed, epoch
-        )
-
-    def _take(self, source: Iterator[tuple[Tensor, Tensor]], losses: Tensor, i: int) -> Tensor:
-        """Step i on the next batch; its loss goes to its place, and correct predictions are returned."""
+    def _step_on(self, source: Iterator[Batch], losses: Tensor, i: int) -> Sums:
+        """Step i on the next batch; its loss goes to its place, and the task's sums are returned."""
         averaged = [] if self.averaged is None else self.averaged.tensors()
         with (
             memory_for("a training step", SMALLER_STEP),
             self.memory.step(self.network, self.optimizer, averaged),
             self._sync_debug(),
         ):
-            images, labels = next(source)
-            losses[i], right = self.step(images, labels)
-            del images
+            batch = next(source)
+            losses[i], sums = self.step(batch)
+            del batch
             if self.averaged is not None:
                 self.averaged.update(self.network)
-        return right
+        return sums
 
     def rehearse(self) -> int:
         """Peak bytes of the run's first steps, taken as it will take them: its batches, its stream, its recording.
@@ -275,14 +403,14 @@ class Trainer:
         To be called before the run. Weights, buffers and counters are the caller's to put back; all else is.
         """
         self.memory.restart()
-        batches = self._batches(1)
+        batches = self.data.epoch(1)
         source = chain.from_iterable(batches.starting_at(0) for _ in range(1 + REHEARSED_STEPS))
         losses = torch.full((max(len(batches), REHEARSED_STEPS),), math.nan, device=self.device)
         if self.runtime.cudnn_benchmark:  # the algorithms that it tries are those of the first rehearsal only
-            self._take(source, losses, 0)
+            self._step_on(source, losses, 0)
             self.memory.restart()
         for i in range(REHEARSED_STEPS):
-            self._take(source, losses, i)
+            self._step_on(source, losses, i)
         peak = self.memory.peak_bytes
         losses.cpu()  # waits for the device: what it replays must not go before
         if isinstance(self.step, GraphedStep):
@@ -294,104 +422,33 @@ class Trainer:
         self.memory.restart()
         return peak
 
-    def _train_epoch(self, number: int) -> Generator[None, None, EpochPart]:
-        """The steps of one epoch that are still to take. ``self._part`` holds them if a request to stop interrupts."""
-        progress, device = self.progress, self.device
-        batches = self._batches(number)
-        part, self._part = self._part, None
-        taken = 0 if part is None else len(part.losses)
-        n_steps = min(len(batches), taken + self.total_steps - progress.steps)
-        losses = torch.full((n_steps,), math.nan, device=device)
-        correct = torch.zeros((), dtype=torch.long, device=device)
-        earlier, settling_time, settling_images = 0.0, 0.0, 0
-        if part is not None:
-            losses[:taken], correct, earlier = part.losses.to(device), part.correct.to(device), part.train_time_s
-            settling_time, settling_images = part.settling_time_s, part.settling_images
-        sizes = self._batch_sizes(n_steps)
-        started = since = self._clock()
-        end = taken
-        source = batches.starting_at(taken)
-        with bar(n_steps, f"epoch {number}/{self.recipe.epochs}", taken) as shown:
-            for i in range(taken, n_steps):
-                end = i + 1
-                progress.steps += 1
-                try:
-                    right = self._take(source, losses, i)
-                except SolveFailed as error:
-                    self.status, self.reason = "diverged", str(error)
-                    break
-                correct += right
-                if self._settling:
-                    if device.type == "cuda":
-                        torch.cuda.synchronize(device)
-                    now = self._clock()
-                    if progress.first_step_s is None:
-                        progress.first_step_s = now - since
-                    self._settling -= 1
-                    settling_time, settling_images = settling_time + now - since, settling_images + sizes[i]
-                    since = now
-                shown.update()
-                if self.stop.signal is not None:
-                    self.status = "interrupted"
-                    break
-                check = end % self.runtime.check_every == 0
-                if check and not bool(losses[:end].isfinite().all()):
-                    self.status = "diverged"
-                    break
-                if check or device.type == "cpu":  # a read makes the host wait for a GPU, so seldom there
-                    seen = sum(sizes[:end])
-                    shown.set_postfix(
-                        loss=f"{float(losses[i]):.3f}",
-                        acc=f"{int(correct) / seen:.1%}",
-                        images_per_s=f"{sum(sizes[taken:end]) / (self._clock() - started):.0f}",
-                    )
-                yield
-        if end > taken:
-            steps = end - taken
-            blocks = [{k: n / steps for k, n in asdict(e).items()} for e in take_evaluations(self.network)]
-            if not any(block["accepted"] for block in blocks):  # fixed grids have nothing to accept
-                blocks = [{k: block[k] for k in ("forward", "backward")} for block in blocks]
-            progress.nfe = {
-                k: sum(block[k] for block in blocks) for k in (blocks[0] if blocks else ("forward", "backward"))
-            }
-            progress.nfe["blocks"] = blocks
-        losses = losses[:end].cpu()  # waits for the device, so the time below is that of finished steps
-        seconds = earlier + self._clock() - started
-        done = EpochPart(losses, correct.cpu(), seconds, settling_time, settling_images)
-        if self.status == "interrupted":
-            self._part = done
-        return done
-
     def _evaluate(self) -> dict[str, float]:
-        """Loss and accuracy on validation images, where there are any, and on test images."""
+        """The task's metrics on the validation split, if there is one, and on the test split."""
         line: dict[str, float] = {}
         started = time.perf_counter()
-        for name, split in (("validation", self.images.validation), ("test", self.images.test)):
-            if len(split):
-                line[f"{name}_loss"], line[f"{name}_accuracy"] = self.evaluate_split(split, name)
+        for name in ("validation", "test"):
+            if self.data.size(name):
+                line |= {f"{name}_{metric}": x for metric, x in self.evaluate_split(name).items()}
         take_evaluations(self.network)  # those of an evaluation are no training step's
         line["evaluation_time_s"] = time.perf_counter() - started
-        progress = self.progress
+        progress, score = self.progress, self.task.score
         progress.evaluation_time_s += line["evaluation_time_s"]
-        progress.test_accuracy = line["test_accuracy"]
-        progress.validation_accuracy = line.get("validation_accuracy")
-        progress.best_test_accuracy = max(progress.test_accuracy, progress.best_test_accuracy or 0.0)
+        progress.test_score = line[f"test_{score}"]
+        progress.validation_score = line.get(f"validation_{score}")
+        progress.best_test_score = self._better(progress.test_score, progress.best_test_score)
         return line
 
-    def evaluate_split(self, split: Split, name: str) -> tuple[float, float]:
-        size = self.evaluation_batch_size
-        batches = evaluation_batches(split, size, self.normalise)
+    def evaluate_split(self, name: str) -> dict[str, float]:
+        size = evaluation_batch_size(self.assembly.config, self.device)
+        batches = bar(-(-self.data.size(name) // size), name, iterable=self.data.evaluation(name, size))
         network = self.network if self.averaged is None else self.averaged.network
         with memory_for("evaluation", "give a smaller recipe.test_batch_size"):
-            return evaluate(network, self.autocast, bar(-(-len(split) // size), name, iterable=batches))
+            return evaluate(network, self.assembly.autocast, self.task, batches)
 
-
-def _describe(line: dict[str, Any], epochs: int, status: str) -> str:
-    parts = [
-        f"epoch {line['epoch']}/{epochs}",
-        f"loss {line['train_loss']:.4f}",
-        f"train {line['train_accuracy']:.2%}",
-    ]
-    parts += [f"{s} {line[f'{s}_accuracy']:.2%}" for s in ("validation", "test") if f"{s}_accuracy" in line]
-    parts += [f"lr {line['lr']:g}", f"{line['images_per_s']:.0f} images/s", f"{line['train_time_s']:.1f} s"]
-    return "  ".join(parts + ([status] if status != "completed" else []))
+    def _describe(self, line: dict[str, Any]) -> str:
+        score, unit = self.task.score, self.task.unit
+        parts = [f"epoch {line['epoch']}/{self.recipe.epochs}", f"loss {line['train_loss']:.4f}"]
+        splits = [s for s in ("train", "validation", "test") if f"{s}_{score}" in line]
+        parts += [f"{s} {line[f'{s}_{score}']:{self.task.form}}" for s in splits]
+        parts += [f"lr {line['lr']:g}", f"{line[f'{unit}_per_s']:.0f} {unit}/s", f"{line['train_time_s']:.1f} s"]
+        return "  ".join(parts + ([self.status] if self.status != "completed" else []))
