@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves, tree_map
 
 from anode_exp.gradient import GRADIENT_MODES, GradientMode
 from anode_exp.models import OdeBlock, ode_blocks
@@ -46,7 +47,7 @@ class Repeat:
 
     def record(self, work):
         self.work = work
-        self.results = tuple(x.clone() for x in work() or ())
+        self.results = tree_map(torch.clone, work() or ())
         return self.results
 
     def replay(self):
@@ -54,7 +55,7 @@ class Repeat:
         counters = [block.field.evaluations for block in ode_blocks(self.network)]
         for block in ode_blocks(self.network):  # a device replays without the host, which counts evaluations
             block.field.evaluations = Evaluations()
-        for kept, new in zip(self.results, self.work() or (), strict=True):
+        for kept, new in zip(tree_leaves(self.results), tree_leaves(self.work() or ()), strict=True):
             kept.copy_(new)
         for block, counter in zip(ode_blocks(self.network), counters, strict=True):
             block.field.evaluations = counter

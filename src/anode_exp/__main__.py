@@ -60,9 +60,6 @@ def main() -> None:
             hint = f"; did you mean: python -m anode_exp train {verb} …" if "=" in verb or verb.startswith("-") else ""
             raise UserError(f"{verb}: no such verb; verbs are {', '.join(VERBS)}{hint or near(verb, VERBS)}")
         else:
-            from anode_exp.commands.arguments import check_once
-
-            check_once(arguments)
             import_module(f"anode_exp.commands.{verb}").main(arguments)
     except UserError as error:
         fail(str(error))

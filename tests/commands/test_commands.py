@@ -188,8 +188,6 @@ REFUSED = {
     "reproduce anode ++seed=7": "chosen by reproduce",
     "reproduce anode seeds=99999999999": "at most 1000",
     "report anode length=[short]": "length=[short]: choose one of paper, short",
-    "train seed=1 seed=2": "seed=2: seed is given twice",
-    "train -m model=resnet4 ++model=resnet10": "model is given twice",
     "train model.block=residual model.statistics=by_time": "model.statistics: has no effect here",
     "train model.blocks_per_stage=0 solver=rk4": "it needs model.blocks_per_stage above 0",
     "study batchnorm run={run} dataset.root=/x": "dataset.root: has no effect here",

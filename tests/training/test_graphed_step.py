@@ -64,8 +64,8 @@ def trained(
             images = torch.randn(size, 3, 32, 32, generator=generator)
             labels = torch.arange(size)
             run = step if step is not None else lambda b: train_step(network, optimizer, autocast, Classification(), b)
-            loss, correct = run(images, labels)
-            losses += [loss.clone(), correct.clone()]
+            loss, sums = run((images, labels))
+            losses += [loss.clone(), sums["correct"].clone()]
             evaluations += [(e.forward, e.backward) for e in take_evaluations(network)]
     state = [s["momentum_buffer"] for s in optimizer.state.values()]
     assert len(captures) == graphed

@@ -36,20 +36,6 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; see {self.prog} --help")
 
 
-def check_once(arguments: Iterable[str]) -> None:
-    """Refuse a setting that is given twice, of which one would be ignored.
-
-    Raises:
-        UserError: for the first of them.
-    """
-    given: set[str] = set()
-    for argument in arguments:
-        key, equals, _ = argument.lstrip("+~").partition("=")
-        if equals and key in given:
-            raise UserError(f"{argument}: {key} is given twice; leave one of them out")
-        given.add(key)
-
-
 def own_settings(schema: type, names: Iterable[str] | None = None) -> list[tuple[str, str]]:
     """Rows of help for a verb's own settings: ``key=default`` and what it is."""
     chosen = [f for f in fields(schema) if names is None or f.name in names]

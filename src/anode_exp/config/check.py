@@ -40,6 +40,8 @@ def split_settings(schema: type[T], arguments: list[str], verb: str) -> tuple[T,
             raise UserError(f"{argument}: {verb} takes no flags but --help; settings are key=value")
         if not equals or key not in types:
             rest.append(argument)
+        elif key in own:
+            raise UserError(f"{argument}: {key} is given twice")
         else:
             own[key] = value if types[key].startswith("str") else _yaml(value)
     return to_object(schema, OmegaConf.create(own)), rest
