@@ -20,8 +20,8 @@ from anode_exp.gradient import (
     Revolve,
     StageCheckpoint,
     StepCheckpoint,
-    discrete_adjoint,
 )
+from anode_exp.gradient.schedules import reversed_steps
 from anode_exp.models import MODELS, NORMS, ode_blocks, take_evaluations
 from anode_exp.ode import TABLEAUX, TimeGrid, VectorField
 from anode_exp.tasks.classification import Classification
@@ -296,7 +296,6 @@ def test_equispaced_slots_never_beat_the_binomial_schedule(n, c):
 def test_no_more_states_are_held_than_slots():
     """The states alive inside the solve, counted where each unit begins."""
     most = []
-    whole = discrete_adjoint._states
 
     for make in (Revolve, Equispaced):
         for c in (1, 2, 3, 5):
@@ -305,15 +304,15 @@ def test_no_more_states_are_held_than_slots():
             class State(torch.Tensor):
                 pass
 
-            def advance(n, y, alive=alive, State=State):
+            def advance(n, state, alive=alive, State=State):
                 new = torch.full((1,), n + 1.0).as_subclass(State)
                 alive.add(new)
-                return new
+                return (new,)
 
             first = torch.zeros(1).as_subclass(State)
             alive.add(first)
             order = []
-            for n, (y,) in whole(make(slots=c), [first], 16, advance):
+            for n, (y,) in reversed_steps(make(slots=c).states, c, [(first,)], 16, advance):
                 assert float(y) == n, "the state of its step"
                 order.append(n)
                 del y

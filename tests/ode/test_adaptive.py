@@ -7,7 +7,7 @@ import torch
 from conftest import Field, solver
 from torch import nn
 
-from anode_exp.ode import SolveFailed, StepController, Tolerance, VectorField, integrate, integrate_adaptive
+from anode_exp.ode import SolveFailed, State, StepController, Tolerance, VectorField, integrate, integrate_adaptive
 
 EMBEDDED = ("heun", "bosh3", "dopri5")
 
@@ -55,18 +55,20 @@ def test_error_follows_the_tolerance(name, backwards):
 def test_a_fixed_solve_over_the_accepted_steps_is_the_same(name):
     field = VectorField(Field())
     y0 = torch.tensor([[0.3, -0.2, 0.9]], dtype=torch.float64)
-    kept: list[torch.Tensor] = []
-    stages: list[torch.Tensor] = []
+    kept: list[State] = []
+    stages: list[State] = []
     with torch.no_grad():
         y1, steps = integrate_adaptive(field, y0, field.theta, Tolerance(1e-5, 1e-5), solver(name), kept)
         integrate_adaptive(field, y0, field.theta, Tolerance(1e-5, 1e-5), solver(name), stages, keep_stages=True)
-        kept_again: list[torch.Tensor] = []
-        stages_again: list[torch.Tensor] = []
+        kept_again: list[State] = []
+        stages_again: list[State] = []
         again = integrate(field, y0, field.theta, steps, solver(name), kept_again)
         integrate(field, y0, field.theta, steps, solver(name), stages_again, keep_stages=True)
     assert steps.n_steps > 2 and torch.equal(y1, again)
     for ours, theirs in ((kept, kept_again), (stages, stages_again)):
-        assert len(ours) == len(theirs) and all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+        assert len(ours) == len(theirs) == steps.n_steps
+        for a, b in zip(ours, theirs, strict=True):
+            assert len(a) == len(b) and all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
 @pytest.mark.parametrize(("name", "a_step", "reuses"), [("heun", 1, False), ("bosh3", 3, True), ("dopri5", 6, True)])

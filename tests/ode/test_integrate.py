@@ -40,7 +40,7 @@ def test_theta_may_change_from_step_to_step(field_module, name):
     w = torch.stack([field_module.w.detach() * (1 + i) for i in range(n)])
     y = y0 = torch.tensor([0.3, -0.2, 0.9], dtype=torch.float64)
     for i in range(n):
-        y = solver(name).step(field, (w[i], field_module.v), i / n, 1 / n, y)
+        (y,) = solver(name).step(field, (w[i], field_module.v), i / n, 1 / n, (y,))
     y1 = integrate(field, y0, (w, field_module.v), TimeGrid(n), solver(name))
     torch.testing.assert_close(y1, y, rtol=1e-13, atol=0)
 

@@ -96,8 +96,8 @@ def test_the_same_seed_gives_the_same_run_and_another_does_not(tmp_path):
 def test_a_narrow_network_and_an_odd_batch(tmp_path):
     """What brings oneDNN down in channels-last layout, in a process of two threads."""
     code = (
-        "import sys; from pathlib import Path; from anode_exp.composition import jobs; "
-        "from anode_exp.train import train; train(jobs(sys.argv[2:], False).configs[0], Path(sys.argv[1]))"
+        "import sys; from pathlib import Path; from anode_exp.config.compose import jobs; "
+        "from anode_exp.commands.together import train; train(jobs(sys.argv[2:], False).configs[0], Path(sys.argv[1]))"
     )
     env = {**os.environ, "OMP_NUM_THREADS": "2"}
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path), *SMALL, "recipe.batch_size=25"], env=env)

@@ -56,7 +56,7 @@ def report(directory: Path) -> str:
         ax.set_ylabel("accuracy, %")
     handles: dict[str, Any] = {}
     for ax in axes.flat:
-        handles |= {label: handle for handle, label in zip(*ax.get_legend_handleslabels_of(), strict=True)}
+        handles |= {label: handle for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=2, fontsize=9)
     figure.savefig(directory / "study.png", dpi=110)
     plt.close(figure)

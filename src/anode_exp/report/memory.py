@@ -47,7 +47,7 @@ def report(directory: Path) -> str:
         ax.set(xlabel=x, ylabel="peak, MB", yscale="log")
     draw_lines(axes[2], steps, "n_steps", lambda row: row["time_ratio"])
     axes[2].set(xlabel="n_steps", ylabel=f"time of a step over {labels_of(steps)[0]}")
-    figure.legend(*axes[0].get_legend_handleslabels_of(), loc="outside lower center", ncols=5)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5)
     figure.savefig(directory / "study.png", dpi=110)
     plt.close(figure)
     text = []
