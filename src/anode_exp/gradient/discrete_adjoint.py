@@ -156,6 +156,8 @@ class _Solve(torch.autograd.Function):
         y0: Tensor,
         *theta: Tensor,
     ) -> Tensor:
+        if mode.unit == "stage":
+            with_stages(solver)  # refused here, not first in the backward pass
         ctx.mode, ctx.field, ctx.solver = mode, field, solver
         ctx.autocast = current_autocast(y0.device.type)
         kept: list[State] = []
@@ -246,8 +248,10 @@ def _vjp(
     """
     with torch.enable_grad():
         state = tuple(x.detach().requires_grad_() for x in state)
-        ends = [get_gradient_edge(x) for x, _ in zip(function(state), a, strict=False)]
+        # What depends on nothing, such as the zeros that a multistep method starts from, has no place in a graph.
+        ends = [(get_gradient_edge(x), a_x) for x, a_x in zip(function(state), a, strict=False) if x.requires_grad]
         wanted = (*state, *(p for p in theta if p.requires_grad))
-        gradients = torch.autograd.grad(ends, wanted, a, materialize_grads=True)
+        edges, a_edges = [edge for edge, _ in ends], [a_x for _, a_x in ends]
+        gradients = torch.autograd.grad(edges, wanted, a_edges, materialize_grads=True)
     add(gradients[len(state) :])
     return gradients[: len(state)]

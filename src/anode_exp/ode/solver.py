@@ -11,7 +11,7 @@ from torch import Tensor
 from anode_exp.ode.vector_field import Theta, VectorField
 
 State = tuple[Tensor, ...]
-"""What a method carries from step to step: y first, then whatever else the method has, of any shape."""
+"""What a method carries from step to step: y first, then whatever else the method has, floating point of any shape."""
 
 
 class Solver(Protocol):
