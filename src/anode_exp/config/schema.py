@@ -96,8 +96,8 @@ SOLVERS = {
     "euler": Method(),
     "rk2": Method(),
     "heun": Method(embedded=True),
-    "rk4": Method(),
     "bosh3": Method(embedded=True),
+    "rk4": Method(),
     "dopri5": Method(embedded=True),
 }
 """The solvers by name, without torch; ``ode.SOLVERS`` makes them."""
