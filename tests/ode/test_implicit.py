@@ -9,13 +9,14 @@ from conftest import Field
 from torch import nn
 
 from anode_exp.gradient import GRADIENT_MODES, DtoCheckpoint, FullBackprop, Revolve, StageCheckpoint, StepCheckpoint
-from anode_exp.ode import TimeGrid, VectorField, integrate
+from anode_exp.ode import TimeGrid, Tolerance, VectorField, integrate, integrate_adaptive
+from anode_exp.ode.controller import NewtonFailed
 from anode_exp.ode.implicit import DiagonallyImplicitRungeKutta
-from anode_exp.ode.newton_krylov import NewtonFailed, NewtonKrylov, gmres
+from anode_exp.ode.newton_krylov import NewtonKrylov, gmres
 from anode_exp.ode.tableau import IMPLICIT_TABLEAUX
 
 METHODS = tuple(IMPLICIT_TABLEAUX)
-L_STABLE = ("backward_euler", "sdirk2", "tr_bdf2")
+L_STABLE = ("backward_euler", "sdirk2", "tr_bdf2", "kvaerno3")
 
 
 def method(name: str, **newton) -> DiagonallyImplicitRungeKutta:
@@ -56,7 +57,7 @@ class Linear(nn.Module):
 def test_order(name):
     y0 = torch.ones(2, 1, dtype=torch.float64)
     errors = []
-    for n in (20, 40, 80):
+    for n in (40, 80, 160):
         y1 = integrate(VectorField(Bernoulli()), y0, (), TimeGrid(n, 0.0, 2.0), method(name))
         errors.append(float((y1 - 0.2).abs().max()))
     slope = math.log2(errors[1] / errors[2])
@@ -92,9 +93,7 @@ def unrolled(name, f, y0, n, iterations=30):
             t, stage = step * h + c * h, z
             for _ in range(iterations if row[-1] else 0):
                 function = lambda x, t=t: f(t, x)  # noqa: E731
-                rows = torch.stack(
-                    [torch.autograd.functional.jacobian(function, x, create_graph=True) for x in stage]
-                )
+                rows = torch.stack([torch.autograd.functional.jacobian(function, x, create_graph=True) for x in stage])
                 matrix = torch.eye(y.shape[1], dtype=y.dtype) - h * row[-1] * rows
                 residual = stage - z - h * row[-1] * f(t, stage)
                 stage = stage - torch.linalg.solve(matrix, residual.unsqueeze(-1)).squeeze(-1)
@@ -211,4 +210,53 @@ class Explodes(nn.Module):
 
 def test_a_stage_without_solution_says_so():
     with pytest.raises(NewtonFailed, match="Newton's method at t = 1"):
-        integrate(VectorField(Explodes()), torch.ones(1, 1, dtype=torch.float64), (), TimeGrid(1), method("backward_euler"))
+        integrate(
+            VectorField(Explodes()), torch.ones(1, 1, dtype=torch.float64), (), TimeGrid(1), method("backward_euler")
+        )
+
+
+class Pole(nn.Module):
+    """dy/dt = 3 w y²: y = 1/(1/y0 − 3 w t), with a pole that long steps of backward Euler do not find their way past."""
+
+    def __init__(self):
+        super().__init__()
+        self.w = nn.Parameter(torch.tensor([1.0], dtype=torch.float64))
+
+    def forward(self, t, y):
+        return 3.0 * self.w * y * y
+
+
+def test_a_step_whose_stages_are_not_solved_is_halved():
+    """Y = y + 3 h Y² has no real solution for 12 h y > 1; the gradient is that of the steps taken, in every mode."""
+    y0, grid = torch.tensor([[0.2]], dtype=torch.float64), TimeGrid(2)
+    y1, truth, field = gradients(FullBackprop(), method("backward_euler"), Pole(), y0, grid)
+    assert field.evaluations.rejected >= 1 and y1.item() > 0.5
+    for mode in EXACT.values():
+        again, ours, _ = gradients(mode, method("backward_euler"), Pole(), y0, grid)
+        assert torch.equal(y1, again)
+        close(ours, truth, 1e-11)
+    epsilon = 1e-6
+    ahead, back = (
+        gradients(FullBackprop(), method("backward_euler"), Pole(), y0 + d, grid)[0] for d in (epsilon, -epsilon)
+    )
+    assert float(truth[0]) == pytest.approx(float(-(ahead - back) / (2 * epsilon)), rel=1e-5)
+
+
+def test_adaptive_steps_follow_a_stiff_solution():
+    """Few steps where the explicit method needs thousands, and the error of the tolerance."""
+    y0 = torch.full((2, 1), 1.5, dtype=torch.float64)
+    tolerance = Tolerance(1e-6, 1e-8, 0.0, 2.0, max_evaluations=100_000, min_step=1e-14)
+    y1, steps = integrate_adaptive(VectorField(Cosine(-1e6)), y0, (), tolerance, method("kvaerno3"))
+    assert (y1 - math.cos(2.0)).abs().max() < 1e-5 and steps.n_steps < 200
+    with pytest.raises(ValueError, match="sdirk2 has no error estimate"):
+        integrate_adaptive(VectorField(Cosine(-1.0)), y0, (), tolerance, method("sdirk2"))
+
+
+@pytest.mark.parametrize("mode", EXACT)
+def test_adaptive_gradients_are_those_of_the_steps_taken(mode):
+    y0 = torch.tensor([[0.3, -0.2, 0.9], [1.0, 0.5, -0.4]], dtype=torch.float64)
+    tolerance = Tolerance(1e-4, 1e-4)
+    y1, truth, _ = gradients(FullBackprop(), method("kvaerno3"), Field(), y0, tolerance)
+    again, ours, _ = gradients(EXACT[mode], method("kvaerno3"), Field(), y0, tolerance)
+    assert torch.equal(y1, again)
+    close(ours, truth, 1e-9)

@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from anode_exp.ode.explicit import weighted_sum
 from anode_exp.ode.newton_krylov import NewtonKrylov
-from anode_exp.ode.solver import State
+from anode_exp.ode.solver import Attempt, State
 from anode_exp.ode.tableau import ImplicitTableau
 from anode_exp.ode.vector_field import Theta, VectorField
 
@@ -31,11 +31,11 @@ class DiagonallyImplicitRungeKutta:
     """
 
     static = False
-    error_order = None
 
     def __init__(self, tableau: ImplicitTableau, newton: NewtonKrylov | None = None) -> None:
         self.tableau, self.newton = tableau, newton or NewtonKrylov()
         self.name, self.order, self.nodes = tableau.name, tableau.order, tableau.c
+        self.error_order = None if tableau.b_error is None else tableau.order
 
     def start(self, field: VectorField, theta: Theta, t: float, y: Tensor) -> State:
         return (y,)
@@ -45,9 +45,31 @@ class DiagonallyImplicitRungeKutta:
     ) -> State:
         """y(t + h) from y(t). ``stages`` receives the stage states Y_i."""
         (y,) = state
-        table = self.tableau
-        slopes: list[Tensor] = []
-        for c, row in zip(table.c, table.a, strict=True):
+        y1, _ = self._stages(field, theta, t, h, y, [], stages)
+        return (y1,)
+
+    def attempt(self, field: VectorField, theta: Theta, t: float, h: float, y: Tensor, first: Tensor) -> Attempt:
+        """A step with its error estimate h Σ_i b_error_i k_i; ``first`` = f(t, y) is the slope of its explicit stage."""
+        assert self.tableau.b_error is not None
+        stages = [y]
+        y1, slopes = self._stages(field, theta, t, h, y, [first], stages)
+        with torch.no_grad():
+            error = weighted_sum(torch.zeros_like(y), h, self.tableau.b_error, slopes)
+        return Attempt(y1, error, slopes[-1] if self.tableau.stiffly_accurate else None, stages)
+
+    def _stages(
+        self,
+        field: VectorField,
+        theta: Theta,
+        t: float,
+        h: float,
+        y: Tensor,
+        slopes: list[Tensor],
+        stages: list[Tensor] | None,
+    ) -> tuple[Tensor, list[Tensor]]:
+        """y(t + h) and the slopes of all stages, from those that are known."""
+        table, known, y_i = self.tableau, len(slopes), y
+        for c, row in zip(table.c[known:], table.a[known:], strict=True):
             z = weighted_sum(y, h, row[:-1], slopes)
             at = t + c * h
             if row[-1] == 0.0:
@@ -58,9 +80,7 @@ class DiagonallyImplicitRungeKutta:
                 slopes.append((y_i - z) / (h * row[-1]))
             if stages is not None:
                 stages.append(y_i)
-        if table.stiffly_accurate:
-            return (y_i,)
-        return (weighted_sum(y, h, table.b, slopes),)
+        return (y_i if table.stiffly_accurate else weighted_sum(y, h, table.b, slopes)), slopes
 
     def stage_states(self, field: VectorField, theta: Theta, t: float, h: float, state: State) -> list[Tensor]:
         stages: list[Tensor] = []

@@ -2,9 +2,9 @@
 
     G(Y) = Y − z − c f(t, Y, θ) = 0,   c = h γ,   G'(Y) = I − c J,   J = ∂f/∂y.
 
-Linear systems with I − c J or its transpose are solved in one of two ways. ``dense``: the Jacobian of every sample and a
-batched LU factorisation, for small states whose samples do not depend on each other. ``gmres``: from products with J or
-Jᵀ alone, for states of any size; the whole batch is one system.
+Linear systems with I − c J or its transpose are solved in one of two ways. ``dense``: the Jacobian of every sample and
+a batched LU factorisation, for small states whose samples do not depend on each other. ``gmres``: from products with J
+or Jᵀ only, for states of any size; the whole batch is one system.
 
 Sources: Hairer and Wanner, Solving ODEs II, IV.8; Saad and Schultz, SIAM J. Sci. Stat. Comput. 7(3), 1986.
 """
@@ -17,15 +17,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from anode_exp.ode.controller import SolveFailed
+from anode_exp.ode.controller import NewtonFailed
 from anode_exp.ode.vector_field import Theta, VectorField
 
 DENSE_AT_MOST = 64
 """Numbers in a sample's state up to which ``linear=None`` chooses dense Jacobians."""
-
-
-class NewtonFailed(SolveFailed):
-    """Newton's method, or the linear solver within it, did not converge."""
 
 
 @dataclass(frozen=True)
@@ -34,9 +30,8 @@ class NewtonKrylov:
 
     Attributes:
         linear: dense or gmres; None chooses by the size of a sample's state.
-        rtol: Newton's method has converged when its update is below rtol · |Y|, the largest over samples of the ratio of
-            Euclidean norms. None: 1e-12 in float64, 1e-6 in float32. It converges quadratically, so the error left is
-            smaller by far, down to rounding.
+        rtol: Newton's method has converged when |update| ≤ rtol · |Y| for every sample, in Euclidean norms. None: 1e-12
+            in float64, 1e-6 in float32. It converges quadratically, so the error left is much smaller, down to rounding.
         max_iterations: of Newton's method in one stage.
         krylov_rtol: residual of a linear solve by GMRES relative to its right-hand side; None: rtol / 10 in the adjoint
             and 1e-3 in Newton's iterations, whose directions need no more.
@@ -90,9 +85,7 @@ class NewtonKrylov:
     def _direction(self, field: VectorField, theta: Theta, t: float, c: float, y: Tensor, right: Tensor) -> Tensor:
         if self.is_dense(y):
             return dense_solve(jacobians(field, theta, t, y), c, right)
-        return gmres(
-            lambda v: v - c * _jvp(field, theta, t, y, v), right, self.krylov_rtol or 1e-3, self.krylov_size
-        )
+        return gmres(lambda v: v - c * _jvp(field, theta, t, y, v), right, self.krylov_rtol or 1e-3, self.krylov_size)
 
     def solve_adjoint(
         self, field: VectorField, theta: Theta, t: float, c: float, y: Tensor, a: Tensor
@@ -152,7 +145,7 @@ def dense_solve(jacobian: Tensor, c: float, right: Tensor, transposed: bool = Fa
 
 def _jvp(field: VectorField, theta: Theta, t: float, y: Tensor, v: Tensor) -> Tensor:
     """J v by forward-mode differentiation: one evaluation of f."""
-    _, product = torch.func.jvp(lambda x: field(t, x, theta), (y,), (v,))
+    _, product = torch.func.jvp(lambda x: field(t, x, theta), (y,), (v,))  # type: ignore[misc]
     return product
 
 

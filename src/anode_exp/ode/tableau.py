@@ -140,8 +140,8 @@ class ImplicitTableau:
     k_i = f(t + c_i h, y + h Σ_{j≤i} a_ij k_j),   y(t + h) ≈ y + h Σ_i b_i k_i
 
     Attributes:
-        a: lower triangle with its diagonal; row i holds the coefficients a_i0 … a_ii. A stage with a_ii = 0 is explicit.
-        b, c, order, reference: as in ``ButcherTableau``.
+        a: lower triangle with its diagonal; row i holds a_i0 … a_ii. A stage with a_ii = 0 is explicit.
+        b, c, order, reference, b_error: as in ``ButcherTableau``. With b_error the first stage is explicit.
 
     Raises:
         ValueError: if the sizes disagree, or Σ_j a_ij ≠ c_i or Σ b ≠ 1.
@@ -153,6 +153,7 @@ class ImplicitTableau:
     c: tuple[float, ...]
     order: int
     reference: str
+    b_error: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
         s = len(self.b)
@@ -207,6 +208,24 @@ TR_BDF2 = ImplicitTableau(
     reference="Bank et al., IEEE Trans. CAD 4(4), 1985; as a Runge–Kutta method Hosea and Shampine, 1996; L-stable",
 )
 
+_K = 0.43586652150845899942  # the root of x³ − 3x² + 3x/2 − 1/6 that makes it L-stable
+_KVAERNO3_A3 = ((-4 * _K**2 + 6 * _K - 1) / (4 * _K), (-2 * _K + 1) / (4 * _K), _K)
+_KVAERNO3_A4 = (
+    (6 * _K - 1) / (12 * _K),
+    -1 / ((24 * _K - 12) * _K),
+    (-6 * _K**2 + 6 * _K - 1) / (6 * _K - 3),
+    _K,
+)
+KVAERNO3 = ImplicitTableau(
+    "kvaerno3",
+    a=((0.0,), (_K, _K), _KVAERNO3_A3, _KVAERNO3_A4),
+    b=_KVAERNO3_A4,
+    c=(0.0, 2 * _K, 1.0, 1.0),
+    order=3,
+    reference="Kværnø, BIT 44(3), 2004: ESDIRK 3/2 a, stiffly accurate with its embedded method; L-stable",
+    b_error=_difference(_KVAERNO3_A4, (*_KVAERNO3_A3, 0.0)),
+)
+
 IMPLICIT_TABLEAUX: dict[str, ImplicitTableau] = {
-    t.name: t for t in (BACKWARD_EULER, CRANK_NICOLSON, SDIRK2, TR_BDF2)
+    t.name: t for t in (BACKWARD_EULER, CRANK_NICOLSON, SDIRK2, TR_BDF2, KVAERNO3)
 }
