@@ -216,7 +216,7 @@ def test_a_stage_without_solution_says_so():
 
 
 class Pole(nn.Module):
-    """dy/dt = 3 w y²: y = 1/(1/y0 − 3 w t), with a pole that long steps of backward Euler do not find their way past."""
+    """dy/dt = 3 w y²: y = 1/(1/y0 − 3 w t), with a pole that is in the way of long steps of backward Euler."""
 
     def __init__(self):
         super().__init__()

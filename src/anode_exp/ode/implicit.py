@@ -49,7 +49,7 @@ class DiagonallyImplicitRungeKutta:
         return (y1,)
 
     def attempt(self, field: VectorField, theta: Theta, t: float, h: float, y: Tensor, first: Tensor) -> Attempt:
-        """A step with its error estimate h Σ_i b_error_i k_i; ``first`` = f(t, y) is the slope of its explicit stage."""
+        """A step with its error estimate h Σ_i b_error_i k_i; ``first`` = f(t, y) is that of its explicit stage."""
         assert self.tableau.b_error is not None
         stages = [y]
         y1, slopes = self._stages(field, theta, t, h, y, [first], stages)

@@ -31,7 +31,8 @@ class NewtonKrylov:
     Attributes:
         linear: dense or gmres; None chooses by the size of a sample's state.
         rtol: Newton's method has converged when |update| ≤ rtol · |Y| for every sample, in Euclidean norms. None: 1e-12
-            in float64, 1e-6 in float32. It converges quadratically, so the error left is much smaller, down to rounding.
+            in float64, 1e-6 in float32. It converges quadratically, so the error left is
+            much smaller, down to rounding.
         max_iterations: of Newton's method in one stage.
         krylov_rtol: residual of a linear solve by GMRES relative to its right-hand side; None: rtol / 10 in the adjoint
             and 1e-3 in Newton's iterations, whose directions need no more.
