@@ -178,7 +178,7 @@ def test_a_sweep_is_the_product_of_its_values():
 
 WRONG = {
     "model=resnet19": "resnet4, squeezenext; did you mean resnet18?",
-    "solver=rk5": "choose one of backward_euler, bosh3, crank_nicolson, dopri5, euler, heun, kvaerno3, rk2, rk4, sdirk2",
+    "solver=rk5": "choose one of backward_euler, bosh3, crank_nicolson, dopri5, euler, heun, kvaerno3, rk2, rk4",
     "solver.linear=gmres": "solver.linear: has no effect here; it needs an implicit solver, such as",
     "solver.linear=lu": "solver.linear=lu: choose one of dense, gmres",
     "gradient.memory=1GiB": "gradient.memory: there is no such setting",

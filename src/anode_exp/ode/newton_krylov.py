@@ -68,6 +68,7 @@ class NewtonKrylov:
         """
         y, before = guess, float("inf")
         for _ in range(self.max_iterations):
+            field.evaluations.newton += 1
             residual = y - z - c * field(t, y, theta)
             update = self._direction(field, theta, t, c, y, -residual)
             y = y + update
@@ -85,8 +86,14 @@ class NewtonKrylov:
 
     def _direction(self, field: VectorField, theta: Theta, t: float, c: float, y: Tensor, right: Tensor) -> Tensor:
         if self.is_dense(y):
+            field.evaluations.jacobians += 1
             return dense_solve(jacobians(field, theta, t, y), c, right)
-        return gmres(lambda v: v - c * _jvp(field, theta, t, y, v), right, self.krylov_rtol or 1e-3, self.krylov_size)
+
+        def product(v: Tensor) -> Tensor:
+            field.evaluations.linear += 1
+            return v - c * _jvp(field, theta, t, y, v)
+
+        return gmres(product, right, self.krylov_rtol or 1e-3, self.krylov_size)
 
     def solve_adjoint(
         self, field: VectorField, theta: Theta, t: float, c: float, y: Tensor, a: Tensor
@@ -104,14 +111,15 @@ class NewtonKrylov:
             wanted = (y, *(p for p in theta if p.requires_grad))
 
             def transposed(v: Tensor) -> Tensor:
+                field.evaluations.linear += 1
                 (product,) = torch.autograd.grad(dy, y, v, retain_graph=True, materialize_grads=True)
-                return product
+                return v - c * product
 
             if self.is_dense(y):
+                field.evaluations.jacobians += 1
                 w = dense_solve(_rows(dy, y), c, a, transposed=True)
             else:
-                rtol = self.krylov_rtol or self.tolerance(y) / 10
-                w = gmres(lambda v: v - c * transposed(v), a, rtol, self.krylov_size)
+                w = gmres(transposed, a, self.krylov_rtol or self.tolerance(y) / 10, self.krylov_size)
             of_y, *of_theta = torch.autograd.grad(dy, wanted, w, materialize_grads=True)
         return w, of_y, tuple(of_theta)
 

@@ -21,7 +21,11 @@ Theta = tuple[Tensor, ...]
 class Evaluations:
     """Number of evaluations of f (NFE): ``forward`` in the solve, ``backward`` while it is differentiated.
 
-    Steps are those of adaptive solves, in each direction: every attempt is either accepted or rejected.
+    Steps are those of adaptive solves, in each direction: every attempt is either accepted or rejected. A step of a
+    fixed grid that is halved counts as rejected.
+
+    Of implicit methods, in both directions: ``newton`` iterations, ``linear`` iterations (basis vectors of GMRES), and
+    ``jacobians`` formed.
     """
 
     forward: int = 0
@@ -30,6 +34,9 @@ class Evaluations:
     rejected: int = 0
     backward_accepted: int = 0
     backward_rejected: int = 0
+    newton: int = 0
+    linear: int = 0
+    jacobians: int = 0
 
     @property
     def total(self) -> int:
