@@ -78,6 +78,21 @@ def test_what_a_solver_cannot_do_is_refused_with_the_remedy(monkeypatch, setting
     one("gradient=step_checkpoint")
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ("gradient=reverse_adjoint", "only explicit Runge–Kutta methods step a continuous adjoint, sdirk2 is not one"),
+        ("runtime.precision=bf16", "runtime.precision=bf16: Newton's method in sdirk2 needs fp32"),
+        ("runtime.compile=true", "runtime.compile=true: not with sdirk2"),
+        ("solver.adaptive=true", "sdirk2 has no error estimate; choose solver=.*kvaerno3"),
+    ],
+)
+def test_what_an_implicit_solver_cannot_do_is_refused(settings, message):
+    with pytest.raises(UserError, match=message):
+        one("solver=sdirk2", settings)
+    assert one("solver=kvaerno3", "solver.adaptive=true", "solver.linear=gmres").solver.linear == "gmres"
+
+
 def test_norms_and_activations_are_named_alike():
     """The configuration lists their names itself, so that it needs no torch."""
     assert set(NORM_NAMES) == set(NORMS) and set(ACTIVATION_NAMES) == set(ACTIVATIONS)
@@ -163,7 +178,9 @@ def test_a_sweep_is_the_product_of_its_values():
 
 WRONG = {
     "model=resnet19": "resnet4, squeezenext; did you mean resnet18?",
-    "solver=rk5": "choose one of bosh3, dopri5, euler, heun, rk2, rk4",
+    "solver=rk5": "choose one of backward_euler, bosh3, crank_nicolson, dopri5, euler, heun, kvaerno3, rk2, rk4",
+    "solver.linear=gmres": "solver.linear: has no effect here; it needs an implicit solver, such as",
+    "solver.linear=lu": "solver.linear=lu: choose one of dense, gmres",
     "gradient.memory=1GiB": "gradient.memory: there is no such setting",
     "solver.adaptive=true": "solver.adaptive=true: euler has no error estimate; choose solver=heun",
     "gradient=adjoint": "step_checkpoint, stored_adjoint; did you mean stored_adjoint?",
@@ -176,7 +193,7 @@ WRONG = {
     "solver.n_steps=-1": "solver.n_steps=-1: give a whole number, at least 1",
     "solver.n_steps=null": "solver.n_steps=null: give a whole number",
     "solver.n_steps=1,2": "solver.n_steps=1,2: names several values; add -m for a sweep over them",
-    "solver.nsteps=4": "solver.min_step, solver.name; did you mean solver.n_steps?",
+    "solver.nsteps=4": "solver.newton_max_iterations, solver.name; did you mean solver.n_steps?",
     "+solver.nsteps=4": "solver.nsteps: there is no such setting",
     "+solver.n_steps=4": "settings can be changed, not added or removed; write solver.n_steps=VALUE",
     "~solver.n_steps": "settings can be changed, not added or removed",

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from anode_exp import data
+from anode_exp.config.schema import SOLVERS as METHODS
 from anode_exp.config.schema import (
     TEST_BATCH_SIZE,
     DatasetConfig,
@@ -25,7 +26,7 @@ from anode_exp.config.schema import (
 from anode_exp.errors import UserError
 from anode_exp.gradient import GRADIENT_MODES
 from anode_exp.models import MODELS, Autonomous, Evolution, OdeBlock, TimedBatchNorm, ode_blocks
-from anode_exp.ode import SOLVERS, TimeGrid, Tolerance
+from anode_exp.ode import SOLVERS, NewtonKrylov, Solver, TimeGrid, Tolerance
 from anode_exp.tasks.classification import Classification, ImageBatches
 from anode_exp.tasks.task import Data, Task
 
@@ -74,6 +75,12 @@ def build_data(dataset: DatasetConfig, device: torch.device) -> data.ImageData:
     return images.to(device)
 
 
+def build_solver(solver: SolverConfig) -> Solver:
+    if METHODS[solver.name].explicit:
+        return SOLVERS[solver.name]()
+    return SOLVERS[solver.name](NewtonKrylov(solver.linear, solver.newton_rtol, solver.newton_max_iterations))
+
+
 def build_model(model: ModelConfig, solver: SolverConfig, gradient: GradientConfig, num_classes: int) -> nn.Module:
     """The network, with parameters drawn from torch's global generator."""
 
@@ -84,7 +91,7 @@ def build_model(model: ModelConfig, solver: SolverConfig, gradient: GradientConf
     # A budget's plan needs the network, and replaces the modes of its blocks.
     mode = GRADIENT_MODES["dto_checkpoint" if gradient.name == "budget" else gradient.name](**chosen)
 
-    method = SOLVERS[solver.name]()
+    method = build_solver(solver)
 
     def make_ode_block(f: nn.Module) -> OdeBlock:
         if isinstance(f, Autonomous) and (model.statistics == "by_time" or model.norm_affine == "by_time"):

@@ -172,6 +172,14 @@ def solvers_that(can: str) -> list[str]:
 def _check_solver(config: TrainConfig) -> None:
     """What is asked of a solver must be among what it can do."""
     name, gradient = config.solver.name, config.gradient
+    if name in SOLVERS and not SOLVERS[name].explicit:
+        if config.runtime.precision != "fp32":
+            raise UserError(
+                f"runtime.precision={config.runtime.precision}: Newton's method in {name} needs fp32; set it, or "
+                f"choose solver={', '.join(solvers_that('explicit'))}"
+            )
+        if config.runtime.compile:
+            raise UserError(f"runtime.compile=true: not with {name}, whose Jacobians are not compiled; leave it out")
     needs = (
         (config.solver.adaptive, "embedded", "solver.adaptive=true: {name} has no error estimate"),
         (
@@ -262,6 +270,11 @@ NEEDS: tuple[tuple[tuple[str, ...], str, Callable[[TrainConfig], bool]], ...] = 
         lambda c: c.solver.adaptive,
     ),
     (("solver.n_steps",), "solver.adaptive=false", lambda c: not c.solver.adaptive),
+    (
+        ("solver.linear", "solver.newton_*"),
+        "an implicit solver, such as solver=crank_nicolson",
+        lambda c: c.solver.name in SOLVERS and not SOLVERS[c.solver.name].explicit,
+    ),
     (("model.statistics",), "model.field_norm=batch", lambda c: c.model.field_norm == "batch"),
     (
         ("model.norm_intervals",),

@@ -68,6 +68,9 @@ class SolverConfig:
     atol: float = field(default=1e-3, metadata={"above": 0})
     max_evaluations: int = field(default=1000, metadata={"at_least": 1})
     min_step: float = field(default=1e-6, metadata={"above": 0})
+    linear: str | None = field(default=None, metadata={"one_of": ("dense", "gmres")})
+    newton_rtol: float | None = field(default=None, metadata={"above": 0})
+    newton_max_iterations: int = field(default=50, metadata={"at_least": 1})
 
     def describe(self) -> str:
         if self.adaptive:
@@ -99,6 +102,11 @@ SOLVERS = {
     "bosh3": Method(embedded=True),
     "rk4": Method(),
     "dopri5": Method(embedded=True),
+    "backward_euler": Method(explicit=False, static=False),
+    "crank_nicolson": Method(explicit=False, static=False),
+    "sdirk2": Method(explicit=False, static=False),
+    "tr_bdf2": Method(explicit=False, static=False),
+    "kvaerno3": Method(embedded=True, explicit=False, static=False),
 }
 """The solvers by name, without torch; ``ode.SOLVERS`` makes them."""
 

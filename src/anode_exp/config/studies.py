@@ -8,11 +8,11 @@ from pathlib import Path
 
 from hydra import initialize_config_dir
 
-from anode_exp.config.check import check_used, read_config, typed, typed_study
+from anode_exp.config.check import check_used, read_config, solvers_that, typed, typed_study
 from anode_exp.config.compose import compose_line, typed_line
 from anode_exp.config.describe import CONF, near, options
 from anode_exp.config.overrides import check_folders, expanded, given_keys, key_of, parse
-from anode_exp.config.schema import StudyConfig, TrainConfig
+from anode_exp.config.schema import SOLVERS, StudyConfig, TrainConfig
 from anode_exp.errors import UserError
 
 _DATA = ("dataset", "dataset.root", "dataset.download", "dataset.train_size", "dataset.validation_size",
@@ -62,6 +62,13 @@ def study(name: str, overrides: list[str], thorough: bool = False) -> tuple[Trai
     for group, names in (("solver", checked.solvers), ("gradient", [g.name for g in checked.gradients.values()])):
         for unknown in set(names) - set(options(group)):
             raise UserError(f"study {name}: {unknown} is no {group}; choose from {', '.join(options(group))}")
+    compared = checked.solvers or ([config.solver.name] if name in ("memory", "budget", "reversibility") else [])
+    for solver in compared:
+        if not SOLVERS[solver].explicit:
+            raise UserError(
+                f"study {name}: {solver} is implicit, and the study compares explicit methods; choose from "
+                f"{', '.join(solvers_that('explicit'))}"
+            )
     if "run" in composed.study and checked.run is None and any(k == "study.checkpoint" for k in given_keys(parsed)):
         raise UserError(f"checkpoint={checked.checkpoint}: needs run=DIR, the folder of a trained run")
     if "study.name" in given_keys(parsed):

@@ -3,25 +3,34 @@
 from collections.abc import Callable
 from functools import partial
 
-from anode_exp.ode.controller import SolveFailed, StepController, check_evaluations
+from anode_exp.ode.controller import NewtonFailed, SolveFailed, StepController, check_evaluations
 from anode_exp.ode.explicit import ExplicitRungeKutta, weighted_sum
 from anode_exp.ode.grid import Steps, TimeGrid, Tolerance
+from anode_exp.ode.implicit import DiagonallyImplicitRungeKutta
 from anode_exp.ode.integrate import integrate, integrate_adaptive, solve_forward
+from anode_exp.ode.newton_krylov import NewtonKrylov
 from anode_exp.ode.solver import EmbeddedSolver, Solver, StageSolver, State, with_stages
-from anode_exp.ode.tableau import TABLEAUX, ButcherTableau
+from anode_exp.ode.tableau import IMPLICIT_TABLEAUX, TABLEAUX, ButcherTableau, ImplicitTableau
 from anode_exp.ode.vector_field import Evaluations, Theta, VectorField
 
-SOLVERS: dict[str, Callable[[], Solver]] = {
-    name: partial(ExplicitRungeKutta, tableau) for name, tableau in TABLEAUX.items()
+SOLVERS: dict[str, Callable[..., Solver]] = {
+    **{name: partial(ExplicitRungeKutta, tableau) for name, tableau in TABLEAUX.items()},
+    **{name: partial(DiagonallyImplicitRungeKutta, tableau) for name, tableau in IMPLICIT_TABLEAUX.items()},
 }
+"""What makes each solver; implicit ones take a ``NewtonKrylov``."""
 
 __all__ = [
+    "IMPLICIT_TABLEAUX",
     "SOLVERS",
     "TABLEAUX",
     "ButcherTableau",
+    "DiagonallyImplicitRungeKutta",
     "EmbeddedSolver",
     "Evaluations",
     "ExplicitRungeKutta",
+    "ImplicitTableau",
+    "NewtonFailed",
+    "NewtonKrylov",
     "SolveFailed",
     "Solver",
     "StageSolver",

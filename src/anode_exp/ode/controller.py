@@ -11,6 +11,10 @@ class SolveFailed(RuntimeError):
     """An adaptive solve that would not end: too many evaluations of f, or too small a step."""
 
 
+class NewtonFailed(SolveFailed):
+    """A stage of an implicit method whose equation was not solved; with a smaller step it may be."""
+
+
 class StepController:
     """Proportional–integral control of the step size: h ← h · 0.9 · e_n^(−0.7/k) · e_(n−1)^(0.4/k), within [0.2, 10].
 

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 import torch
 from torch import Tensor
 
-from anode_exp.ode.controller import StepController, check_evaluations
+from anode_exp.ode.controller import NewtonFailed, StepController, check_evaluations
 from anode_exp.ode.grid import Steps, TimeGrid, Tolerance, rms
 from anode_exp.ode.solver import EmbeddedSolver, Solver, State, with_stages
 from anode_exp.ode.vector_field import Theta, VectorField
+
+MOST_HALVINGS = 10
+"""Of a step of a fixed grid whose stages are not solved."""
 
 
 def integrate(
@@ -107,19 +112,66 @@ def integrate_adaptive(
         if slope is None:
             slope = field(control.t, y, theta)
         t, h = control.t, control.h
+        attempt, error = None, float("inf")
         with field.trial() as trial:
-            attempt = solver.attempt(field, theta, t, h, y, slope)
-            error = tolerance.error_norm([attempt.error], [y], [attempt.y])
+            with suppress(NewtonFailed):  # a smaller step may have a solution
+                attempt = solver.attempt(field, theta, t, h, y, slope)
+                error = tolerance.error_norm([attempt.error], [y], [attempt.y])
             accepted = control.judge(error)
             trial.keep = accepted
         field.count_step(accepted)
-        if accepted:
+        if accepted and attempt is not None:
             if kept is not None:
                 kept.append(tuple(attempt.stages) if keep_stages else (y,))
             y, slope = attempt.y, attempt.last_slope
             times.append(control.t)
             sizes.append(h)
     return y, Steps(tuple(times), tuple(sizes))
+
+
+def integrate_halving(
+    field: VectorField,
+    y0: Tensor,
+    theta: Theta,
+    grid: TimeGrid,
+    solver: Solver,
+    kept: list[State] | None = None,
+    keep_stages: bool = False,
+) -> tuple[Tensor, TimeGrid | Steps]:
+    """``integrate``, where a step whose stages are not solved is taken in two halves, and those again if need be.
+
+    Returns:
+        y(t1) and the steps taken: the grid itself where none was halved.
+
+    Raises:
+        NewtonFailed: for a step below 2^−MOST_HALVINGS of the grid's, or where θ has a value for every step.
+    """
+    per_step = field.theta_per_step(theta, grid.n_steps)
+    constant = all(entry.shape == p.shape for entry, p in zip(theta, field.theta, strict=True))
+    state = solver.start(field, per_step[0], grid.time(0), y0)
+    times, sizes = [grid.time(0)], []
+    for n, theta_n in enumerate(per_step):
+        left = [(grid.time(n), grid.step_size(n), 0)]
+        while left:
+            t, h, halvings = left.pop()
+            stages: list[Tensor] = []
+            try:
+                if keep_stages:
+                    after = with_stages(solver).step(field, theta_n, t, h, state, stages)
+                else:
+                    after = solver.step(field, theta_n, t, h, state)
+            except NewtonFailed:
+                if halvings == MOST_HALVINGS or not constant:
+                    raise
+                field.count_step(False)
+                left += [(t + h / 2, h / 2, halvings + 1), (t, h / 2, halvings + 1)]
+                continue
+            if kept is not None:
+                kept.append(tuple(stages) if keep_stages else state)
+            state = after
+            times.append(t + h)
+            sizes.append(h)
+    return state[0], grid if len(sizes) == grid.n_steps else Steps(tuple(times), tuple(sizes))
 
 
 def solve_forward(
@@ -134,4 +186,6 @@ def solve_forward(
     """``integrate`` over a given grid, or ``integrate_adaptive`` to a tolerance: y(t1) and the steps taken."""
     if isinstance(grid, Tolerance):
         return integrate_adaptive(field, y0, theta, grid, solver, kept, keep_stages)
+    if not solver.static:
+        return integrate_halving(field, y0, theta, grid, solver, kept, keep_stages)
     return integrate(field, y0, theta, grid, solver, kept, keep_stages), grid

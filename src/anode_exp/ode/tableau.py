@@ -131,3 +131,101 @@ DOPRI5 = ButcherTableau(
 )
 
 TABLEAUX: dict[str, ButcherTableau] = {t.name: t for t in (EULER, RK2, HEUN, BOSH3, RK4, DOPRI5)}
+
+
+@dataclass(frozen=True)
+class ImplicitTableau:
+    """Coefficients of a diagonally implicit Runge–Kutta method for dy/dt = f(t, y).
+
+    k_i = f(t + c_i h, y + h Σ_{j≤i} a_ij k_j),   y(t + h) ≈ y + h Σ_i b_i k_i
+
+    Attributes:
+        a: lower triangle with its diagonal; row i holds a_i0 … a_ii. A stage with a_ii = 0 is explicit.
+        b, c, order, reference, b_error: as in ``ButcherTableau``. With b_error the first stage is explicit.
+
+    Raises:
+        ValueError: if the sizes disagree, or Σ_j a_ij ≠ c_i or Σ b ≠ 1.
+    """
+
+    name: str
+    a: tuple[tuple[float, ...], ...]
+    b: tuple[float, ...]
+    c: tuple[float, ...]
+    order: int
+    reference: str
+    b_error: tuple[float, ...] | None = None
+
+    def __post_init__(self) -> None:
+        s = len(self.b)
+        if len(self.a) != s or len(self.c) != s or [len(row) for row in self.a] != list(range(1, s + 1)):
+            raise ValueError(f"tableau {self.name}: a, b and c must describe the same {s} stages, with a diagonal")
+        for i, row in enumerate(self.a):
+            if not math.isclose(math.fsum(row), self.c[i], abs_tol=1e-14):
+                raise ValueError(f"tableau {self.name}: row {i} of a sums to {math.fsum(row)}, c is {self.c[i]}")
+        if not math.isclose(math.fsum(self.b), 1.0, abs_tol=1e-14):
+            raise ValueError(f"tableau {self.name}: b sums to {math.fsum(self.b)}, not 1")
+
+    @property
+    def stages(self) -> int:
+        return len(self.b)
+
+    @property
+    def stiffly_accurate(self) -> bool:
+        """Whether the last stage is the step's end."""
+        return self.a[-1] == self.b
+
+
+BACKWARD_EULER = ImplicitTableau(
+    "backward_euler", a=((1.0,),), b=(1.0,), c=(1.0,), order=1, reference="L-stable; Hairer and Wanner, Solving ODEs II"
+)
+
+CRANK_NICOLSON = ImplicitTableau(
+    "crank_nicolson",
+    a=((0.0,), (0.5, 0.5)),
+    b=(0.5, 0.5),
+    c=(0.0, 1.0),
+    order=2,
+    reference="the implicit trapezoidal rule, A-stable; PNODE's method for stiff systems",
+)
+
+_SDIRK2 = 1.0 - math.sqrt(0.5)
+SDIRK2 = ImplicitTableau(
+    "sdirk2",
+    a=((_SDIRK2,), (1.0 - _SDIRK2, _SDIRK2)),
+    b=(1.0 - _SDIRK2, _SDIRK2),
+    c=(_SDIRK2, 1.0),
+    order=2,
+    reference="Alexander, SIAM J. Numer. Anal. 14(6), 1977; L-stable, γ = 1 − 1/√2",
+)
+
+_TR = 2.0 - math.sqrt(2.0)
+TR_BDF2 = ImplicitTableau(
+    "tr_bdf2",
+    a=((0.0,), (_TR / 2, _TR / 2), (math.sqrt(2.0) / 4, math.sqrt(2.0) / 4, _TR / 2)),
+    b=(math.sqrt(2.0) / 4, math.sqrt(2.0) / 4, _TR / 2),
+    c=(0.0, _TR, 1.0),
+    order=2,
+    reference="Bank et al., IEEE Trans. CAD 4(4), 1985; as a Runge–Kutta method Hosea and Shampine, 1996; L-stable",
+)
+
+_K = 0.43586652150845899942  # the root of x³ − 3x² + 3x/2 − 1/6 that makes it L-stable
+_KVAERNO3_A3 = ((-4 * _K**2 + 6 * _K - 1) / (4 * _K), (-2 * _K + 1) / (4 * _K), _K)
+_KVAERNO3_A4 = (
+    (6 * _K - 1) / (12 * _K),
+    -1 / ((24 * _K - 12) * _K),
+    (-6 * _K**2 + 6 * _K - 1) / (6 * _K - 3),
+    _K,
+)
+KVAERNO3 = ImplicitTableau(
+    "kvaerno3",
+    a=((0.0,), (_K, _K), _KVAERNO3_A3, _KVAERNO3_A4),
+    b=_KVAERNO3_A4,
+    c=(0.0, 2 * _K, 1.0, 1.0),
+    order=3,
+    reference="Kværnø, BIT 44(3), 2004: ESDIRK 3/2 a, stiffly accurate with its embedded method; L-stable",
+    b_error=_difference(_KVAERNO3_A4, (*_KVAERNO3_A3, 0.0)),
+)
+
+IMPLICIT_TABLEAUX: dict[str, ImplicitTableau] = {
+    t.name: t for t in (BACKWARD_EULER, CRANK_NICOLSON, SDIRK2, TR_BDF2, KVAERNO3)
+}

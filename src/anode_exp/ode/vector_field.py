@@ -21,7 +21,11 @@ Theta = tuple[Tensor, ...]
 class Evaluations:
     """Number of evaluations of f (NFE): ``forward`` in the solve, ``backward`` while it is differentiated.
 
-    Steps are those of adaptive solves, in each direction: every attempt is either accepted or rejected.
+    Steps are those of adaptive solves, in each direction: every attempt is either accepted or rejected. A step of a
+    fixed grid that is halved counts as rejected.
+
+    Of implicit methods, in both directions: ``newton`` iterations, ``linear`` iterations (basis vectors of GMRES), and
+    ``jacobians`` formed.
     """
 
     forward: int = 0
@@ -30,6 +34,9 @@ class Evaluations:
     rejected: int = 0
     backward_accepted: int = 0
     backward_rejected: int = 0
+    newton: int = 0
+    linear: int = 0
+    jacobians: int = 0
 
     @property
     def total(self) -> int:
@@ -203,12 +210,19 @@ class VectorField:
                 "dropout inside a vector field cannot be evaluated again for the gradient; "
                 "use gradient mode full_backprop, or move the dropout out of the ODE block"
             )
-        tracking = [
-            m
-            for m in self.module.modules()
-            if isinstance(m, _NormBase) and m.training and m.track_running_stats and not self.leaves_trace
-        ]
         self._re_evaluating, outer = True, self._re_evaluating
+        with nullcontext() if self.leaves_trace else self.untraced():
+            try:
+                yield
+            finally:
+                self._re_evaluating = outer
+
+    @contextmanager
+    def untraced(self) -> Iterator[None]:
+        """While open, running statistics do not advance: norms in training mode get none, and use the batch's own."""
+        tracking = [
+            m for m in self.module.modules() if isinstance(m, _NormBase) and m.training and m.track_running_stats
+        ]
         for norm in tracking:
             norm.track_running_stats = False
         try:
@@ -216,7 +230,6 @@ class VectorField:
         finally:
             for norm in tracking:
                 norm.track_running_stats = True
-            self._re_evaluating = outer
 
     def vjp(self, t: float, y: Tensor, theta: Theta, a: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
         """f(t, y, θ) with its vector–Jacobian products aᵀ∂f/∂y and aᵀ∂f/∂θ, from one evaluation.

@@ -142,6 +142,10 @@ class _Epoch:
         return sum(self.sizes[start : self.end])
 
 
+IMPLICIT = ("newton", "linear", "jacobians", "rejected")
+"""Counts of implicit methods, recorded where there are any."""
+
+
 class Trainer:
     """Trains until the recipe ends, the loss is no longer finite, or a signal asks to stop.
 
@@ -350,8 +354,14 @@ class Trainer:
     def _evaluations_per_step(self, steps: int) -> dict[str, Any]:
         blocks = [{k: n / steps for k, n in asdict(e).items()} for e in take_evaluations(self.network)]
         if not any(block["accepted"] for block in blocks):  # fixed grids have nothing to accept
-            blocks = [{k: block[k] for k in ("forward", "backward")} for block in blocks]
-        total = {k: sum(block[k] for block in blocks) for k in (blocks[0] if blocks else ("forward", "backward"))}
+            blocks = [
+                {k: n for k, n in block.items() if k in ("forward", "backward") or (n and k in IMPLICIT)}
+                for block in blocks
+            ]
+        else:
+            blocks = [{k: n for k, n in block.items() if n or k not in IMPLICIT[:3]} for block in blocks]
+        names = dict.fromkeys(("forward", "backward", *(k for block in blocks for k in block)))
+        total = {k: sum(block.get(k, 0.0) for block in blocks) for k in names}
         return {**total, "blocks": blocks}
 
     def _save(self, line: dict[str, Any]) -> None:
