@@ -1,7 +1,5 @@
 """The command line: which module answers a verb, and with which exit code."""
 
-from __future__ import annotations
-
 import errno
 import os
 import sys

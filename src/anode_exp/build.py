@@ -1,7 +1,5 @@
 """The one place where configuration becomes objects."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass

@@ -1,7 +1,5 @@
 """A recorded run, looked at again."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -69,14 +67,7 @@ def load_run(directory: str | Path, checkpoint: str = "best", config: TrainConfi
         averaged = state.get("averaged")
         network.load_state_dict(state["network"] if averaged is None else averaged["network"])
         epoch = state["progress"]["epochs"]
-    return Run(
-        directory,
-        config,
-        network.eval(),
-        epoch,
-        read_metrics(directory),
-        read_results(directory),
-    )
+    return Run(directory, config, network.eval(), epoch, read_metrics(directory), read_results(directory))
 
 
 def evaluate_run(

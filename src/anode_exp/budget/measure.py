@@ -14,8 +14,6 @@ rounding) is measured with the steps that will run: once for the lightest plan, 
 again for each plan that is offered.
 """
 
-from __future__ import annotations
-
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -37,9 +35,7 @@ from anode_exp.training.step import set_learning_rate, state_tensors, train_step
 
 log = logging.getLogger(__name__)
 
-
 SMALL_BATCHES = (2, 4)
-
 
 REPEATS = 3  # timed passes of a block under each policy; the fastest counts
 

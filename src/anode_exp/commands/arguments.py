@@ -1,7 +1,5 @@
 """How every verb reads its words: ``--help``, and settings as ``key=value``."""
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Iterable
 from dataclasses import fields

@@ -1,7 +1,5 @@
 """``bench``: training steps of several compositions, and of usual ways to train, timed in turn."""
 
-from __future__ import annotations
-
 from fnmatch import fnmatchcase
 
 import yaml
@@ -56,7 +54,6 @@ BASELINES = {
     "dataloader": "the same, fed by torchvision's DataLoader with 4 workers",
     "torch_checkpoint": "this project's step with torch.utils.checkpoint around each block",
 }
-
 
 NOT_TIMED = (
     *("length", "recipe.epochs", "recipe.max_steps", "recipe.test_batch_size", "recipe.lr", "recipe.milestones"),

@@ -1,7 +1,5 @@
 """``evaluate``: a trained run under its own or other solvers, steps and data sets."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

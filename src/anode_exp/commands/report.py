@@ -1,7 +1,5 @@
 """``report PAPER``: curves and tables of a reproduction next to the published ones, as one page."""
 
-from __future__ import annotations
-
 import shlex
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """``reproduce PAPER``: the runs of a paper that are still missing."""
 
-from __future__ import annotations
-
 import itertools
 import logging
 import statistics

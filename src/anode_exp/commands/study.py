@@ -1,7 +1,5 @@
 """``study NAME``: a measurement, with its table and plot."""
 
-from __future__ import annotations
-
 from anode_exp.commands.arguments import Parser, help_text, own_settings
 from anode_exp.config.check import split_settings
 from anode_exp.config.compose import composed_settings, folder

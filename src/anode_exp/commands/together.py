@@ -1,7 +1,5 @@
 """The verb ``train``: one composed configuration to one finished run."""
 
-from __future__ import annotations
-
 import json
 import logging
 import time
@@ -32,7 +30,6 @@ from anode_exp.training.streams import clear_workspaces, run_streams
 from anode_exp.training.trainer import Progress, Trainer, memory_for, total_steps
 
 log = logging.getLogger(__name__)
-
 
 ALONE_STEPS = 3
 """Steps that each of several runs takes before the next begins: one eager, one that records a graph, one replayed."""

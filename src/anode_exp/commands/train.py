@@ -1,7 +1,5 @@
 """``train``: one run, a sweep of them, or a recorded run continued."""
 
-from __future__ import annotations
-
 import json
 import logging
 import os

@@ -1,7 +1,5 @@
 """``--version``."""
 
-from __future__ import annotations
-
 import sys
 from importlib.metadata import version as of
 

@@ -1,7 +1,5 @@
 """What may change of a recorded run: on resume, and for an evaluation."""
 
-from __future__ import annotations
-
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
@@ -25,7 +23,6 @@ MAY_CHANGE_ON_RESUME = (
     "runtime.sync_debug",
 )
 """Settings that change no number of the epochs already done, or of those to come."""
-
 
 MAY_CHANGE_TO_EVALUATE = ("solver", "dataset", "runtime", "recipe.test_batch_size", "model.statistics")
 

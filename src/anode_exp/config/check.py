@@ -1,7 +1,5 @@
 """From a composed configuration to checked types: a wrong setting is refused before anything slow is imported."""
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Callable, Iterable
@@ -56,7 +54,6 @@ _WORDS = {
     "list[float]": "a list of numbers",
     "list[str]": "a list of words",
 }
-
 
 UNITS = {"": 1, "B": 1, **{f"{p}B": 1000**i for i, p in enumerate("kMGT", 1)}, "KB": 1000,
          **{f"{p}iB": 1024**i for i, p in enumerate("KMGT", 1)}}  # fmt: skip

@@ -1,7 +1,5 @@
 """Composing a command line's configurations before anything runs, so that every mistake gets one clear line."""
 
-from __future__ import annotations
-
 import re
 from dataclasses import dataclass
 from datetime import datetime
@@ -20,7 +18,6 @@ from anode_exp.config.schema import TrainConfig
 from anode_exp.errors import UserError
 
 _OCCUPIED = "already holds files; nothing is overwritten, choose another folder"
-
 
 LONGEST_NAME = 180
 """Characters of a job's folder name: file systems allow 255 bytes, and the job's number comes before."""

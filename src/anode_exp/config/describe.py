@@ -1,7 +1,5 @@
 """The words of conf/: its groups and options, and what its files say of them."""
 
-from __future__ import annotations
-
 import difflib
 import re
 import shutil
@@ -14,7 +12,6 @@ from typing import Any, cast
 from omegaconf import DictConfig, OmegaConf
 
 _PACKAGED = Path(__file__).parents[1] / "conf"
-
 
 CONF = _PACKAGED if _PACKAGED.is_dir() else Path(__file__).parents[3] / "conf"
 """conf/: inside the package when installed, at the top of the repository when editable."""

@@ -1,7 +1,5 @@
 """Reading a command line's overrides, so that every mistake gets one clear line."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper

@@ -1,7 +1,5 @@
 """What a paper's reproduction consists of: figures, methods, seeds, and the run that each combination stands for."""
 
-from __future__ import annotations
-
 import json
 import shlex
 from dataclasses import dataclass

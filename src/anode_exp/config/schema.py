@@ -22,18 +22,13 @@ def _one_of(*allowed: str) -> Any:
 
 NORM_NAMES = ("batch", "group", "layer", "none")
 
-
 ACTIVATION_NAMES = ("relu", "leaky_relu", "softplus", "gelu")
-
 
 EVOLUTION_NAMES = ("none", "reaction_diffusion_advection")
 
-
 COUPLING_NAMES = ("joint", "first")
 
-
 SHARING_NAMES = ("layer", "channel", "kernel")
-
 
 EVOLUTION_ACTIVATION_NAMES = ("none", "tanh")
 

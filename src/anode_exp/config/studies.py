@@ -1,7 +1,5 @@
 """Composing a study's settings."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path

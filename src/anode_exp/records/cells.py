@@ -1,7 +1,5 @@
 """The runs of a paper's reproduction as recorded."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from dataclasses import dataclass

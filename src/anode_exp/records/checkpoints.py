@@ -1,7 +1,5 @@
 """Checkpoints of a run: replaced atomically, read without running code."""
 
-from __future__ import annotations
-
 import logging
 import pickle
 from io import BytesIO

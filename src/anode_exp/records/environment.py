@@ -1,7 +1,5 @@
 """Where a run was made: versions, commit, device."""
 
-from __future__ import annotations
-
 import platform
 import subprocess
 from importlib.metadata import PackageNotFoundError, version

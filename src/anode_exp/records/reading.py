@@ -1,7 +1,5 @@
 """Reading and writing records: JSON lines, results, and files replaced atomically."""
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Callable

@@ -9,8 +9,6 @@ A run directory holds
     events.out.tfevents… TensorBoard
 """
 
-from __future__ import annotations
-
 import fcntl
 import json
 import math

@@ -1,7 +1,5 @@
 """Table and plot of the budget study."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

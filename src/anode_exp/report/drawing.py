@@ -1,7 +1,5 @@
 """Curves: of a paper's runs, and of studies."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Table, orders and plot of the gradient error study."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

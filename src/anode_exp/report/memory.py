@@ -1,7 +1,5 @@
 """Table, fits and plot of the memory study."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

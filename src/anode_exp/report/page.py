@@ -4,8 +4,6 @@ Reads run records alone (``cell.json``, ``config.yaml``, ``metrics.jsonl``, ``re
 folder.
 """
 
-from __future__ import annotations
-
 import base64
 import csv
 import html
@@ -22,7 +20,6 @@ from anode_exp.report.drawing import draw
 from anode_exp.report.statistics import accuracy_rows, command_rows, cost_rows, groups_of, overview_rows
 
 ACCURACY = "Test accuracy in percent, min / max / mean over seeds"
-
 
 COMMANDS = "Commands"
 

@@ -1,7 +1,5 @@
 """Tables of a paper's reproduction: means and ranges over seeds, next to the published numbers."""
 
-from __future__ import annotations
-
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass

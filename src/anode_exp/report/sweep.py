@@ -1,7 +1,5 @@
 """The table of a sweep: one row a job, and mean and spread over seeds."""
 
-from __future__ import annotations
-
 import csv
 import json
 import statistics

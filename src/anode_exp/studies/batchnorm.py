@@ -1,7 +1,5 @@
 """BatchNorm statistics by time and one set for all times, of a run's kept epochs."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The verb ``bench``: training steps of several compositions, and of usual ways to train, timed in turn."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """Step time and peak memory of the plans for several byte budgets."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """How far evolving weights move, and where to."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Gradients of a network as one vector, and how far one is from another."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any

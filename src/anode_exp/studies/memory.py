@@ -1,7 +1,5 @@
 """Peak bytes and time of a training step of each gradient mode."""
 
-from __future__ import annotations
-
 import gc
 import statistics
 import time

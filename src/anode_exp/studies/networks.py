@@ -1,7 +1,5 @@
 """The networks that studies compare: one configuration, varied."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Whether a solve can be undone: ρ of ANODE Eq. 6 for the paper's own cases, and for images."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -14,15 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from anode_exp.config.schema import StudyConfig, TrainConfig
-from anode_exp.ode import (
-    TABLEAUX,
-    ExplicitRungeKutta,
-    SolveFailed,
-    TimeGrid,
-    Tolerance,
-    VectorField,
-    solve_forward,
-)
+from anode_exp.ode import TABLEAUX, ExplicitRungeKutta, SolveFailed, TimeGrid, Tolerance, VectorField, solve_forward
 from anode_exp.training.progress import bar
 
 CASE_ROWS = 25

@@ -1,7 +1,5 @@
 """One study: its JSON lines, its table and its plot."""
 
-from __future__ import annotations
-
 import json
 from importlib import import_module
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Training steps of several contestants in turn, and what the device could do at best, measured in the same run."""
 
-from __future__ import annotations
-
 import gc
 import statistics
 import time

@@ -1,7 +1,5 @@
 """A moving average of a network's weights and running statistics."""
 
-from __future__ import annotations
-
 from copy import deepcopy
 from typing import Any
 

@@ -1,7 +1,5 @@
 """A training step captured once as a CUDA graph and replayed: no launches from the host, whatever the gradient mode."""
 
-from __future__ import annotations
-
 import gc
 import logging
 from collections.abc import Callable, Iterator

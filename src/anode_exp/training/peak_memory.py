@@ -1,7 +1,5 @@
 """Peak memory of training steps: the allocator's own figure on CUDA, counted tensor bytes elsewhere."""
 
-from __future__ import annotations
-
 import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager

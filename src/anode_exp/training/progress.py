@@ -1,7 +1,5 @@
 """Progress on a terminal: bars that vanish when done, and log lines that do not break them."""
 
-from __future__ import annotations
-
 import logging
 import sys
 from collections.abc import Iterable, Iterator
@@ -66,7 +64,7 @@ def logging_for(directory: Path) -> Iterator[None]:
         _run.reset(token)
 
 
-def bar(total: int, description: str, done: int = 0, iterable: Iterable[Any] | None = None) -> tqdm[Any]:
+def bar(total: int, description: str, done: int = 0, iterable: Iterable[Any] | None = None) -> "tqdm[Any]":
     """A progress bar of steps on standard error, around an iterable if one is given; silent without a terminal."""
     return tqdm(
         iterable,

@@ -1,7 +1,5 @@
 """One training step, and the evaluation of a split. Neither reads a tensor on the host inside its loop."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable
 
 import torch

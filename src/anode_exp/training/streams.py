@@ -1,7 +1,5 @@
 """A CUDA stream for each run, and the workspaces that libraries keep for every stream."""
 
-from __future__ import annotations
-
 import gc
 
 import torch

@@ -1,7 +1,5 @@
 """The one training loop."""
 
-from __future__ import annotations
-
 import logging
 import math
 import time
@@ -10,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from itertools import chain
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -57,7 +55,7 @@ class Progress:
     peak_memory_bytes: int = 0
 
     @classmethod
-    def of(cls, saved: dict[str, Any]) -> Progress:
+    def of(cls, saved: dict[str, Any]) -> Self:
         """From a checkpoint, also of the time when all runs were classifications."""
         return cls(**{_renamed(name): value for name, value in saved.items()})
 
@@ -81,7 +79,7 @@ class EpochPart:
     settling_samples: int = 0
 
     @classmethod
-    def of(cls, saved: dict[str, Any]) -> EpochPart:
+    def of(cls, saved: dict[str, Any]) -> Self:
         """From a checkpoint, also of the time when all runs were classifications."""
         if "correct" in saved:
             saved = {**saved, "sums": {"correct": saved["correct"]}}
@@ -107,7 +105,6 @@ def memory_for(what: str, remedy: str) -> Iterator[None]:
 REHEARSED_STEPS = 3
 """One eager, one that records and replays a graph, and one more where an epoch's smaller batch comes between."""
 
-
 SMALLER_STEP = (
     "give a smaller recipe.batch_size, a gradient mode that keeps less (gradient=step_checkpoint, gradient=revolve), "
     "or a budget (gradient=budget gradient.memory=…)"
@@ -131,7 +128,7 @@ class _Epoch:
     end: int
     started: float
     since: float
-    shown: tqdm[Any]
+    shown: "tqdm[Any]"
 
     @property
     def done(self) -> bool:
