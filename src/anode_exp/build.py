@@ -29,11 +29,7 @@ from anode_exp.tasks.task import Data, Task
 
 
 def build_device(runtime: RuntimeConfig) -> torch.device:
-    """The device of a run.
-
-    Raises:
-        UserError: if CUDA, or a precision that only CUDA has, was asked for and there is none.
-    """
+    """The device of a run; UserError if CUDA, or a precision that only CUDA has, was asked for and there is none."""
     available = torch.cuda.is_available()
     if runtime.device == "cuda" and not available:
         raise UserError("runtime.device=cuda: no CUDA device is visible; use runtime.device=cpu, or auto")

@@ -261,11 +261,7 @@ class Planner:
             torch.cuda.synchronize(self.device)
 
     def plan(self, budget: int) -> Plan:
-        """The fastest plan whose predicted peak is at most the budget.
-
-        Raises:
-            UserError: if there is none.
-        """
+        """The fastest plan whose predicted peak is at most the budget; UserError if there is none."""
         if budget < self.least():
             raise UserError(f"no plan fits {budget} bytes; the least is {self.least()}")
         names = fastest(self.profiles, self.seconds(budget), budget - self.constant_bytes)

@@ -39,11 +39,7 @@ def main(arguments: list[str]) -> None:
 
 
 def paper_name(verb: str, given: str | None) -> str:
-    """The paper that was named.
-
-    Raises:
-        UserError: if none was.
-    """
+    """The paper that was named; UserError if none was."""
     if given is None or "=" in given:
         raise UserError(f"{verb}: needs the name of a paper; there are {', '.join(options('reproduce'))}")
     return given

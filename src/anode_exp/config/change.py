@@ -74,11 +74,7 @@ def evaluations(directory: Path, overrides: list[str]) -> list[TrainConfig]:
 
 
 def check_evaluation(overrides: list[str], calibrate: int) -> None:
-    """Refuse settings that may change, and that an evaluation does not use.
-
-    Raises:
-        UserError: for the first of them.
-    """
+    """Refuse settings that may change, and that an evaluation does not use; UserError for the first of them."""
     for key in given_keys(parse(overrides)):
         if key in ("dataset.train_size", "dataset.validation_size", "dataset.crop_padding", "dataset.flip"):
             if not calibrate:

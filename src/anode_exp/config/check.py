@@ -60,11 +60,7 @@ UNITS = {"": 1, "B": 1, **{f"{p}B": 1000**i for i, p in enumerate("kMGT", 1)}, "
 
 
 def parse_bytes(text: str, key: str = "gradient.memory") -> int:
-    """Bytes from ``2GiB``, ``500 MB`` or ``1000000``.
-
-    Raises:
-        UserError: for anything else.
-    """
+    """Bytes from ``2GiB``, ``500 MB`` or ``1000000``; UserError for anything else."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
     if match is None or match[2] not in UNITS or float(match[1]) <= 0:
         raise UserError(f"{key}={text}: give a number of bytes above 0 with a unit, such as 2GiB or 500MB")
@@ -120,11 +116,7 @@ def _check_gradient(gradient: GradientConfig, prefix: str) -> None:
 
 
 def to_object(schema: type[T], config: DictConfig, prefix: str = "") -> T:
-    """The configuration as the schema's class.
-
-    Raises:
-        UserError: for a value of the wrong type, or out of range.
-    """
+    """The configuration as the schema's class; UserError for a value of the wrong type, or out of range."""
     try:
         plain = OmegaConf.create(OmegaConf.to_container(config, resolve=True))
     except OmegaConfBaseException as error:  # an interpolation that leads nowhere
@@ -142,11 +134,7 @@ def to_object(schema: type[T], config: DictConfig, prefix: str = "") -> T:
 
 
 def typed_study(config: DictConfig) -> StudyConfig:
-    """The settings of a study, checked.
-
-    Raises:
-        UserError: for a value of the wrong type, or out of range.
-    """
+    """The settings of a study, checked; UserError for a value of the wrong type, or out of range."""
     study = to_object(StudyConfig, config, "study.")
     if study.checkpoint not in ("best", "last", "every") and not study.checkpoint.isdecimal():
         raise UserError(f"checkpoint={study.checkpoint}: choose best, last, the number of an epoch, or every")

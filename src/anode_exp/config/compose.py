@@ -33,11 +33,7 @@ OmegaConf.register_new_resolver("path_safe", path_safe, replace=True)
 
 
 def composed_settings(overrides: list[str]) -> DictConfig:
-    """A configuration as composed, for its help.
-
-    Raises:
-        UserError: for a setting that cannot be composed.
-    """
+    """A configuration as composed, for its help; UserError for a setting that cannot be composed."""
     first = expanded(overrides, parse(overrides), True, "")[0]
     with initialize_config_dir(str(CONF), version_base="1.3"):
         config = compose_line(first)

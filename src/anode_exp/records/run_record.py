@@ -136,11 +136,7 @@ class RunRecord:
         self._events.flush()
 
     def finish(self, results: dict[str, Any]) -> None:
-        """Write ``results.json`` and the hyperparameters, and close.
-
-        Raises:
-            UserError: if they cannot be written.
-        """
+        """Write ``results.json`` and the hyperparameters, and close; UserError if they cannot be written."""
         text = json.dumps(_finite(results), indent=2) + "\n"
         with self._writing():
             write_atomically(self.directory / "results.json", lambda path: path.write_text(text))
