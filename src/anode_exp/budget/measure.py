@@ -15,10 +15,9 @@ again for each plan that is offered.
 """
 
 import logging
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -29,9 +28,10 @@ from anode_exp.errors import UserError
 from anode_exp.gradient import GradientMode
 from anode_exp.models import OdeBlock, ode_blocks, take_evaluations
 from anode_exp.tasks.task import Batch, Task
-from anode_exp.training.graphed_step import Capture
-from anode_exp.training.peak_memory import LiveTensorBytes, allocator_of
+from anode_exp.training.graphed_step import CudaCapture
+from anode_exp.training.peak_memory import LiveTensorBytes, allocator_of, peak_while
 from anode_exp.training.step import set_learning_rate, state_tensors, train_step
+from anode_exp.training.streams import seconds_of
 
 log = logging.getLogger(__name__)
 
@@ -81,7 +81,7 @@ class Planner:
         tick: Callable[[], object] = lambda: None,
         batch_size: int | None = None,
         rehearse: Callable[[], int] | None = None,
-        new_capture: Callable[[], Capture] | None = None,
+        new_capture: Callable[[], CudaCapture] | None = None,
     ) -> None:
         self.network, self.autocast, self.task, self.tick = network, autocast, task, tick
         self.rehearse, self.new_capture = rehearse, new_capture
@@ -232,13 +232,7 @@ class Planner:
             out.backward(torch.ones_like(out))
 
         run = self._recorded(passes)
-        best = float("inf")
-        for _ in range(REPEATS):
-            self._wait()
-            started = time.perf_counter()
-            run()
-            self._wait()
-            best = min(best, time.perf_counter() - started)
+        best = min(seconds_of(run, self.device) for _ in range(REPEATS))
         self.network.zero_grad(set_to_none=True)
         return best
 
@@ -255,10 +249,6 @@ class Planner:
             log.debug(f"timed eagerly: {error}")  # a run that cannot be captured says so itself
             return passes
         return capture.replay
-
-    def _wait(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
 
     def plan(self, budget: int) -> Plan:
         """The fastest plan whose predicted peak is at most the budget; UserError if there is none."""
@@ -277,17 +267,10 @@ class Planner:
             self.use(plan.policies)
             if self.rehearse is not None:
                 return self.rehearse()
-            allocator = allocator_of(self.device)
             own = [*state_tensors(self.network, self.optimizer), *self.batch]
-            if allocator is None:
-                with LiveTensorBytes(own) as live:
-                    train_step(self.network, self.optimizer, self.autocast, self.task, self.batch)
-                return live.peak
-            allocator.empty_cache()
-            allocator.reset_peaks()
-            others = allocator.allocated() - sum(x.nbytes for x in own)
-            train_step(self.network, self.optimizer, self.autocast, self.task, self.batch)
-            return allocator.most_allocated() - others
+            step = partial(train_step, self.network, self.optimizer, self.autocast, self.task, self.batch)
+            torch.cuda.empty_cache()
+            return peak_while(step, own.copy, allocator_of(self.device))
 
     def fitted(self, budget: int) -> tuple[Plan, int]:
         """A plan whose measured peak is below the budget too, and that peak.

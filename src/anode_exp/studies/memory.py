@@ -2,8 +2,8 @@
 
 import gc
 import statistics
-import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +16,13 @@ from anode_exp.models import take_evaluations
 from anode_exp.studies.networks import placed, varied
 from anode_exp.tasks.classification import Classification
 from anode_exp.tasks.task import Batch
-from anode_exp.training.graphed_step import Capture, GraphedStep, capture_of
-from anode_exp.training.peak_memory import LiveTensorBytes, allocator_of
+from anode_exp.training.graphed_step import CudaCapture, GraphedStep, capture_of
+from anode_exp.training.peak_memory import allocator_of, peak_while
 from anode_exp.training.progress import bar
 from anode_exp.training.step import state_tensors, train_step
+from anode_exp.training.streams import seconds_of
 
 LEARNING_RATE = 1e-4  # weights must stay finite, and not matter
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def peaks_and_times(
@@ -35,7 +31,7 @@ def peaks_and_times(
     precision: str,
     repeats: int,
     tick: Callable[[], object],
-    new_capture: Callable[[], Capture] | None = None,
+    new_capture: Callable[[], CudaCapture] | None = None,
 ) -> Iterator[dict[str, Any]]:
     """A row for each network: peak bytes, median seconds a step, and the median of its ratios to the first's.
 
@@ -62,19 +58,15 @@ def peaks_and_times(
         take_evaluations(network)
         gc.collect()
         own = [*state_tensors(network, optimizers[label]), *batch]
-        with LiveTensorBytes(own) as live:
-            step(label)
+        counted = peak_while(partial(step, label), own.copy, None)
         evaluations = take_evaluations(network)
         cuda_bytes = None
         if allocator is not None:
             optimizers[label].zero_grad()
             allocator.empty_cache()
-            allocator.reset_peaks()
-            others = allocator.allocated() - sum(x.nbytes for x in own)
-            step(label)
-            cuda_bytes = allocator.most_allocated() - others
+            cuda_bytes = peak_while(partial(step, label), own.copy, allocator)
         peaks[label] = {
-            "counted_bytes": live.peak,
+            "counted_bytes": counted,
             "cuda_bytes": cuda_bytes,
             "nfe_forward": sum(e.forward for e in evaluations),
             "nfe_backward": sum(e.backward for e in evaluations),
@@ -82,24 +74,18 @@ def peaks_and_times(
         optimizers[label].zero_grad()
         tick()
 
-    recorded = {}
+    timed: dict[str, Callable[[], object]] = {label: partial(step, label) for label in networks}
     if new_capture is not None:
         for label, network in networks.items():
-            recorded[label] = GraphedStep(network, optimizers[label], autocast, task, new_capture)
+            graphed = GraphedStep(network, optimizers[label], autocast, task, new_capture)
+            timed[label] = partial(graphed, batch)
             for _ in range(2):
-                recorded[label](batch)
+                graphed(batch)
 
     seconds: dict[str, list[float]] = {label: [] for label in networks}
     for _ in range(repeats):
         for label in networks:
-            _wait(device)
-            started = time.perf_counter()
-            if label in recorded:
-                recorded[label](batch)
-            else:
-                step(label)
-            _wait(device)
-            seconds[label].append(time.perf_counter() - started)
+            seconds[label].append(seconds_of(timed[label], device))
             optimizers[label].zero_grad()
             tick()
     first = next(iter(networks))

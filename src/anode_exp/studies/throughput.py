@@ -2,7 +2,6 @@
 
 import gc
 import statistics
-import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
@@ -14,7 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from anode_exp.training.peak_memory import LiveTensorBytes, allocator_of
+from anode_exp.training.peak_memory import allocator_of, peak_while
+from anode_exp.training.streams import seconds_of, wait
 
 LEAST_ROUND_S = 0.05
 """A contestant's turn takes as many steps as fill this time, so that waiting for a device at its end weighs little."""
@@ -66,21 +66,9 @@ class Traffic(TorchDispatchMode):
         return out
 
 
-def wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def _best_seconds(run: Callable[[], object], device: torch.device, repeats: int = 7) -> float:
+def _best_seconds(run: Callable[[], object], device: torch.device) -> float:
     run()
-    best = float("inf")
-    for _ in range(repeats):
-        wait(device)
-        started = time.perf_counter()
-        run()
-        wait(device)
-        best = min(best, time.perf_counter() - started)
-    return best
+    return min(seconds_of(run, device) for _ in range(7))
 
 
 def device_limits(device: torch.device, dtypes: Iterable[torch.dtype]) -> tuple[float, dict[torch.dtype, float]]:
@@ -113,23 +101,10 @@ def _inspect(c: Contestant, device: torch.device) -> tuple[dict[str, Any], int]:
     traffic = Traffic()
     with traffic:
         c.counted()
-    allocator = allocator_of(device)
-    if allocator is not None:
-        allocator.reset_peaks()
-        others = allocator.allocated() - sum(x.nbytes for x in c.own())
-        c.counted()
-        peak = allocator.most_allocated() - others
-    else:
-        with LiveTensorBytes(c.own()) as live:
-            c.counted()
-        peak = live.peak
+    peak = peak_while(c.counted, c.own, allocator_of(device))
     for _ in range(2):
         c.step()  # the second of these records, where a graph is recorded
-    wait(device)
-    started = time.perf_counter()
-    c.step()
-    wait(device)
-    turn = max(1, round(LEAST_ROUND_S / (time.perf_counter() - started)))
+    turn = max(1, round(LEAST_ROUND_S / seconds_of(c.step, device)))
     counts = {
         "label": c.label,
         "peak_bytes": peak,
@@ -161,12 +136,7 @@ def time_in_turn(
             tick()
         for _ in range(rounds):
             for c in group:
-                wait(device)
-                started = time.perf_counter()
-                for _ in range(turn[c.label]):
-                    c.step()
-                wait(device)
-                seconds[c.label].append((time.perf_counter() - started) / turn[c.label])
+                seconds[c.label].append(seconds_of(c.step, device, turn[c.label]) / turn[c.label])
                 tick()
     first = seconds[contestants[0].label]
     for c in contestants:

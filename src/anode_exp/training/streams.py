@@ -1,6 +1,8 @@
-"""A CUDA stream for each run, and the workspaces that libraries keep for every stream."""
+"""A CUDA stream for each run, the workspaces that libraries keep for every stream, and waiting for the device."""
 
 import gc
+import time
+from collections.abc import Callable
 
 import torch
 
@@ -42,3 +44,19 @@ def clear_workspaces(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch._C._cuda_clearCublasWorkspaces()
+
+
+def wait(device: torch.device) -> None:
+    """Until the device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def seconds_of(work: Callable[[], object], device: torch.device, repeats: int = 1) -> float:
+    """How long it takes so often, from an idle device to an idle one."""
+    wait(device)
+    started = time.perf_counter()
+    for _ in range(repeats):
+        work()
+    wait(device)
+    return time.perf_counter() - started

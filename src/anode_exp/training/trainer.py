@@ -5,7 +5,7 @@ import math
 import time
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from itertools import chain
 from typing import Any, Self
@@ -23,11 +23,12 @@ from anode_exp.records.checkpoints import Checkpoints
 from anode_exp.records.run_record import RunRecord
 from anode_exp.tasks.task import Batch, Sums
 from anode_exp.training.averaging import MovingAverage
-from anode_exp.training.graphed_step import GraphedStep, training_step
+from anode_exp.training.graphed_step import GraphedStep, sync_debug, training_step
 from anode_exp.training.peak_memory import PeakMemory
 from anode_exp.training.progress import bar
 from anode_exp.training.signals import StopRequest
 from anode_exp.training.step import evaluate, restart_momentum, set_learning_rate
+from anode_exp.training.streams import wait
 from anode_exp.training.world import ALONE
 
 log = logging.getLogger(__name__)
@@ -283,8 +284,7 @@ class Trainer:
 
     def _settle(self, epoch: _Epoch, i: int) -> None:
         """Time one of the first steps, which pay for more than themselves."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+        wait(self.device)
         now = self._clock()
         if self.progress.first_step_s is None:
             self.progress.first_step_s = now - epoch.since
@@ -365,17 +365,6 @@ class Trainer:
     def _better(self, score: float, other: float | None) -> float:
         return score if other is None else max(score, other) if self.task.higher_is_better else min(score, other)
 
-    @contextmanager
-    def _sync_debug(self) -> Iterator[None]:
-        if not self.runtime.sync_debug or self.device.type != "cuda":
-            yield
-            return
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            yield
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-
     def _clock(self) -> float:
         return time.perf_counter() - self.waited_s
 
@@ -385,7 +374,7 @@ class Trainer:
         with (
             memory_for("a training step", SMALLER_STEP),
             self.memory.step(self.network, self.optimizer, averaged),
-            self._sync_debug(),
+            sync_debug("error") if self.runtime.sync_debug and self.device.type == "cuda" else nullcontext(),
         ):
             batch = next(source)
             losses[i], sums = self.step(batch)
