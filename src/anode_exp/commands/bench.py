@@ -6,9 +6,8 @@ import yaml
 
 from anode_exp.commands.arguments import Parser, help_text, own_settings
 from anode_exp.config.check import check_used, split_settings
-from anode_exp.config.compose import composed, folder
+from anode_exp.config.compose import composed, folder, given_keys, parse
 from anode_exp.config.describe import near
-from anode_exp.config.overrides import given_keys, parse
 from anode_exp.config.schema import BenchSettings, TrainConfig
 from anode_exp.errors import UserError
 

@@ -8,20 +8,13 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
 from anode_exp.config.check import check_used, read_config, typed
+from anode_exp.config.compose import check_hydra, check_key, expanded, given_keys, key_of, parse, setting_names
 from anode_exp.config.describe import CONF, PRESETS, flat, groups
-from anode_exp.config.overrides import check_hydra, check_key, expanded, given_keys, key_of, parse, setting_names
 from anode_exp.config.schema import TEST_BATCH_SIZE, TrainConfig
 from anode_exp.errors import UserError
 
-MAY_CHANGE_ON_RESUME = (
-    "recipe.epochs",
-    "dataset.root",
-    "dataset.download",
-    "runtime.check_every",
-    "runtime.keep_every",
-    "runtime.cuda_graph",
-    "runtime.sync_debug",
-)
+MAY_CHANGE_ON_RESUME = ("recipe.epochs", "dataset.root", "dataset.download", "runtime.check_every",
+                        "runtime.keep_every", "runtime.cuda_graph", "runtime.sync_debug")  # fmt: skip
 """Settings that change no number of the epochs already done, or of those to come."""
 
 MAY_CHANGE_TO_EVALUATE = ("solver", "dataset", "runtime", "recipe.test_batch_size", "model.statistics")
@@ -41,11 +34,10 @@ def differing(recorded: TrainConfig, asked: TrainConfig) -> list[str]:
 def resumed(directory: Path, overrides: list[str]) -> TrainConfig:
     """The configuration of a recorded run, to go on with.
 
-    Raises:
-        UserError: if there is no run, or a setting is to change that may not.
+    Raises UserError if there is no run, or a setting is to change that may not.
     """
     parsed = parse(overrides)
-    (line,) = expanded(overrides, parsed, False, "a run goes on with one")
+    (line,) = expanded(parsed, False, "a run goes on with one")
     check_hydra(parsed, "a resumed run continues in its own folder")
     recorded = read_config(directory)
     config = _recomposed(recorded, line, MAY_CHANGE_ON_RESUME, "a resumed run")
@@ -61,13 +53,12 @@ def resumed(directory: Path, overrides: list[str]) -> TrainConfig:
 def evaluations(directory: Path, overrides: list[str]) -> list[TrainConfig]:
     """A recorded run's configuration under every combination of the given solvers, steps and data sets.
 
-    Raises:
-        UserError: if there is no run, or a setting is to change that the trained weights depend on.
+    Raises UserError if there is no run, or a setting is to change that the trained weights depend on.
     """
     base = read_config(directory)
     parsed = parse(overrides)
     check_hydra(parsed, "an evaluation is recorded in the run's own folder")
-    lines = expanded(overrides, parsed, True, "")
+    lines = expanded(parsed, True, "")
     configs = [_recomposed(base, line, MAY_CHANGE_TO_EVALUATE, "an evaluation") for line in lines]
     check_used(given_keys(parsed), configs)
     return configs
@@ -79,12 +70,7 @@ def check_evaluation(overrides: list[str], calibrate: int) -> None:
         if key in ("dataset.train_size", "dataset.validation_size", "dataset.crop_padding", "dataset.flip"):
             if not calibrate:
                 raise UserError(f"{key}: of training images, which an evaluation uses only with calibrate=N")
-        elif key.startswith("runtime.") and key not in (
-            "runtime.device",
-            "runtime.precision",
-            "runtime.channels_last",
-            "runtime.cudnn_benchmark",
-        ):
+        elif key.startswith("runtime.") and key[8:] not in ("device", "precision", "channels_last", "cudnn_benchmark"):
             raise UserError(f"{key}: of training steps; an evaluation takes none, leave it out")
 
 

@@ -26,8 +26,7 @@ def _yaml(text: str) -> Any:
 def split_settings(schema: type[T], arguments: list[str], verb: str) -> tuple[T, list[str]]:
     """A verb's own settings from its command line, and the other arguments, which are settings of runs.
 
-    Raises:
-        UserError: for a flag, or a value of the wrong type or out of range.
+    Raises UserError for a flag, or a value of the wrong type or out of range.
     """
     types = {f.name: str(f.type) for f in fields(schema)}  # type: ignore[arg-type]
     own: dict[str, Any] = {}
@@ -100,6 +99,10 @@ def _check(config: Any, path: str = "") -> None:
         numbers = value if isinstance(value, list) else [value]
         if "at_least" in f.metadata and any(n < f.metadata["at_least"] for n in numbers):
             raise UserError(f"{key}={value}: give {_expected(str(f.type))}, at least {f.metadata['at_least']}")
+        if "below" in f.metadata and value >= f.metadata["below"]:
+            raise UserError(
+                f"{key}={value}: give a number from {f.metadata['at_least']} to below {f.metadata['below']}"
+            )
         if "above" in f.metadata and value <= f.metadata["above"]:
             raise UserError(f"{key}={value}: give {_expected(str(f.type))} above {f.metadata['above']}")
 
@@ -156,26 +159,18 @@ def solvers_that(can: str) -> list[str]:
 
 def _check_solver(config: TrainConfig) -> None:
     """What is asked of a solver must be among what it can do."""
-    name, gradient = config.solver.name, config.gradient
+    name, mode, unit = config.solver.name, config.gradient.name, config.gradient.unit
+    no_stages = "has no stages with an adjoint of their own; choose gradient.unit=step, gradient=step_checkpoint"
+    explicit = "only explicit Runge–Kutta methods step a continuous adjoint"
     needs = (
-        (config.solver.adaptive, "embedded", "solver.adaptive=true: {name} has no error estimate"),
-        (
-            gradient.name == "stage_checkpoint" or gradient.unit == "stage",
-            "stages",
-            "gradient={gradient}: {name} has no stages with an adjoint of their own; choose gradient.unit=step, "
-            "gradient=step_checkpoint",
-        ),
-        (
-            gradient.name in ("reverse_adjoint", "stored_adjoint"),
-            "explicit",
-            "gradient={gradient}: only explicit Runge–Kutta methods step a continuous adjoint, {name} is not one",
-        ),
-        (gradient.name == "budget", "static", "gradient=budget: {name} does not perform the same operations each step"),
+        (config.solver.adaptive, "embedded", f"solver.adaptive=true: {name} has no error estimate"),
+        (mode == "stage_checkpoint" or unit == "stage", "stages", f"gradient={mode}: {name} {no_stages}"),
+        (mode in ("reverse_adjoint", "stored_adjoint"), "explicit", f"gradient={mode}: {explicit}, {name} is not one"),
+        (mode == "budget", "static", f"gradient=budget: {name} does not perform the same operations each step"),
     )
     for asked, can, text in needs:
-        if asked and name in SOLVERS and not getattr(SOLVERS[name], can):
-            remedy = f"choose solver={', '.join(solvers_that(can))}"
-            raise UserError(f"{text.format(name=name, gradient=gradient.name)}; {remedy}")
+        if asked and name in SOLVERS and name not in solvers_that(can):
+            raise UserError(f"{text}; choose solver={', '.join(solvers_that(can))}")
 
 
 def typed(config: DictConfig) -> TrainConfig:
@@ -195,12 +190,6 @@ def typed(config: DictConfig) -> TrainConfig:
     if checked.model.width is not None and not (checked.model.width * 8).is_integer():
         raise UserError(f"model.width={checked.model.width}: give a multiple of 1/8, such as 0.5, 1 or 2")
     _check_gradient(checked.gradient, "gradient.")
-    for key, value in (
-        ("label_smoothing", checked.recipe.label_smoothing),
-        ("moving_average", checked.recipe.moving_average),
-    ):
-        if value >= 1:
-            raise UserError(f"recipe.{key}={value}: give a number from 0 to below 1")
     if checked.recipe.nesterov and checked.recipe.momentum == 0:
         raise UserError("recipe.nesterov=true: needs recipe.momentum above 0")
     if checked.gradient.name != "dto_checkpoint":
@@ -234,18 +223,12 @@ def typed(config: DictConfig) -> TrainConfig:
     return checked
 
 
+_OF_SOLVES = ("solver*", "gradient*", "model.statistics")
+_OF_ADAPTIVE = ("solver.rtol", "solver.atol", "solver.max_evaluations", "solver.min_step")
 NEEDS: tuple[tuple[tuple[str, ...], str, Callable[[TrainConfig], bool]], ...] = (
-    (("solver*", "gradient*", "model.statistics"), "model.block=ode", lambda c: c.model.block == "ode"),
-    (
-        ("solver*", "gradient*", "model.statistics"),
-        "model.blocks_per_stage above 0",
-        lambda c: c.model.blocks_per_stage > 0,
-    ),
-    (
-        ("solver.rtol", "solver.atol", "solver.max_evaluations", "solver.min_step"),
-        "solver.adaptive=true",
-        lambda c: c.solver.adaptive,
-    ),
+    (_OF_SOLVES, "model.block=ode", lambda c: c.model.block == "ode"),
+    (_OF_SOLVES, "model.blocks_per_stage above 0", lambda c: c.model.blocks_per_stage > 0),
+    (_OF_ADAPTIVE, "solver.adaptive=true", lambda c: c.solver.adaptive),
     (("solver.n_steps",), "solver.adaptive=false", lambda c: not c.solver.adaptive),
     (("model.statistics",), "model.field_norm=batch", lambda c: c.model.field_norm == "batch"),
     (
@@ -266,11 +249,7 @@ NEEDS: tuple[tuple[tuple[str, ...], str, Callable[[TrainConfig], bool]], ...] = 
     (("recipe.milestones", "recipe.gamma"), "recipe.schedule=steps", lambda c: c.recipe.schedule == "steps"),
     (("recipe.restart_momentum",), "recipe.momentum above 0", lambda c: c.recipe.momentum > 0),
     (("recipe.decay_all",), "recipe.weight_decay above 0", lambda c: c.recipe.weight_decay > 0),
-    (
-        ("dataset.root", "dataset.download"),
-        "dataset=cifar10 or cifar100",
-        lambda c: c.dataset.name in ("cifar10", "cifar100"),
-    ),
+    (("dataset.root", "dataset.download"), "dataset=cifar10 or cifar100", lambda c: c.dataset.name.startswith("cifar")),
 )
 """Settings, what they need to have an effect, and whether a configuration has it."""
 
@@ -291,11 +270,7 @@ def check_used(keys: Iterable[str], configs: list[TrainConfig]) -> None:
 
 
 def read_config(directory: Path) -> DictConfig:
-    """The resolved configuration of a recorded run.
-
-    Raises:
-        UserError: if the directory holds no run, or its configuration cannot be read.
-    """
+    """The resolved configuration of a recorded run; UserError if there is none, or it cannot be read."""
     path = directory / "config.yaml"
     if not path.is_file():
         raise UserError(

@@ -21,16 +21,7 @@ def _one_of(*allowed: str) -> Any:
 
 
 NORM_NAMES = ("batch", "group", "layer", "none")
-
 ACTIVATION_NAMES = ("relu", "leaky_relu", "softplus", "gelu")
-
-EVOLUTION_NAMES = ("none", "reaction_diffusion_advection")
-
-COUPLING_NAMES = ("joint", "first")
-
-SHARING_NAMES = ("layer", "channel", "kernel")
-
-EVOLUTION_ACTIVATION_NAMES = ("none", "tanh")
 
 
 @dataclass(kw_only=True)
@@ -47,10 +38,10 @@ class ModelConfig:
     statistics: str = field(default="forward", metadata={"one_of": ("forward", "every_evaluation", "by_time")})
     norm_affine: str = field(default="shared", metadata={"one_of": ("shared", "by_time")})
     norm_intervals: int = field(default=10, metadata={"at_least": 1})
-    evolution: str = field(default="none", metadata={"one_of": EVOLUTION_NAMES})
-    evolution_coupling: str = field(default="joint", metadata={"one_of": COUPLING_NAMES})
-    evolution_sharing: str = field(default="layer", metadata={"one_of": SHARING_NAMES})
-    evolution_activation: str = field(default="none", metadata={"one_of": EVOLUTION_ACTIVATION_NAMES})
+    evolution: str = field(default="none", metadata={"one_of": ("none", "reaction_diffusion_advection")})
+    evolution_coupling: str = field(default="joint", metadata={"one_of": ("joint", "first")})
+    evolution_sharing: str = field(default="layer", metadata={"one_of": ("layer", "channel", "kernel")})
+    evolution_activation: str = field(default="none", metadata={"one_of": ("none", "tanh")})
     evolution_steps: int = field(default=10, metadata={"at_least": 1})
 
 
@@ -91,8 +82,8 @@ SOLVERS = {
     "euler": Method(),
     "rk2": Method(),
     "heun": Method(embedded=True),
-    "rk4": Method(),
     "bosh3": Method(embedded=True),
+    "rk4": Method(),
     "dopri5": Method(embedded=True),
 }
 """The solvers by name, without torch; ``ode.SOLVERS`` makes them."""
@@ -143,8 +134,8 @@ class RecipeConfig:
     decay_all: bool = True
     schedule: str = field(default="steps", metadata={"one_of": ("steps", "cosine")})
     warmup_epochs: int = field(default=0, metadata={"at_least": 0})
-    label_smoothing: float = field(default=0.0, metadata={"at_least": 0})
-    moving_average: float = field(default=0.0, metadata={"at_least": 0})
+    label_smoothing: float = field(default=0.0, metadata={"at_least": 0, "below": 1})
+    moving_average: float = field(default=0.0, metadata={"at_least": 0, "below": 1})
     evolution_lr: float = field(default=1.0, metadata={"above": 0})
 
 
@@ -260,8 +251,3 @@ class ReproduceSettings(PaperSettings):
 
     figure: str | None = _own(None, "figures of the paper, separated by commas; by default all")
     method: str | None = _own(None, "methods, separated by commas; by default all")
-
-
-@dataclass(kw_only=True)
-class ListSettings:
-    """Of ``list``: none."""

@@ -7,9 +7,8 @@ from pathlib import Path
 from hydra import initialize_config_dir
 
 from anode_exp.config.check import check_used, read_config, typed, typed_study
-from anode_exp.config.compose import compose_line, typed_line
+from anode_exp.config.compose import check_folders, compose_line, expanded, given_keys, key_of, parse, typed_line
 from anode_exp.config.describe import CONF, near, options
-from anode_exp.config.overrides import check_folders, expanded, given_keys, key_of, parse
 from anode_exp.config.schema import StudyConfig, TrainConfig
 from anode_exp.errors import UserError
 
@@ -49,7 +48,7 @@ def study(name: str, overrides: list[str], thorough: bool = False) -> tuple[Trai
         )
     parsed = parse(overrides)
     check_folders(parsed, ("hydra.run.dir",))
-    expanded(overrides, parsed, False, "a study takes one; its own lists are written [1,2]")
+    expanded(parsed, False, "a study takes one; its own lists are written [1,2]")
     grid = [f"+study/thorough={name}"] if thorough else []
     if thorough and not (CONF / "study" / "thorough" / f"{name}.yaml").exists():
         raise UserError(f"thorough=true: study {name} has one grid; leave it out")
