@@ -47,7 +47,7 @@ def main() -> None:
         if verb in ("-h", "--help", "help"):
             print(help_page())
         elif verb == "--version":
-            from anode_exp.commands.version import version
+            from anode_exp.commands.arguments import version
 
             print(version())
         elif not verb:

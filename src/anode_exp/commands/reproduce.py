@@ -33,9 +33,7 @@ def main(arguments: list[str]) -> None:
     if parsed.help:
         print(paper_help("reproduce", ABOUT, parsed.paper))
         return
-    asked = cells(paper_name("reproduce", parsed.paper), parsed.settings)
-
-    sys.exit(reproduce(asked))
+    sys.exit(reproduce(cells(paper_name("reproduce", parsed.paper), parsed.settings)))
 
 
 def paper_name(verb: str, given: str | None) -> str:
@@ -57,27 +55,17 @@ def paper_help(verb: str, text: str, paper: str | None, schema: type = Reproduce
             ("figures", [(f"figure={name}", figure["title"]) for name, figure in spec["figures"].items()]),
             ("methods", [(f"method={name}", method["label"]) for name, method in spec["methods"].items()]),
         ]
-    examples = [f"{verb} {paper} length=short seeds=1"]
+    examples, notes = [f"{verb} {paper} length=short seeds=1"], ""
     if verb == "reproduce":
-        examples += [
-            f"reproduce {paper} figure=table_resnet4 seeds=3 length=short",
-            f"reproduce {paper} figure=table_resnet4 runtime.precision=bf16",
-        ]
-    return help_text(
-        f"{verb} PAPER [KEY=VALUE …]",
-        f"{verb.capitalize()}: {text}.",
-        [*parts, ("settings", own_settings(schema))],
-        examples,
-        "Any setting of train besides applies to every run." if verb == "reproduce" else "",
-    )
+        of_figure = f"reproduce {paper} figure=table_resnet4"
+        examples += [f"{of_figure} seeds=3 length=short", f"{of_figure} runtime.precision=bf16"]
+        notes = "Any setting of train besides applies to every run."
+    parts.append(("settings", own_settings(schema)))
+    return help_text(f"{verb} PAPER [KEY=VALUE …]", f"{verb.capitalize()}: {text}.", parts, examples, notes)
 
 
 def is_done(cell: Cell) -> bool:
-    """Whether a cell's run is recorded whole: completed, or diverged.
-
-    Raises:
-        UserError: if its folder holds a run of other settings.
-    """
+    """Whether a cell's run is recorded whole, completed or diverged; UserError for a run of other settings there."""
     if cell.config is None:
         return (cell.directory / "cell.json").exists()  # written last
     if not (cell.directory / "config.yaml").exists():
@@ -85,9 +73,8 @@ def is_done(cell: Cell) -> bool:
     # Training is the same whatever the running statistics, and a run is evaluated both ways.
     other = [k for k in differing(typed(read_config(cell.directory)), cell.config) if k != "model.statistics"]
     if other:
-        raise UserError(
-            f"{cell.directory}: holds a run with another {', '.join(other[:3])}; give directory= for a new reproduction"
-        )
+        remedy = "give directory= for a new reproduction"
+        raise UserError(f"{cell.directory}: holds a run with another {', '.join(other[:3])}; {remedy}")
     results = read_results(cell.directory)
     return results is not None and results["status"] in ("completed", "diverged")
 
@@ -170,15 +157,9 @@ def _run_group(
         for cell in group:
             if cell.study is not None:
                 run_study(*study(cell.study, cell.settings), cell.directory)
-                _place(cell)
-                return
             cell.directory.mkdir(parents=True, exist_ok=True)
-            _place(cell)
-        runs = [
-            (config, cell.directory)
-            for cell in group
-            if (config := recorded_config(cell)) is not None and not is_done(cell)
-        ]
+            write_atomically(cell.directory / "cell.json", cell.describe())
+        runs = [(config, c.directory) for c in group if (config := recorded_config(c)) is not None and not is_done(c)]
         try:
             if runs:
                 train_together(runs, resume=True, tick=tick, stop=stop)
@@ -200,10 +181,6 @@ def _run_group(
         reason = str(error).splitlines()[0] if str(error) else ""
         failed.append((f"{group[0].name}: {type(error).__name__}: {reason}", False))
     log.error(failed[-1][0])
-
-
-def _place(cell: Cell) -> None:
-    write_atomically(cell.directory / "cell.json", lambda path: path.write_text(cell.describe()))
 
 
 def _epoch_seconds(cells: Iterable[Cell]) -> dict[tuple[str, str], float]:

@@ -19,8 +19,8 @@ from anode_exp.data import ImageData
 from anode_exp.errors import Ended, InUse, UserError
 from anode_exp.models import count_parameters, ode_blocks
 from anode_exp.records.checkpoints import Checkpoints
-from anode_exp.records.environment import commit, device_name, versions
-from anode_exp.records.reading import read_results, write_atomically
+from anode_exp.records.environment import device_name, environment
+from anode_exp.records.reading import read_results, write_json
 from anode_exp.records.run_record import RunRecord
 from anode_exp.training.graphed_step import GraphedStep
 from anode_exp.training.peak_memory import PeakMemory
@@ -204,21 +204,15 @@ class Run:
 
     def _finish(self, trainer: Trainer) -> None:
         assert self._record is not None
-        device = trainer.device
-        results = {
-            "status": trainer.status,
-            "reason": trainer.reason,
-            **_summary(trainer),
+        seed = self.config.seed
+        memory = {
             "peak_memory_kind": self.memory.kind,
             "reserved_memory_bytes": self.memory.reserved_bytes,
             "dataset_bytes": self.images.nbytes,
-            "parameters": count_parameters(trainer.network),
-            "device": device_name(device),
-            "runs_at_once": self.together,
-            "versions": versions(),
-            "commit": commit(),
-            "seed": self.config.seed,
         }
+        network = {"parameters": count_parameters(trainer.network), "runs_at_once": self.together, "seed": seed}
+        results = {"status": trainer.status, "reason": trainer.reason, **_summary(trainer), **memory, **network}
+        results |= environment(trainer.device)
         results["wall_time_s"]["total"] = self._earlier_s + time.perf_counter() - self.started
         self._record.finish(results)
         log.info(_table(results, trainer))
@@ -231,8 +225,7 @@ class Run:
 def _plan(directory: Path, trainer: Trainer, resume: bool) -> None:
     """Choose every block's policy for the byte budget, and record it; a resumed run keeps the one it had.
 
-    Raises:
-        UserError: if nothing fits.
+    Raises UserError if nothing fits.
     """
     path, network, config = directory / "plan.json", trainer.network, trainer.assembly.config
     modes = policies(config.solver.n_steps)
@@ -257,7 +250,7 @@ def _plan(directory: Path, trainer: Trainer, resume: bool) -> None:
             )
             chosen, measured = planner.fitted(budget)
         plan = planner.describe(chosen, budget, measured)
-        write_atomically(path, lambda partial: partial.write_text(json.dumps(plan, indent=2) + "\n"))
+        write_json(path, plan)
     for block, entry in zip(ode_blocks(network), plan["blocks"], strict=True):
         block.gradient = modes[entry["policy"]]
     trainer.memory.restart()
@@ -285,26 +278,18 @@ def _check_can_go_on(directory: Path, config: TrainConfig, state: dict[str, Any]
 
 
 def _summary(trainer: Trainer) -> dict[str, Any]:
-    progress, score = trainer.progress, trainer.task.score
+    progress = trainer.progress
     samples = progress.samples - progress.settling_samples
     rate = samples / (progress.train_time_s - progress.settling_time_s) if samples > 0 else None
-    return {
-        f"test_{score}": progress.test_score,
-        f"best_test_{score}": progress.best_test_score,
-        f"validation_{score}": progress.validation_score,
-        "best_epoch": progress.best_epoch,
-        "train_loss": progress.train_loss,
-        "epochs": progress.epochs,
-        "steps": progress.steps,
-        "wall_time_s": {
-            "train": progress.train_time_s,
-            "evaluation": progress.evaluation_time_s,
-            "first_step": progress.first_step_s or 0.0,
-        },
-        f"{trainer.task.unit}_per_s": rate,
-        "nfe": progress.nfe,
-        "peak_memory_bytes": progress.peak_memory_bytes,
+    scores = {f"{k}_{trainer.task.score}": getattr(progress, f"{k}_score") for k in ("test", "best_test", "validation")}
+    same = ("best_epoch", "train_loss", "epochs", "steps", "nfe", "peak_memory_bytes")
+    seconds = {
+        "train": progress.train_time_s,
+        "evaluation": progress.evaluation_time_s,
+        "first_step": progress.first_step_s or 0.0,
     }
+    counts = {name: getattr(progress, name) for name in same}
+    return {**scores, **counts, "wall_time_s": seconds, f"{trainer.task.unit}_per_s": rate}
 
 
 def _table(results: dict[str, Any], trainer: Trainer) -> str:

@@ -18,6 +18,7 @@ MAY_CHANGE_ON_RESUME = ("recipe.epochs", "dataset.root", "dataset.download", "ru
 """Settings that change no number of the epochs already done, or of those to come."""
 
 MAY_CHANGE_TO_EVALUATE = ("solver", "dataset", "runtime", "recipe.test_batch_size", "model.statistics")
+_RUNTIME_OF_EVALUATION = ("runtime.device", "runtime.precision", "runtime.channels_last", "runtime.cudnn_benchmark")
 
 
 def differing(recorded: TrainConfig, asked: TrainConfig) -> list[str]:
@@ -70,7 +71,7 @@ def check_evaluation(overrides: list[str], calibrate: int) -> None:
         if key in ("dataset.train_size", "dataset.validation_size", "dataset.crop_padding", "dataset.flip"):
             if not calibrate:
                 raise UserError(f"{key}: of training images, which an evaluation uses only with calibrate=N")
-        elif key.startswith("runtime.") and key[8:] not in ("device", "precision", "channels_last", "cudnn_benchmark"):
+        elif key.startswith("runtime.") and key not in _RUNTIME_OF_EVALUATION:
             raise UserError(f"{key}: of training steps; an evaluation takes none, leave it out")
 
 

@@ -3,7 +3,6 @@
 import logging
 import pickle
 from io import BytesIO
-from operator import methodcaller
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +37,7 @@ class Checkpoints:
         Args:
             epoch: keep the network under this number too, without what only a resumed run needs.
 
-        Raises:
-            UserError: if it cannot be written; the checkpoints there before are still there.
+        Raises UserError if it cannot be written; the checkpoints there before are still there.
         """
         to_save = {"best": state} if best else {}
         if epoch is not None:
@@ -49,18 +47,15 @@ class Checkpoints:
             data = BytesIO()  # torch's own file writer answers a full disk with an internal assertion
             torch.save(content, data)
             try:
-                write_atomically(self.path(name), methodcaller("write_bytes", data.getvalue()), keep)
+                write_atomically(self.path(name), data.getvalue(), keep)
             except OSError as error:
-                raise UserError(
-                    f"{self.path(name)}: cannot be written ({error.strerror}); make room, then go on with train resume="
-                    f"{self.directory.parent}"
-                ) from error
+                remedy = f"make room, then go on with train resume={self.directory.parent}"
+                raise UserError(f"{self.path(name)}: cannot be written ({error.strerror}); {remedy}") from error
 
     def load(self, name: str = "last") -> dict[str, Any] | None:
         """The named checkpoint on the CPU, or for ``last`` the one before it where it is truncated; None without any.
 
-        Raises:
-            UserError: if files are there and none can be read.
+        Raises UserError if files are there and none can be read.
         """
         names = ["last", "previous"] if name == "last" else [name]
         unreadable = []

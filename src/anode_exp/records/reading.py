@@ -2,7 +2,6 @@
 
 import json
 import os
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -25,8 +24,8 @@ def append_line(path: Path, line: dict[str, Any]) -> None:
         file.write("\n" * torn + json.dumps(line) + "\n")
 
 
-def write_atomically(path: Path, write: Callable[[Path], object], keep: Path | None = None) -> None:
-    """Calls ``write(partial_path)``, then moves the file into place: readers see the old one or the new one.
+def write_atomically(path: Path, content: str | bytes, keep: Path | None = None) -> None:
+    """Write next to the file, then move it into place: readers see the old one or the new one.
 
     File and folder are synced, so that neither is lost with the power.
 
@@ -35,7 +34,7 @@ def write_atomically(path: Path, write: Callable[[Path], object], keep: Path | N
     """
     partial = path.with_name(path.name + ".partial")
     try:
-        write(partial)
+        partial.write_bytes(content.encode() if isinstance(content, str) else content)
         with partial.open("rb") as file:
             os.fsync(file.fileno())
     except BaseException:
@@ -49,6 +48,11 @@ def write_atomically(path: Path, write: Callable[[Path], object], keep: Path | N
         os.fsync(folder)
     finally:
         os.close(folder)
+
+
+def write_json(path: Path, record: Any) -> None:
+    """Atomically, for people to read too."""
+    write_atomically(path, json.dumps(record, indent=2) + "\n")
 
 
 def read_metrics(directory: Path) -> list[dict[str, Any]]:

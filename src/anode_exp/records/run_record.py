@@ -26,7 +26,7 @@ from torch.utils.tensorboard.summary import hparams
 
 from anode_exp.config.schema import TrainConfig
 from anode_exp.errors import InUse, UserError
-from anode_exp.records.reading import read_metrics, write_atomically
+from anode_exp.records.reading import read_metrics, write_atomically, write_json
 
 
 def _finite(value: Any) -> Any:
@@ -73,11 +73,11 @@ class RunRecord:
             self._lock = (directory / ".lock").open("w")
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # gone with the process, however it ends
             metrics = directory / "metrics.jsonl"
-            write_atomically(directory / "config.yaml", lambda path: path.write_text(text))
+            write_atomically(directory / "config.yaml", text)
             if resume_after is not None:
                 (directory / "results.json").unlink(missing_ok=True)
                 kept = [json.dumps(line) + "\n" for line in read_metrics(directory) if line["epoch"] <= resume_after[0]]
-                write_atomically(metrics, lambda path: path.write_text("".join(kept)))
+                write_atomically(metrics, "".join(kept))
             self._metrics = metrics.open("a")
         except FileExistsError as error:
             raise UserError(f"{directory}: already holds a run; choose another hydra.run.dir") from error
@@ -97,10 +97,8 @@ class RunRecord:
         try:
             yield
         except OSError as error:
-            raise UserError(
-                f"{self.directory}: cannot be written ({error.strerror}); make room, then go on with train resume="
-                f"{self.directory}"
-            ) from error
+            remedy = f"make room, then go on with train resume={self.directory}"
+            raise UserError(f"{self.directory}: cannot be written ({error.strerror}); {remedy}") from error
 
     def epoch(self, line: dict[str, Any]) -> None:
         """Append one epoch to ``metrics.jsonl`` and to TensorBoard, there over training steps.
@@ -137,9 +135,8 @@ class RunRecord:
 
     def finish(self, results: dict[str, Any]) -> None:
         """Write ``results.json`` and the hyperparameters, and close; UserError if they cannot be written."""
-        text = json.dumps(_finite(results), indent=2) + "\n"
         with self._writing():
-            write_atomically(self.directory / "results.json", lambda path: path.write_text(text))
+            write_json(self.directory / "results.json", _finite(results))
         flat = {
             f"{group}.{key}": value if isinstance(value, int | float | str | bool) else str(value)
             for group, settings in asdict(self.config).items()

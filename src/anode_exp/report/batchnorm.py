@@ -1,17 +1,15 @@
 """Table and plot of the BatchNorm study."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 from tabulate import tabulate
 
-from anode_exp.report.drawing import plt
+from anode_exp.report.drawing import plt, save
 
 
-def report(directory: Path) -> str:
-    """Writes ``study.png``; returns the table of ``study.jsonl``."""
-    rows = [json.loads(line) for line in (directory / "study.jsonl").read_text().splitlines()]
+def report(rows: list[dict[str, Any]], directory: Path) -> str:
+    """Writes ``study.png``; returns the table of the rows of ``study.jsonl``."""
     runs = list(dict.fromkeys(row["run"] for row in rows))
     columns = min(3, len(runs))
     lines = -(-len(runs) // columns)
@@ -32,7 +30,6 @@ def report(directory: Path) -> str:
             if points:
                 ax.plot(*zip(*points, strict=True), line, marker=marker, markersize=4, linewidth=1.2, label=label)
         ax.set(title=f"{part[0]['model']}, {part[0]['solver']}", xlabel="epoch")
-        ax.grid(alpha=0.3)
         gaps = [row["by_time"] - row["one_set_anew"] for row in part]
         last = part[-1]
         table.append(
@@ -56,6 +53,5 @@ def report(directory: Path) -> str:
     for ax in axes.flat:
         handles |= {label: handle for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=2, fontsize=9)
-    figure.savefig(directory / "study.png", dpi=110)
-    plt.close(figure)
+    save(figure, directory / "study.png")
     return tabulate(table, headers="keys", disable_numparse=True)

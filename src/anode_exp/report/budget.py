@@ -1,16 +1,15 @@
 """Table and plot of the budget study."""
 
-import json
 from pathlib import Path
+from typing import Any
 
 from tabulate import tabulate
 
-from anode_exp.report.drawing import peak_of, plt
+from anode_exp.report.drawing import peak_of, plt, save
 
 
-def report(directory: Path) -> str:
-    """Writes ``study.png``; returns the table of ``study.jsonl``."""
-    rows = [json.loads(line) for line in (directory / "study.jsonl").read_text().splitlines()]
+def report(rows: list[dict[str, Any]], directory: Path) -> str:
+    """Writes ``study.png``; returns the table of the rows of ``study.jsonl``."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
     budgets = [r["budget_bytes"] / 1e6 for r in rows]
     left.plot(budgets, budgets, color="grey", linestyle=":", label="budget")
@@ -19,11 +18,8 @@ def report(directory: Path) -> str:
     left.set(xlabel="budget, MB", ylabel="peak, MB", xscale="log", yscale="log")
     right.plot(budgets, [r["step_time_s"] / rows[-1]["step_time_s"] for r in rows], marker="s", linewidth=1.2)
     right.set(xlabel="budget, MB", ylabel="time of a step over the largest budget's", xscale="log")
-    for ax in (left, right):
-        ax.grid(alpha=0.3)
     left.legend()
-    figure.savefig(directory / "study.png", dpi=110)
-    plt.close(figure)
+    save(figure, directory / "study.png")
     table = [
         {
             "budget": f"{r['budget_bytes'] / 1e6:,.1f} MB",

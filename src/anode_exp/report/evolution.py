@@ -1,17 +1,16 @@
 """Table and plot of the evolution study."""
 
-import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tabulate import tabulate
 
-from anode_exp.report.drawing import plt
+from anode_exp.report.drawing import plt, save
 
 
-def report(directory: Path) -> str:
-    """Writes ``study.png`` from ``kernels.npz``; returns the table of ``study.jsonl``."""
-    rows = [json.loads(line) for line in (directory / "study.jsonl").read_text().splitlines()]
+def report(rows: list[dict[str, Any]], directory: Path) -> str:
+    """Writes ``study.png`` from ``kernels.npz``; returns the table of the rows of ``study.jsonl``."""
     kernels = np.load(directory / "kernels.npz")
     times = np.linspace(0, 1, len(rows[0]["moved"]))
     figure, axes = plt.subplots(
@@ -26,8 +25,7 @@ def report(directory: Path) -> str:
                 ax.text(x, y, f"{value / limit:.2f}", ha="center", va="center", fontsize=6)
             ax.set(xticks=[], yticks=[], title=f"t = {t:.1f}" if row is rows[0] else "")
         row_axes[0].set_ylabel(f"block {row['block']}\nconvolution {row['convolution']}", fontsize=8)
-    figure.savefig(directory / "study.png", dpi=110)
-    plt.close(figure)
+    save(figure, directory / "study.png")
     table = [
         {
             "block": r["block"],

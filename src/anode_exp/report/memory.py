@@ -1,13 +1,12 @@
 """Table, fits and plot of the memory study."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tabulate import tabulate
 
-from anode_exp.report.drawing import draw_lines, labels_of, peak_of, plt
+from anode_exp.report.drawing import draw_lines, labels_of, peak_of, plt, save
 
 ORDER = {  # growth that the papers state, for N steps of s stages in L blocks
     "full_backprop": "O(L N)",
@@ -33,9 +32,8 @@ def growth(rows: list[dict[str, Any]], x: str) -> dict[str, tuple[float, float]]
     return found
 
 
-def report(directory: Path) -> str:
-    """Writes ``study.png``; returns the tables of ``study.jsonl``."""
-    rows = [json.loads(line) for line in (directory / "study.jsonl").read_text().splitlines()]
+def report(rows: list[dict[str, Any]], directory: Path) -> str:
+    """Writes ``study.png``; returns the tables of the rows of ``study.jsonl``."""
     steps = [row for row in rows if row["varied"] == "n_steps"]
     blocks = [row for row in rows if row["varied"] == "blocks_per_stage"]
     panels = [("n_steps", steps), ("blocks_per_stage", blocks)]
@@ -46,8 +44,7 @@ def report(directory: Path) -> str:
     draw_lines(axes[2], steps, "n_steps", lambda row: row["time_ratio"])
     axes[2].set(xlabel="n_steps", ylabel=f"time of a step over {labels_of(steps)[0]}")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5)
-    figure.savefig(directory / "study.png", dpi=110)
-    plt.close(figure)
+    save(figure, directory / "study.png")
     text = []
     for x, part in panels:
         table = []

@@ -1,13 +1,14 @@
 """The table of a sweep: one row a job, and mean and spread over seeds."""
 
 import csv
-import json
 import statistics
 from pathlib import Path
 from typing import Any, cast
 
 from omegaconf import OmegaConf
 from tabulate import tabulate
+
+from anode_exp.records.reading import read_results
 
 MEASURES = ("test_accuracy", "best_test_accuracy", "train_loss", "peak_memory_bytes", "train_time_s")
 
@@ -18,10 +19,7 @@ def _job(directory: Path, given: Path) -> tuple[dict[str, str], dict[str, Any]]:
     settings = dict(str(line).lstrip("+").split("=", 1) for line in cast(list[str], overrides))
     if directory != given:  # one of several seeds at once
         settings["seed"] = directory.name.rpartition("-")[2]
-    results = directory / "results.json"
-    found: dict[str, Any] = {"status": "failed", "error": "ended unrecorded"}
-    if results.exists():
-        found = json.loads(results.read_text())
+    found = read_results(directory) or {"status": "failed", "error": "ended unrecorded"}
     found["train_time_s"] = found.get("wall_time_s", {}).get("train")
     return settings, found
 

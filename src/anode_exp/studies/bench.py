@@ -19,7 +19,8 @@ from anode_exp.data import ImageData
 from anode_exp.data.torchvision_loader import torchvision_loader
 from anode_exp.models import ode_blocks
 from anode_exp.ode import Solver, Theta, TimeGrid, Tolerance, VectorField, solve_forward
-from anode_exp.records.environment import commit, device_name, versions
+from anode_exp.records.environment import device_name, environment
+from anode_exp.records.reading import write_json
 from anode_exp.studies.throughput import Contestant, time_in_turn
 from anode_exp.tasks.task import Batch
 from anode_exp.training.graphed_step import training_step
@@ -60,12 +61,10 @@ def run_bench(entries: list[tuple[str, TrainConfig, str | None]], rounds: int, d
     with bar(len(contestants) * (1 + rounds), "bench") as progress:
         rows, bandwidth, rates = time_in_turn(contestants, device, rounds, progress.update)
     limits = {"copy_bytes_per_s": bandwidth, "matrix_flops_per_s": {str(d)[6:]: rate for d, rate in rates.items()}}
-    facts = {"device": device_name(device), "limits": limits, "versions": versions(), "commit": commit()}
-    (directory / "bench.json").write_text(json.dumps({**facts, "rounds": rounds, "rows": rows}, indent=2) + "\n")
+    write_json(directory / "bench.json", {**environment(device), "limits": limits, "rounds": rounds, "rows": rows})
     products = ", ".join(f"{rate / 1e12:,.3f} TFLOP/s in {str(d)[6:]}" for d, rate in rates.items())
-    text = (
-        f"{device_name(device)}: copies {bandwidth / 1e9:,.1f} GB/s, matrix products {products}\n\n{bench_table(rows)}"
-    )
+    head = f"{device_name(device)}: copies {bandwidth / 1e9:,.1f} GB/s, matrix products {products}"
+    text = f"{head}\n\n{bench_table(rows)}"
     (directory / "table.txt").write_text(text + "\n")
     print(f"{text}\n\n{directory}")
     return directory
