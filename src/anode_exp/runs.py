@@ -57,10 +57,8 @@ def load_run(directory: str | Path, checkpoint: str = "best", config: TrainConfi
     if checkpoint != "0":
         kept = [str(epoch) for epoch in checkpoints.epochs()]
         if checkpoint not in ("best", "last", *kept):
-            raise UserError(
-                f"checkpoint={checkpoint}: choose one of {', '.join(('best', 'last', '0', *kept))}; "
-                "train with runtime.keep_every=1 to keep more"
-            )
+            choice = f"choose one of {', '.join(('best', 'last', '0', *kept))}"
+            raise UserError(f"checkpoint={checkpoint}: {choice}; train with runtime.keep_every=1 to keep more")
         state = checkpoints.load(f"epoch-{checkpoint}" if checkpoint in kept else checkpoint)
         if state is None:
             raise UserError(f"{directory}: has no {checkpoint} checkpoint yet; one is saved after every epoch")
@@ -96,15 +94,12 @@ def evaluated(
     if trained.model.block == "residual" and (config.solver.name, config.solver.n_steps) != ("euler", 1):
         raise UserError(f"{directory}: has residual blocks, which are one Euler step; no other solver fits them")
     if trained.model.statistics == "by_time" and config.model.statistics != "by_time" and not calibrate:
-        raise UserError(
-            f"model.statistics={config.model.statistics}: this run has by_time, which is not a single set; "
-            "estimate one from training batches with calibrate=50"
-        )
-    if DATASETS[config.dataset.name][1] != DATASETS[trained.dataset.name][1]:
-        raise UserError(
-            f"dataset={config.dataset.name}: has {DATASETS[config.dataset.name][1]} classes, this run's network "
-            f"{DATASETS[trained.dataset.name][1]}; choose a data set of as many"
-        )
+        why = "this run has by_time, which is not a single set; estimate one from training batches with calibrate=50"
+        raise UserError(f"model.statistics={config.model.statistics}: {why}")
+    classes, own = (DATASETS[c.dataset.name][1] for c in (config, trained))
+    if classes != own:
+        why = f"has {classes} classes, this run's network {own}; choose a data set of as many"
+        raise UserError(f"dataset={config.dataset.name}: {why}")
     run = load_run(directory, checkpoint, config)
     device = build_device(config.runtime)
     set_backends(config.runtime)

@@ -77,9 +77,10 @@ def over_seeds(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return table
 
 
-def _write(path: Path, rows: list[dict[str, Any]]) -> None:
+def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
+    """A column for each key of any row."""
     with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0].keys())
+        writer = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)), restval="")
         writer.writeheader()
         writer.writerows(rows)
 
@@ -96,20 +97,16 @@ def sweep_table(directory: Path, rows: list[dict[str, Any]]) -> str:
     """Write a sweep's rows to ``sweep.csv`` and, where seeds vary, ``sweep_over_seeds.csv``; return both as text."""
     if not rows:
         return f"no job of {directory} began"
-    _write(directory / "sweep.csv", rows)
-    shown = [
-        {k: _number(v, k) if k in MEASURES else v for k, v in row.items() if k not in ("error", "mistake")}
-        for row in rows
-    ]
+    write_csv(directory / "sweep.csv", rows)
+    columns = [key for key in rows[0] if key not in ("error", "mistake")]
+    shown = [{k: _number(row[k], k) if k in MEASURES else row[k] for k in columns} for row in rows]
     text = tabulate(shown, headers="keys", disable_numparse=True)
     if "seed" in rows[0]:
         means = over_seeds(rows)
-        _write(directory / "sweep_over_seeds.csv", means)
+        write_csv(directory / "sweep_over_seeds.csv", means)
         fixed = [k for k in means[0] if not k.endswith(("_mean", "_std"))]
-        shown = [
-            {k: m[k] for k in fixed}
-            | {x: f"{_number(m[f'{x}_mean'], x)} ± {_number(m[f'{x}_std'], x)}" for x in MEASURES}
-            for m in means
-        ]
+        shown = [{k: m[k] for k in fixed} for m in means]
+        for row, m in zip(shown, means, strict=True):
+            row |= {x: f"{_number(m[f'{x}_mean'], x)} ± {_number(m[f'{x}_std'], x)}" for x in MEASURES}
         text += "\n\n" + tabulate(shown, headers="keys", disable_numparse=True)
     return f"{text}\n{directory / 'sweep.csv'}"

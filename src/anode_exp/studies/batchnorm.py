@@ -15,16 +15,11 @@ from anode_exp.training.progress import bar
 
 
 def kept_epochs(directory: Path) -> list[int]:
-    """The epochs of a run whose networks were kept.
-
-    Raises:
-        UserError: if there are none, or the run's f has no BatchNorm of several times.
-    """
+    """A run's epochs whose networks were kept; UserError if there are none, or f has no BatchNorm of several times."""
     config = typed(read_config(directory))
     if config.model.block != "ode" or config.model.field_norm != "batch":
-        raise UserError(
-            f"{directory}: has no BatchNorm in ODE blocks; give a run with model.field_norm=batch, block=ode"
-        )
+        remedy = "give a run with model.field_norm=batch, block=ode"
+        raise UserError(f"{directory}: has no BatchNorm in ODE blocks; {remedy}")
     epochs = Checkpoints(directory / "checkpoints").epochs()
     if not epochs:
         raise UserError(f"{directory}: kept no epochs; train with runtime.keep_every=1")
@@ -45,11 +40,8 @@ def both_ways(directory: Path, epoch: int, calibrate: int, here: TrainConfig) ->
         by their own statistics.
     """
     config = typed(read_config(directory))
-    config = replace(
-        config,
-        runtime=replace(config.runtime, device=here.runtime.device),
-        dataset=replace(config.dataset, root=here.dataset.root, download=here.dataset.download),
-    )
+    data = replace(config.dataset, root=here.dataset.root, download=here.dataset.download)
+    config = replace(config, runtime=replace(config.runtime, device=here.runtime.device), dataset=data)
     (recorded,) = [line for line in read_metrics(directory) if line["epoch"] == epoch]
     by_time = config.model.statistics == "by_time"
 
@@ -62,9 +54,7 @@ def both_ways(directory: Path, epoch: int, calibrate: int, here: TrainConfig) ->
         "model": config.model.name,
         "solver": config.solver.describe(),
         "statistics": config.model.statistics,
-        "epoch": epoch,
-        "train_loss": recorded["train_loss"],
-        "train_accuracy": recorded["train_accuracy"],
+        **{name: recorded[name] for name in ("epoch", "train_loss", "train_accuracy")},
         "by_time": recorded["test_accuracy"] if by_time else anew("by_time"),
         "one_set_kept": None if by_time else recorded["test_accuracy"],
         "one_set_anew": anew("forward"),

@@ -81,22 +81,18 @@ def _contestant(
             networks.append(_steps(replace(config, seed=seed), baseline, images))
     size = min(config.recipe.batch_size, len(images.train))
 
-    def step() -> None:
-        for stream, (take, _, _) in zip(streams, networks, strict=True):
+    def take(which: int) -> None:
+        for stream, of_network in zip(streams, networks, strict=True):
             with torch.cuda.stream(stream):
-                take()
-
-    def eagerly() -> None:
-        for stream, (_, take, _) in zip(streams, networks, strict=True):
-            with torch.cuda.stream(stream):
-                take()
+                of_network[which]()
 
     def own() -> list[Tensor]:
         return [x for _, _, tensors in networks for x in tensors()]
 
     epoch_steps = -(-len(images.train) // size)
     dtype = torch.bfloat16 if config.runtime.precision == "bf16" else torch.float32
-    return Contestant(label, step, eagerly, config.seeds * size, epoch_steps, own, dtype, baseline == "dataloader")
+    step, eagerly, alone = partial(take, 0), partial(take, 1), baseline == "dataloader"
+    return Contestant(label, step, eagerly, config.seeds * size, epoch_steps, own, dtype, alone)
 
 
 def _steps(

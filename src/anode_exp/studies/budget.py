@@ -9,12 +9,11 @@ from torch import Tensor, nn
 
 from anode_exp.budget.measure import Planner
 from anode_exp.budget.plan import RESERVE
-from anode_exp.build import autocast_for, build_optimizer
+from anode_exp.build import autocast_for, build_optimizer, placed, varied
 from anode_exp.config.check import parse_bytes
 from anode_exp.config.schema import GradientConfig, StudyConfig, TrainConfig
 from anode_exp.models import ode_blocks
 from anode_exp.studies.memory import peaks_and_times
-from anode_exp.studies.networks import placed, varied
 from anode_exp.tasks.classification import Classification
 from anode_exp.training.graphed_step import capture_of
 from anode_exp.training.progress import bar

@@ -8,11 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from anode_exp.build import varied
 from anode_exp.config.schema import GradientConfig, StudyConfig, TrainConfig
 from anode_exp.ode import SolveFailed
 from anode_exp.records.checkpoints import Checkpoints
 from anode_exp.runs import load_run
-from anode_exp.studies.networks import varied
 from anode_exp.training.progress import bar
 
 
@@ -67,10 +67,7 @@ def rows(
                 settings = [{"solver": own.name, "adaptive": True, "rtol": own.rtol, "atol": own.atol}]
         runs = [load_run(study.run, name) for name in names]
         states = {run.epoch: run.network.state_dict() for run in runs}
-    modes = {
-        "full_backprop": GradientConfig(name="full_backprop"),
-        "stored_adjoint": GradientConfig(name="stored_adjoint"),
-    }
+    modes = {name: GradientConfig(name=name) for name in ("full_backprop", "stored_adjoint")}
     with bar(len(states) * len(settings) * len(study.gradients), study.name) as progress:
         for epoch, weights in states.items():
             for setting in settings:
@@ -81,12 +78,8 @@ def rows(
                         network.load_state_dict(weights)
                     return flat_gradient(network.to(images.device).double(), images, labels)
 
-                row = {
-                    "epoch": epoch,
-                    "solver": setting["solver"],
-                    "n_steps": setting.get("n_steps"),
-                    "tolerance": setting.get("rtol"),
-                }
+                chosen = {"n_steps": setting.get("n_steps"), "tolerance": setting.get("rtol")}
+                row = {"epoch": epoch, "solver": setting["solver"], **chosen}
                 try:
                     exact, stored = (gradient(modes[name]) for name in modes)
                 except SolveFailed as error:

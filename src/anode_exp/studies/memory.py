@@ -10,10 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from anode_exp.build import autocast_for
+from anode_exp.build import autocast_for, placed, varied
 from anode_exp.config.schema import StudyConfig, TrainConfig
 from anode_exp.models import take_evaluations
-from anode_exp.studies.networks import placed, varied
 from anode_exp.tasks.classification import Classification
 from anode_exp.tasks.task import Batch
 from anode_exp.training.graphed_step import CudaCapture, GraphedStep, capture_of
@@ -109,15 +108,8 @@ def rows(
             for label, gradient in study.gradients.items():
                 network = varied(config, gradient, num_classes, **{axis: value})
                 networks[label], layout = placed(network, config, images.device)
-            laid_out = images.contiguous(memory_format=layout)
-            for row in peaks_and_times(
-                networks, (laid_out, labels), config.runtime.precision, study.repeats, progress.update,
-                capture_of(config, images.device),
-            ):  # fmt: skip
-                yield {
-                    "varied": axis,
-                    "n_steps": config.solver.n_steps,
-                    "blocks_per_stage": config.model.blocks_per_stage,
-                    axis: value,
-                    **row,
-                }
+            on_device = (images.contiguous(memory_format=layout), labels)
+            precision, new_capture = config.runtime.precision, capture_of(config, images.device)
+            fixed = {"n_steps": config.solver.n_steps, "blocks_per_stage": config.model.blocks_per_stage}
+            for row in peaks_and_times(networks, on_device, precision, study.repeats, progress.update, new_capture):
+                yield {"varied": axis, **fixed, axis: value, **row}

@@ -19,14 +19,6 @@ CASE_ROWS = 25
 SINGLE = torch.finfo(torch.float32).eps
 
 
-def _relu_of(w: Tensor, y: Tensor) -> Tensor:
-    return F.relu(w @ y)
-
-
-def _relu_times(a: float, y: Tensor) -> Tensor:
-    return a * F.relu(y)
-
-
 class Flow(nn.Module):
     """dy/dt = g(y) as a module."""
 
@@ -72,12 +64,8 @@ def to_tolerance(f: nn.Module, y0: Tensor, rtol: float, solver: str = "dopri5") 
 
 def steps_for(f: nn.Module, y0: Tensor, target: float, solver: str, most: int) -> int | None:
     """The least power of two of equal steps with ρ ≤ target; None if even ``most`` are too few."""
-    n = 2
-    while n <= most:
-        if fixed(f, y0, n, solver) <= target:
-            return n
-        n *= 2
-    return None
+    powers = (2**k for k in range(1, most.bit_length()))
+    return next((n for n in powers if fixed(f, y0, n, solver) <= target), None)
 
 
 def cases(tick: Callable[[], object]) -> Iterator[dict[str, Any]]:
@@ -113,7 +101,7 @@ def cases(tick: Callable[[], object]) -> Iterator[dict[str, Any]]:
     w = torch.randn(n, n, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     y0 = torch.randn(n, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     for name, matrix in (("Gaussian", w), ("Gaussian, ‖W‖₂ = 1", w / torch.linalg.matrix_norm(w, 2))):
-        flow = Flow(partial(_relu_of, matrix))
+        flow = Flow(partial(lambda w, y: F.relu(w @ y), matrix))
         case = f"dz/dt = max(0, W z), W {name}, n = 100"
         said = "about 10,000 steps for single precision" if matrix is w else "reversible"
         for solver in ("euler", "rk4"):
@@ -140,22 +128,9 @@ def cases(tick: Callable[[], object]) -> Iterator[dict[str, Any]]:
 
     for a in (0.1, 0.5, 0.9):
         z = 1.7 * one
-        flow = Flow(partial(_relu_times, a))
+        flow = Flow(partial(lambda a, y: a * F.relu(y), a))
         yield row(f"F(z) = z + {a} max(0, z), z0 = 1.7", "euler, 1 step", "error", f"a² z0 = {a * a * 1.7:.4g}",
                   fixed(flow, z, 1, "euler") * 1.7)  # fmt: skip
-
-
-class ConvField(nn.Module):
-    """dy/dt = act(K ∗ y): one 3×3 convolution with a Gaussian kernel, as in ANODE's Figs. 1 and 7. y: [B, C, H, W]."""
-
-    def __init__(self, channels: int, std: float, activation: str, generator: torch.Generator) -> None:
-        super().__init__()
-        kernel = std * torch.randn(channels, channels, 3, 3, generator=generator)
-        self.kernel = nn.Parameter(kernel, requires_grad=False)
-        self.activation = FIELD_ACTIVATIONS[activation]
-
-    def forward(self, t: float, y: Tensor) -> Tensor:
-        return self.activation(F.conv2d(y, self.kernel, padding=1))
 
 
 FIELD_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -164,6 +139,13 @@ FIELD_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "leaky_relu": F.leaky_relu,
     "softplus": F.softplus,
 }
+
+
+def conv_flow(channels: int, std: float, activation: str, seed: int, device: torch.device) -> Flow:
+    """dy/dt = act(K ∗ y): one 3×3 convolution with a Gaussian kernel, as in ANODE's Figs. 1 and 7. y: [B, C, H, W]."""
+    kernel = torch.randn(channels, channels, 3, 3, generator=torch.Generator().manual_seed(seed))
+    kernel = (std * kernel).to(device)
+    return Flow(lambda y: FIELD_ACTIVATIONS[activation](F.conv2d(y, kernel, padding=1)))
 
 
 def images_there_and_back(
@@ -176,7 +158,7 @@ def images_there_and_back(
         std: of the Gaussian kernel, the same for every activation.
     """
     for activation in FIELD_ACTIVATIONS:
-        f = ConvField(images.shape[1], std, activation, torch.Generator().manual_seed(seed)).to(images.device)
+        f = conv_flow(images.shape[1], std, activation, seed, images.device)
         for label, (solver, there, back) in grids.items():
             row = {"kind": "image", "activation": activation, "solver": label, "weight_std": std}
             try:
