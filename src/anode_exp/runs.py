@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 
@@ -16,7 +15,7 @@ from anode_exp.models import take_evaluations
 from anode_exp.models.calibrate import calibrate_norms
 from anode_exp.ode import SolveFailed
 from anode_exp.records.checkpoints import Checkpoints
-from anode_exp.records.reading import append_line, read_metrics, read_results
+from anode_exp.records.reading import Row, append_line, read_metrics, read_results
 from anode_exp.training.progress import bar
 from anode_exp.training.step import evaluate
 
@@ -35,8 +34,8 @@ class Run:
     config: TrainConfig
     network: nn.Module
     epoch: int
-    metrics: list[dict[str, Any]]
-    results: dict[str, Any] | None
+    metrics: list[Row]
+    results: Row | None
 
 
 def load_run(directory: str | Path, checkpoint: str = "best", config: TrainConfig | None = None) -> Run:
@@ -68,9 +67,7 @@ def load_run(directory: str | Path, checkpoint: str = "best", config: TrainConfi
     return Run(directory, config, network.eval(), epoch, read_metrics(directory), read_results(directory))
 
 
-def evaluate_run(
-    directory: Path, checkpoint: str, configs: list[TrainConfig], calibrate: int = 0
-) -> list[dict[str, Any]]:
+def evaluate_run(directory: Path, checkpoint: str, configs: list[TrainConfig], calibrate: int = 0) -> list[Row]:
     """Loss and accuracy on the test images under every configuration; appended to ``evaluations.jsonl``.
 
     Args:
@@ -86,9 +83,7 @@ def evaluate_run(
     return rows
 
 
-def evaluated(
-    directory: Path, checkpoint: str, config: TrainConfig, calibrate: int = 0, show: bool = True
-) -> dict[str, Any]:
+def evaluated(directory: Path, checkpoint: str, config: TrainConfig, calibrate: int = 0, show: bool = True) -> Row:
     """One row of ``evaluate_run``, recorded nowhere; ``show`` draws a progress bar."""
     trained = typed(read_config(directory))
     if trained.model.block == "residual" and (config.solver.name, config.solver.n_steps) != ("euler", 1):
@@ -117,14 +112,10 @@ def evaluated(
         metrics = evaluate(network, assembly.autocast, assembly.task, shown)
     except SolveFailed as error:
         raise UserError(f"{directory}, {name}: {error}") from error
-    return {
-        "checkpoint": checkpoint,
-        "epoch": run.epoch,
-        "dataset": config.dataset.name,
-        assembly.task.unit: data.size("test"),
-        "solver": config.solver.name,
-        "n_steps": None if config.solver.adaptive else config.solver.n_steps,
-        "statistics": config.model.statistics + (f", {calibrate} batches anew" if calibrate else ""),
-        "nfe": sum(e.forward for e in take_evaluations(network)) // total,
-        **{f"test_{metric}": x for metric, x in metrics.items()},
-    }
+    anew = f", {calibrate} batches anew" if calibrate else ""
+    row: Row = {"checkpoint": checkpoint, "epoch": run.epoch, "dataset": config.dataset.name}
+    row |= {assembly.task.unit: data.size("test"), "solver": config.solver.name}
+    row |= {"n_steps": None if config.solver.adaptive else config.solver.n_steps}
+    row |= {"statistics": config.model.statistics + anew}
+    row |= {"nfe": sum(e.forward for e in take_evaluations(network)) // total}
+    return row | {f"test_{metric}": x for metric, x in metrics.items()}

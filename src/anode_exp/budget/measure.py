@@ -301,18 +301,10 @@ class Planner:
 
     def describe(self, plan: Plan, budget: int, measured: int) -> dict[str, Any]:
         """The plan as a record."""
-        return {
-            "budget_bytes": budget,
-            "predicted_bytes": plan.predicted_bytes,
-            "measured_bytes": measured,
-            "blocks": [
-                {
-                    "policy": name,
-                    "evaluations_forward": self.profiles[name].evaluations[i][0],
-                    "evaluations_backward": self.profiles[name].evaluations[i][1],
-                    "kept_bytes": self.profiles[name].kept[i],
-                    "seconds": self._seconds[name][i],
-                }
-                for i, name in enumerate(plan.policies)
-            ],
-        }
+        blocks = []
+        for i, name in enumerate(plan.policies):
+            profile, seconds = self.profiles[name], self._seconds[name][i]
+            evaluations = zip(("evaluations_forward", "evaluations_backward"), profile.evaluations[i], strict=True)
+            blocks.append({"policy": name, **dict(evaluations), "kept_bytes": profile.kept[i], "seconds": seconds})
+        sizes = {"budget_bytes": budget, "predicted_bytes": plan.predicted_bytes, "measured_bytes": measured}
+        return {**sizes, "blocks": blocks}

@@ -6,8 +6,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+Row = dict[str, Any]
+"""A record, or a line of several: values by name."""
 
-def read_lines(path: Path) -> list[dict[str, Any]]:
+
+def read_lines(path: Path) -> list[Row]:
     """JSON lines; what a killed process or a full disk left unfinished is no line."""
     lines = []
     for line in path.read_text().splitlines(keepends=True) if path.exists() else []:
@@ -17,7 +20,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def append_line(path: Path, line: dict[str, Any]) -> None:
+def append_line(path: Path, line: Row) -> None:
     """Add a JSON line, on a line of its own also after one that was left unfinished."""
     torn = path.exists() and not path.read_text().endswith("\n")
     with path.open("a") as file:
@@ -55,12 +58,12 @@ def write_json(path: Path, record: Any) -> None:
     write_atomically(path, json.dumps(record, indent=2) + "\n")
 
 
-def read_metrics(directory: Path) -> list[dict[str, Any]]:
+def read_metrics(directory: Path) -> list[Row]:
     """The lines of ``metrics.jsonl``."""
     return read_lines(directory / "metrics.jsonl")
 
 
-def read_results(directory: Path) -> dict[str, Any] | None:
+def read_results(directory: Path) -> Row | None:
     """``results.json``; None before the run has ended."""
     path = directory / "results.json"
     return json.loads(path.read_text()) if path.exists() else None

@@ -32,19 +32,12 @@ def report(rows: list[dict[str, Any]], directory: Path) -> str:
         ax.set(title=f"{part[0]['model']}, {part[0]['solver']}", xlabel="epoch")
         gaps = [row["by_time"] - row["one_set_anew"] for row in part]
         last = part[-1]
-        table.append(
-            {
-                "model": last["model"],
-                "solver": last["solver"],
-                "epoch": last["epoch"],
-                "training loss": f"{last['train_loss']:.3f}",
-                "by time, %": f"{100 * last['by_time']:.2f}",
-                "one set, %": "–" if last["one_set_kept"] is None else f"{100 * last['one_set_kept']:.2f}",
-                "one set anew, %": f"{100 * last['one_set_anew']:.2f}",
-                "gap, points": f"{100 * gaps[-1]:.1f}",
-                "least to largest gap": f"{100 * min(gaps):.1f} to {100 * max(gaps):.1f}",
-            }
-        )
+        row = {key: last[key] for key in ("model", "solver", "epoch")}
+        row |= {"training loss": f"{last['train_loss']:.3f}"}
+        for title, key in (("by time", "by_time"), ("one set", "one_set_kept"), ("one set anew", "one_set_anew")):
+            row[f"{title}, %"] = "–" if last[key] is None else f"{100 * last[key]:.2f}"
+        row |= {"gap, points": f"{100 * gaps[-1]:.1f}"}
+        table.append({**row, "least to largest gap": f"{100 * min(gaps):.1f} to {100 * max(gaps):.1f}"})
     for ax in list(axes.flat)[len(runs) :]:
         ax.axis("off")
     for ax in axes[:, 0]:

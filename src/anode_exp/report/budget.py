@@ -20,15 +20,11 @@ def report(rows: list[dict[str, Any]], directory: Path) -> str:
     right.set(xlabel="budget, MB", ylabel="time of a step over the largest budget's", xscale="log")
     left.legend()
     save(figure, directory / "study.png")
-    table = [
-        {
-            "budget": f"{r['budget_bytes'] / 1e6:,.1f} MB",
-            "predicted": f"{r['predicted_bytes'] / 1e6:,.1f} MB",
-            "measured": f"{peak_of(r) / 1e6:,.1f} MB",
-            "step, ms": f"{r['step_time_s'] * 1e3:,.0f}",
-            "over the last": f"×{r['step_time_s'] / rows[-1]['step_time_s']:.2f}",
-            "policies of the blocks": ", ".join(r["policies"]),
-        }
-        for r in rows
-    ]
+    table = []
+    for r in rows:
+        sizes = {"budget": r["budget_bytes"], "predicted": r["predicted_bytes"], "measured": peak_of(r)}
+        line = {name: f"{size / 1e6:,.1f} MB" for name, size in sizes.items()}
+        line |= {"step, ms": f"{r['step_time_s'] * 1e3:,.0f}"}
+        line |= {"over the last": f"×{r['step_time_s'] / rows[-1]['step_time_s']:.2f}"}
+        table.append({**line, "policies of the blocks": ", ".join(r["policies"])})
     return tabulate(table, headers="keys")

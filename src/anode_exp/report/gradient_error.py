@@ -14,11 +14,8 @@ def _with_parts(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     found = []
     for row in rows:
         found.append(row)
-        found += [
-            {**row, "gradient": f"{row['gradient']}: {part}", "relative_error": row[f"{part}_error"]}
-            for part in ("reversal", "inconsistency")
-            if f"{part}_error" in row
-        ]
+        for part in (p for p in ("reversal", "inconsistency") if f"{p}_error" in row):
+            found.append({**row, "gradient": f"{row['gradient']}: {part}", "relative_error": row[f"{part}_error"]})
     return found
 
 

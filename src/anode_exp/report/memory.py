@@ -34,9 +34,8 @@ def growth(rows: list[dict[str, Any]], x: str) -> dict[str, tuple[float, float]]
 
 def report(rows: list[dict[str, Any]], directory: Path) -> str:
     """Writes ``study.png``; returns the tables of the rows of ``study.jsonl``."""
-    steps = [row for row in rows if row["varied"] == "n_steps"]
-    blocks = [row for row in rows if row["varied"] == "blocks_per_stage"]
-    panels = [("n_steps", steps), ("blocks_per_stage", blocks)]
+    panels = [(x, [row for row in rows if row["varied"] == x]) for x in ("n_steps", "blocks_per_stage")]
+    steps = panels[0][1]
     figure, axes = plt.subplots(1, 3, figsize=(15, 4.5), layout="constrained")
     for ax, (x, part) in zip(axes, panels, strict=False):
         draw_lines(ax, part, x, lambda row: peak_of(row) / 1e6)
@@ -52,10 +51,7 @@ def report(rows: list[dict[str, Any]], directory: Path) -> str:
         for label in labels_of(part):
             mine = {row[x]: row for row in part if row["gradient"] == label}
             fit = f"{fits[label][0] / 1e6:,.0f} + {fits[label][1] / 1e6:,.1f} {x}" if label in fits else ""
-            table.append(
-                {"gradient": label}
-                | {f"{x}={k}": f"{peak_of(r) / 1e6:,.0f} MB ×{r['time_ratio']:.2f}" for k, r in mine.items()}
-                | {"fit, MB": fit, "stated": ORDER.get(label, "")}
-            )
+            cells = {f"{x}={k}": f"{peak_of(r) / 1e6:,.0f} MB ×{r['time_ratio']:.2f}" for k, r in mine.items()}
+            table.append({"gradient": label, **cells, "fit, MB": fit, "stated": ORDER.get(label, "")})
         text.append(tabulate(table, headers="keys"))
     return "\n\n".join(text)

@@ -16,9 +16,8 @@ def report(rows: list[dict[str, Any]], directory: Path) -> str:
     solvers = list(dict.fromkeys(r["solver"] for r in of_images))
     activations = list(dict.fromkeys(r["activation"] for r in of_images))
     columns = [("input", None)] + [(what, solver) for solver in solvers for what in ("output", "reversed")]
-    figure, axes = plt.subplots(
-        len(activations), len(columns), figsize=(2.1 * len(columns), 2.4 * len(activations)), layout="constrained"
-    )
+    size = (2.1 * len(columns), 2.4 * len(activations))
+    figure, axes = plt.subplots(len(activations), len(columns), figsize=size, layout="constrained")
     for row_axes, activation in zip(axes, activations, strict=True):
         for ax, (what, solver) in zip(row_axes, columns, strict=True):
             ax.set(xticks=[], yticks=[])

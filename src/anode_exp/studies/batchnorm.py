@@ -3,13 +3,12 @@
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from anode_exp.config.check import read_config, typed
 from anode_exp.config.schema import StudyConfig, TrainConfig
 from anode_exp.errors import UserError
 from anode_exp.records.checkpoints import Checkpoints
-from anode_exp.records.reading import read_metrics
+from anode_exp.records.reading import Row, read_metrics
 from anode_exp.runs import evaluated
 from anode_exp.training.progress import bar
 
@@ -26,7 +25,7 @@ def kept_epochs(directory: Path) -> list[int]:
     return epochs
 
 
-def both_ways(directory: Path, epoch: int, calibrate: int, here: TrainConfig) -> dict[str, Any]:
+def both_ways(directory: Path, epoch: int, calibrate: int, here: TrainConfig) -> Row:
     """Test accuracy of one kept epoch's network with statistics by time and with one set.
 
     Those that the run kept while it trained are as recorded; the others are estimated anew from training batches.
@@ -61,9 +60,7 @@ def both_ways(directory: Path, epoch: int, calibrate: int, here: TrainConfig) ->
     }
 
 
-def rows(
-    config: TrainConfig, study: StudyConfig, num_classes: int, batch: None, directory: Path
-) -> Iterator[dict[str, Any]]:
+def rows(config: TrainConfig, study: StudyConfig, num_classes: int, batch: None, directory: Path) -> Iterator[Row]:
     runs = [(folder, kept_epochs(folder)) for folder in map(Path, (study.run or "").split(","))]
     with bar(sum(len(epochs) for _, epochs in runs), study.name) as progress:
         for folder, epochs in runs:

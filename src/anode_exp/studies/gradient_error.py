@@ -12,7 +12,9 @@ from anode_exp.build import varied
 from anode_exp.config.schema import GradientConfig, StudyConfig, TrainConfig
 from anode_exp.ode import SolveFailed
 from anode_exp.records.checkpoints import Checkpoints
+from anode_exp.records.reading import Row
 from anode_exp.runs import load_run
+from anode_exp.tasks.task import Batch
 from anode_exp.training.progress import bar
 
 
@@ -45,9 +47,7 @@ def split_error(reverse: Tensor, stored: Tensor, exact: Tensor) -> dict[str, flo
     }
 
 
-def rows(
-    config: TrainConfig, study: StudyConfig, num_classes: int, batch: tuple[Tensor, Tensor], directory: Path
-) -> Iterator[dict[str, Any]]:
+def rows(config: TrainConfig, study: StudyConfig, num_classes: int, batch: Batch, directory: Path) -> Iterator[Row]:
     images, labels = batch[0].double(), batch[1]
     settings: list[dict[str, Any]] = [{"solver": s, "n_steps": n} for s in study.solvers for n in study.n_steps]
     each_its_own = config.model.evolution != "none" and config.model.evolution_coupling == "joint"

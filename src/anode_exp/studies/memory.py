@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from anode_exp.build import autocast_for, placed, varied
 from anode_exp.config.schema import StudyConfig, TrainConfig
 from anode_exp.models import take_evaluations
+from anode_exp.records.reading import Row
 from anode_exp.tasks.classification import Classification
 from anode_exp.tasks.task import Batch
 from anode_exp.training.graphed_step import CudaCapture, GraphedStep, capture_of
@@ -31,7 +32,7 @@ def peaks_and_times(
     repeats: int,
     tick: Callable[[], object],
     new_capture: Callable[[], CudaCapture] | None = None,
-) -> Iterator[dict[str, Any]]:
+) -> Iterator[Row]:
     """A row for each network: peak bytes, median seconds a step, and the median of its ratios to the first's.
 
     The networks take their timed steps in turn, so that a machine whose speed drifts slows all of them.
@@ -64,12 +65,8 @@ def peaks_and_times(
             optimizers[label].zero_grad()
             allocator.empty_cache()
             cuda_bytes = peak_while(partial(step, label), own.copy, allocator)
-        peaks[label] = {
-            "counted_bytes": counted,
-            "cuda_bytes": cuda_bytes,
-            "nfe_forward": sum(e.forward for e in evaluations),
-            "nfe_backward": sum(e.backward for e in evaluations),
-        }
+        nfe = {f"nfe_{way}": sum(getattr(e, way) for e in evaluations) for way in ("forward", "backward")}
+        peaks[label] = {"counted_bytes": counted, "cuda_bytes": cuda_bytes, **nfe}
         optimizers[label].zero_grad()
         tick()
 
@@ -89,17 +86,12 @@ def peaks_and_times(
             tick()
     first = next(iter(networks))
     for label in networks:
-        yield {
-            "gradient": label,
-            **peaks[label],
-            "step_time_s": statistics.median(seconds[label]),
-            "time_ratio": statistics.median(a / b for a, b in zip(seconds[label], seconds[first], strict=True)),
-        }
+        ratios = [a / b for a, b in zip(seconds[label], seconds[first], strict=True)]
+        times = {"step_time_s": statistics.median(seconds[label]), "time_ratio": statistics.median(ratios)}
+        yield {"gradient": label, **peaks[label], **times}
 
 
-def rows(
-    config: TrainConfig, study: StudyConfig, num_classes: int, batch: tuple[Tensor, Tensor], directory: Path
-) -> Iterator[dict[str, Any]]:
+def rows(config: TrainConfig, study: StudyConfig, num_classes: int, batch: Batch, directory: Path) -> Iterator[Row]:
     images, labels = batch
     grids = [("n_steps", n) for n in study.n_steps] + [("blocks_per_stage", n) for n in study.blocks_per_stage]
     with bar(len(grids) * len(study.gradients) * (1 + study.repeats), study.name) as progress:

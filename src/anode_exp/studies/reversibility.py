@@ -4,7 +4,6 @@ import math
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -13,6 +12,8 @@ from torch import Tensor, nn
 
 from anode_exp.config.schema import StudyConfig, TrainConfig
 from anode_exp.ode import TABLEAUX, ExplicitRungeKutta, SolveFailed, TimeGrid, Tolerance, VectorField, solve_forward
+from anode_exp.records.reading import Row
+from anode_exp.tasks.task import Batch
 from anode_exp.training.progress import bar
 
 CASE_ROWS = 25
@@ -68,10 +69,10 @@ def steps_for(f: nn.Module, y0: Tensor, target: float, solver: str, most: int) -
     return next((n for n in powers if fixed(f, y0, n, solver) <= target), None)
 
 
-def cases(tick: Callable[[], object]) -> Iterator[dict[str, Any]]:
+def cases(tick: Callable[[], object]) -> Iterator[Row]:
     """A row for each case of ANODE Sec. III: what is stated, and what is measured, in float64 on the CPU."""
 
-    def row(case: str, solver: str, quantity: str, stated: str, measured: float | str | None) -> dict[str, Any]:
+    def row(case: str, solver: str, quantity: str, stated: str, measured: float | str | None) -> Row:
         tick()
         return {"kind": "case", "case": case, "solver": solver, "quantity": quantity, "stated": stated,
                 "measured": measured}  # fmt: skip
@@ -150,7 +151,7 @@ def conv_flow(channels: int, std: float, activation: str, seed: int, device: tor
 
 def images_there_and_back(
     images: Tensor, std: float, seed: int, grids: dict[str, tuple[str, TimeGrid | Tolerance, TimeGrid | Tolerance]]
-) -> Iterator[tuple[dict[str, Any], dict[str, Tensor]]]:
+) -> Iterator[tuple[Row, dict[str, Tensor]]]:
     """A row with ρ of all images, and output and reversed images, for each activation and each (solver, there, back).
 
     Args:
@@ -173,9 +174,7 @@ def images_there_and_back(
             )
 
 
-def rows(
-    config: TrainConfig, study: StudyConfig, num_classes: int, batch: tuple[Tensor, Tensor], directory: Path
-) -> Iterator[dict[str, Any]]:
+def rows(config: TrainConfig, study: StudyConfig, num_classes: int, batch: Batch, directory: Path) -> Iterator[Row]:
     images = batch[0]
     n = config.solver.n_steps
     grids: dict[str, tuple[str, TimeGrid | Tolerance, TimeGrid | Tolerance]] = {

@@ -105,14 +105,8 @@ def _inspect(c: Contestant, device: torch.device) -> tuple[dict[str, Any], int]:
     for _ in range(2):
         c.step()  # the second of these records, where a graph is recorded
     turn = max(1, round(LEAST_ROUND_S / seconds_of(c.step, device)))
-    counts = {
-        "label": c.label,
-        "peak_bytes": peak,
-        "operators_per_step": traffic.operators,
-        "bytes_per_step": traffic.bytes,
-        "flops_per_step": traffic.flops,
-    }
-    return counts, turn
+    counts = {f"{name}_per_step": getattr(traffic, name) for name in ("operators", "bytes", "flops")}
+    return {"label": c.label, "peak_bytes": peak, **counts}, turn
 
 
 def time_in_turn(
@@ -142,20 +136,14 @@ def time_in_turn(
     for c in contestants:
         row, mine = rows[c.label], seconds[c.label]
         row["kernels_per_step"] = kernels_per_step(c, device)  # after all that is timed, which a profiler may slow
-        quartiles = statistics.quantiles(mine, n=4) if len(mine) > 1 else [mine[0]] * 3
+        low, _, high = statistics.quantiles(mine, n=4) if len(mine) > 1 else mine * 3
         median = statistics.median(mine)
-        floor = max(row["bytes_per_step"] / bandwidth, row["flops_per_step"] / rates[c.dtype])
-        row |= {
-            "step_s": median,
-            "step_s_quartiles": [quartiles[0], quartiles[2]],
-            "ratio": median / statistics.median(first)
-            if c.alone
-            else statistics.median(a / b for a, b in zip(mine, first, strict=True)),
-            "images_per_s": c.images / median,
-            "epoch_s": c.epoch_steps * median,
-            "bandwidth_share": row["bytes_per_step"] / median / bandwidth,
-            "matrix_share": row["flops_per_step"] / median / rates[c.dtype],
-            "floor_s": floor,
-            "of_floor": floor / median,
-        }
+        ratio = median / statistics.median(first)
+        if not c.alone:
+            ratio = statistics.median(a / b for a, b in zip(mine, first, strict=True))
+        row |= {"step_s": median, "step_s_quartiles": [low, high], "ratio": ratio}
+        row |= {"images_per_s": c.images / median, "epoch_s": c.epoch_steps * median}
+        copying, computing = row["bytes_per_step"] / bandwidth, row["flops_per_step"] / rates[c.dtype]
+        row |= {"bandwidth_share": copying / median, "matrix_share": computing / median}
+        row |= {"floor_s": max(copying, computing), "of_floor": max(copying, computing) / median}
     return [rows[c.label] for c in contestants], bandwidth, rates

@@ -66,13 +66,5 @@ def logging_for(directory: Path) -> Iterator[None]:
 
 def bar(total: int, description: str, done: int = 0, iterable: Iterable[Any] | None = None) -> "tqdm[Any]":
     """A progress bar of steps on standard error, around an iterable if one is given; silent without a terminal."""
-    return tqdm(
-        iterable,
-        total=total,
-        initial=done,
-        desc=description,
-        unit="step",
-        leave=False,
-        dynamic_ncols=True,
-        disable=None,
-    )
+    look: dict[str, Any] = {"unit": "step", "leave": False, "dynamic_ncols": True, "disable": None}
+    return tqdm(iterable, total=total, initial=done, desc=description, **look)

@@ -240,9 +240,8 @@ class Trainer:
         part = EpochPart(torch.full((n_steps,), math.nan, device=self.device), self.task.zeros(self.device))
         if before is not None:
             part.losses[:taken] = before.losses.to(self.device)
-            part = replace(
-                before, losses=part.losses, sums={name: x.to(self.device) for name, x in before.sums.items()}
-            )
+            sums = {name: x.to(self.device) for name, x in before.sums.items()}
+            part = replace(before, losses=part.losses, sums=sums)
         now = self._clock()
         shown = bar(n_steps, f"epoch {progress.epochs + 1}/{self.recipe.epochs}", taken)
         size, n = self.recipe.batch_size, self.data.size("train")
@@ -274,13 +273,8 @@ class Trainer:
         if check or self.device.type == "cpu":  # a read makes the host wait for a GPU, so seldom there
             metrics = self.task.metrics({name: float(x) for name, x in part.sums.items()}, epoch.count())
             rate = epoch.count(epoch.first) / (self._clock() - epoch.started)
-            epoch.shown.set_postfix(
-                {
-                    "loss": f"{float(part.losses[i]):.3f}",
-                    **{name: f"{x:.3g}" for name, x in metrics.items()},
-                    f"{self.task.unit}_per_s": f"{rate:.0f}",
-                }
-            )
+            shown = {"loss": f"{float(part.losses[i]):.3f}", **{name: f"{x:.3g}" for name, x in metrics.items()}}
+            epoch.shown.set_postfix({**shown, f"{self.task.unit}_per_s": f"{rate:.0f}"})
 
     def _settle(self, epoch: _Epoch, i: int) -> None:
         """Time one of the first steps, which pay for more than themselves."""
@@ -320,17 +314,11 @@ class Trainer:
         progress.settling_samples += part.settling_samples
         progress.peak_memory_bytes = max(progress.peak_memory_bytes, self.memory.peak_bytes)
         metrics = self.task.metrics({name: float(x) for name, x in part.sums.items()}, samples)
-        line: dict[str, Any] = {
-            "epoch": progress.epochs,
-            "steps": progress.steps,
-            "lr": epoch.lr,
-            "train_loss": progress.train_loss,
-            **{f"train_{name}": x for name, x in metrics.items()},
-            "train_time_s": part.train_time_s,
-            f"{self.task.unit}_per_s": samples / part.train_time_s,
-            "peak_memory_bytes": progress.peak_memory_bytes,
-            **{f"nfe_{k}": n for k, n in progress.nfe.items() if k != "blocks"},
-        }
+        line: dict[str, Any] = {"epoch": progress.epochs, "steps": progress.steps, "lr": epoch.lr}
+        line |= {"train_loss": progress.train_loss, **{f"train_{name}": x for name, x in metrics.items()}}
+        line |= {"train_time_s": part.train_time_s, f"{self.task.unit}_per_s": samples / part.train_time_s}
+        line |= {"peak_memory_bytes": progress.peak_memory_bytes}
+        line |= {f"nfe_{k}": n for k, n in progress.nfe.items() if k != "blocks"}
         if self.status == "completed":
             try:
                 with self.memory.paused():
