@@ -204,14 +204,10 @@ class Run:
 
     def _finish(self, trainer: Trainer) -> None:
         assert self._record is not None
-        seed = self.config.seed
-        memory = {
-            "peak_memory_kind": self.memory.kind,
-            "reserved_memory_bytes": self.memory.reserved_bytes,
-            "dataset_bytes": self.images.nbytes,
-        }
-        network = {"parameters": count_parameters(trainer.network), "runs_at_once": self.together, "seed": seed}
-        results = {"status": trainer.status, "reason": trainer.reason, **_summary(trainer), **memory, **network}
+        memory = {"peak_memory_kind": self.memory.kind, "reserved_memory_bytes": self.memory.reserved_bytes}
+        results = {"status": trainer.status, "reason": trainer.reason, **_summary(trainer), **memory}
+        results |= {"dataset_bytes": self.images.nbytes, "parameters": count_parameters(trainer.network)}
+        results |= {"runs_at_once": self.together, "seed": self.config.seed}
         results |= environment(trainer.device)
         results["wall_time_s"]["total"] = self._earlier_s + time.perf_counter() - self.started
         self._record.finish(results)
@@ -237,17 +233,12 @@ def _plan(directory: Path, trainer: Trainer, resume: bool) -> None:
             bar(Planner.dry_runs(config.solver.n_steps), "planning") as progress,
             memory_for("planning", "give a smaller gradient.memory, which the device holds, or recipe.batch_size"),
         ):
+            batch = next(trainer.data.evaluation("train", max(SMALL_BATCHES)))
+            new_capture = trainer.step.new_capture if isinstance(trainer.step, GraphedStep) else None
             planner = Planner(
-                network.train(),
-                lambda n: build_optimizer(n, config.recipe),
-                trainer.assembly.autocast,
-                trainer.task,
-                next(trainer.data.evaluation("train", max(SMALL_BATCHES))),
-                progress.update,
-                trainer.assembly.batch_size,
-                trainer.rehearse,
-                trainer.step.new_capture if isinstance(trainer.step, GraphedStep) else None,
-            )
+                network.train(), lambda n: build_optimizer(n, config.recipe), trainer.assembly.autocast, trainer.task,
+                batch, progress.update, trainer.assembly.batch_size, trainer.rehearse, new_capture,
+            )  # fmt: skip
             chosen, measured = planner.fitted(budget)
         plan = planner.describe(chosen, budget, measured)
         write_json(path, plan)
@@ -271,10 +262,8 @@ def _check_can_go_on(directory: Path, config: TrainConfig, state: dict[str, Any]
             more = "its schedule ends there, so nothing can be added"
         raise Ended(f"{directory}: has ended after {epochs} epochs; {more}")
     if state["device_type"] != device.type:
-        raise UserError(
-            f"{directory}: this run was on {state['device_type']}, here is {device.type}, where the same seed draws "
-            "other images; resume it on a machine of its kind"
-        )
+        why = f"this run was on {state['device_type']}, here is {device.type}, where the same seed draws other images"
+        raise UserError(f"{directory}: {why}; resume it on a machine of its kind")
 
 
 def _summary(trainer: Trainer) -> dict[str, Any]:
@@ -283,11 +272,8 @@ def _summary(trainer: Trainer) -> dict[str, Any]:
     rate = samples / (progress.train_time_s - progress.settling_time_s) if samples > 0 else None
     scores = {f"{k}_{trainer.task.score}": getattr(progress, f"{k}_score") for k in ("test", "best_test", "validation")}
     same = ("best_epoch", "train_loss", "epochs", "steps", "nfe", "peak_memory_bytes")
-    seconds = {
-        "train": progress.train_time_s,
-        "evaluation": progress.evaluation_time_s,
-        "first_step": progress.first_step_s or 0.0,
-    }
+    seconds = {"train": progress.train_time_s, "evaluation": progress.evaluation_time_s}
+    seconds |= {"first_step": progress.first_step_s or 0.0}
     counts = {name: getattr(progress, name) for name in same}
     return {**scores, **counts, "wall_time_s": seconds, f"{trainer.task.unit}_per_s": rate}
 

@@ -23,11 +23,9 @@ from anode_exp.records.reading import write_json
 log = logging.getLogger(__name__)
 
 ABOUT = "one run, on CUDA where there is one; with -m a sweep; with resume=DIR a run continued"
+SWEEP = "run every combination of the settings that list several values: gradient=full_backprop,revolve"
 FLAGS = [
-    (
-        "-m, --multirun",
-        "run every combination of the settings that list several values: gradient=full_backprop,revolve",
-    ),
+    ("-m, --multirun", SWEEP),
     ("-c, --cfg job", "print the configuration that would run, and run nothing"),
     ("-h, --help", "this page, with the values that the given settings lead to"),
     ("--hydra-help", "Hydra's own flags"),

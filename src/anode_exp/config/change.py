@@ -44,10 +44,8 @@ def resumed(directory: Path, overrides: list[str]) -> TrainConfig:
     config = _recomposed(recorded, line, MAY_CHANGE_ON_RESUME, "a resumed run")
     check_used(given_keys(parsed), [config])
     if config.recipe.schedule == "cosine" and config.recipe.epochs != recorded.recipe.epochs:
-        raise UserError(
-            f"recipe.epochs={config.recipe.epochs}: a cosine schedule depends on it, and this run's has "
-            f"{recorded.recipe.epochs}; train anew for another length"
-        )
+        why = f"a cosine schedule depends on it, and this run's has {recorded.recipe.epochs}"
+        raise UserError(f"recipe.epochs={config.recipe.epochs}: {why}; train anew for another length")
     return config
 
 
@@ -95,7 +93,6 @@ def _recomposed(base: DictConfig, overrides: list[str], may_change: tuple[str, .
     for key in sorted(before.keys() | after.keys()):
         allowed = any(key == k or key.startswith(k + ".") for k in may_change)
         if not allowed and before.get(key) != after.get(key):
-            raise UserError(
-                f"{key}={after.get(key)}: this run has {before.get(key)}; {who} may change {', '.join(may_change)}"
-            )
+            allows = f"{who} may change {', '.join(may_change)}"
+            raise UserError(f"{key}={after.get(key)}: this run has {before.get(key)}; {allows}")
     return typed(changed)

@@ -24,14 +24,9 @@ def is_calibrated(row: dict[str, Any], config: TrainConfig, epochs: int) -> bool
     Training does not depend on running statistics, so the same weights serve: this is what a run with the other
     ``model.statistics`` would have reached.
     """
-    same = {
-        "checkpoint": "last",
-        "epoch": epochs,
-        "dataset": config.dataset.name,
-        "solver": config.solver.name,
-        "n_steps": config.solver.n_steps,
-        "statistics": f"{other_statistics(config)}, {CALIBRATION_BATCHES} batches anew",
-    }
+    statistics = f"{other_statistics(config)}, {CALIBRATION_BATCHES} batches anew"
+    same = {"checkpoint": "last", "epoch": epochs, "dataset": config.dataset.name, "statistics": statistics}
+    same |= {"solver": config.solver.name, "n_steps": config.solver.n_steps}
     return row.items() >= same.items()
 
 

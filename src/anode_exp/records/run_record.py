@@ -52,6 +52,15 @@ def _metric_tags(line: dict[str, Any]) -> list[tuple[str, str]]:
     return tags
 
 
+TAGS = (
+    ("epoch", "epoch"), ("learning_rate", "lr"), ("peak_memory_bytes", "peak_memory_bytes"),
+    ("epoch_time_s/train", "train_time_s"), ("epoch_time_s/evaluation", "evaluation_time_s"),
+    ("nfe_per_step/forward", "nfe_forward"), ("nfe_per_step/backward", "nfe_backward"),
+    ("adaptive_steps_per_step/accepted", "nfe_accepted"), ("adaptive_steps_per_step/rejected", "nfe_rejected"),
+)  # fmt: skip
+"""TensorBoard's name for each value of an epoch's line that is not a metric."""
+
+
 class RunRecord:
     """The open records of one run.
 
@@ -104,31 +113,16 @@ class RunRecord:
         """Append one epoch to ``metrics.jsonl`` and to TensorBoard, there over training steps.
 
         ``line`` has at least epoch, steps and step_losses. One scale of steps for all curves, because resuming purges
-        by step.
-
-        Raises:
-            UserError: if it cannot be written.
+        by step. UserError if it cannot be written.
         """
         with self._writing():
             self._metrics.write(json.dumps(_finite(line)) + "\n")
             self._metrics.flush()
             os.fsync(self._metrics.fileno())
         losses = line["step_losses"]
-        first = line["steps"] - len(losses) + 1
-        for i, loss in enumerate(losses):
-            self._events.add_scalar("train_step/loss", loss, first + i)
-        for tag, key in (
-            ("epoch", "epoch"),
-            ("learning_rate", "lr"),
-            ("peak_memory_bytes", "peak_memory_bytes"),
-            ("epoch_time_s/train", "train_time_s"),
-            ("epoch_time_s/evaluation", "evaluation_time_s"),
-            ("nfe_per_step/forward", "nfe_forward"),
-            ("nfe_per_step/backward", "nfe_backward"),
-            ("adaptive_steps_per_step/accepted", "nfe_accepted"),
-            ("adaptive_steps_per_step/rejected", "nfe_rejected"),
-            *_metric_tags(line),
-        ):
+        for step, loss in enumerate(losses, line["steps"] - len(losses) + 1):
+            self._events.add_scalar("train_step/loss", loss, step)
+        for tag, key in (*TAGS, *_metric_tags(line)):
             if line.get(key) is not None:
                 self._events.add_scalar(tag, line[key], line["steps"])
         self._events.flush()
