@@ -22,12 +22,11 @@ from anode_exp.ode import SolveFailed
 from anode_exp.records.checkpoints import Checkpoints
 from anode_exp.records.run_record import RunRecord
 from anode_exp.tasks.task import Batch, Sums
-from anode_exp.training.averaging import MovingAverage
 from anode_exp.training.graphed_step import GraphedStep, sync_debug, training_step
 from anode_exp.training.peak_memory import PeakMemory
 from anode_exp.training.progress import bar
 from anode_exp.training.signals import StopRequest
-from anode_exp.training.step import evaluate, restart_momentum, set_learning_rate
+from anode_exp.training.step import MovingAverage, evaluate, restart_momentum, set_learning_rate
 from anode_exp.training.streams import wait
 from anode_exp.training.world import ALONE
 
