@@ -126,10 +126,6 @@ def build_schedule(recipe: RecipeConfig) -> Callable[[int], float]:
     return rate
 
 
-def build_normalisation(dataset: DatasetConfig, device: torch.device, layout: torch.memory_format) -> Normalisation:
-    return Normalisation(dataset.mean, dataset.std, device, layout)
-
-
 def evaluation_batch_size(config: TrainConfig, device: torch.device) -> int:
     """Images that an evaluation takes at once: ``recipe.test_batch_size``, or what suits the run where that is null.
 
@@ -142,10 +138,6 @@ def evaluation_batch_size(config: TrainConfig, device: torch.device) -> int:
     if config.solver.adaptive or device.type != "cuda":
         return schema.TEST_BATCH_SIZE
     return min(1000, config.recipe.batch_size) if config.gradient.name == "budget" else 1000
-
-
-def build_augmentation(dataset: DatasetConfig) -> Augmentation:
-    return Augmentation(dataset.crop_padding, dataset.flip)
 
 
 def build_network(config: TrainConfig, num_classes: int) -> nn.Module:
@@ -219,13 +211,13 @@ def placed(network: nn.Module, config: TrainConfig, device: torch.device) -> tup
 
 def assemble(config: TrainConfig, images: ImageData) -> Assembly:
     """The assembly of a configuration; its device is that of the images."""
-    device, recipe = images.train.labels.device, config.recipe
+    device, recipe, dataset = images.train.labels.device, config.recipe, config.dataset
     network, layout = placed(build_network(config, images.num_classes), config, device)
-    task, batches = Classification(recipe.label_smoothing), build_batches(config, images, layout)
-    optimizer, autocast = build_optimizer(network, recipe), autocast_for(config.runtime.precision, device)
+    augment, normalise = (
+        Augmentation(dataset.crop_padding, dataset.flip),
+        Normalisation(dataset.mean, dataset.std, device, layout),
+    )
+    batches = ImageBatches(images, recipe.batch_size, augment, normalise, config.seed)
+    task, optimizer = Classification(recipe.label_smoothing), build_optimizer(network, recipe)
+    autocast = autocast_for(config.runtime.precision, device)
     return Assembly(config, device, layout, task, batches, network, optimizer, autocast)
-
-
-def build_batches(config: TrainConfig, images: ImageData, layout: torch.memory_format) -> ImageBatches:
-    normalise = build_normalisation(config.dataset, images.train.labels.device, layout)
-    return ImageBatches(images, config.recipe.batch_size, build_augmentation(config.dataset), normalise, config.seed)

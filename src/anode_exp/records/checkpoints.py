@@ -58,21 +58,17 @@ class Checkpoints:
         Raises UserError if files are there and none can be read.
         """
         names = ["last", "previous"] if name == "last" else [name]
-        unreadable = []
-        for candidate in names:
-            path = self.path(candidate)
-            if not path.exists():
-                continue
+        paths = [path for path in map(self.path, names) if path.exists()]
+        for path in paths:
             try:
                 state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
                 state["progress"]
             except (OSError, RuntimeError, EOFError, KeyError, pickle.UnpicklingError) as error:
                 log.warning(f"{path}: truncated or not a checkpoint ({type(error).__name__})")
-                unreadable.append(str(path))
                 continue
-            if unreadable:
+            if path != paths[0]:
                 log.warning(f"using {path} instead")
             return state
-        if unreadable:
-            raise UserError(f"{', '.join(unreadable)}: truncated or not a checkpoint; nothing to go on from")
+        if paths:
+            raise UserError(f"{', '.join(map(str, paths))}: truncated or not a checkpoint; nothing to go on from")
         return None

@@ -13,9 +13,9 @@ from tabulate import tabulate
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from anode_exp.build import Assembly, assemble, build_augmentation, build_data, build_device, set_backends
+from anode_exp.build import Assembly, assemble, build_data, build_device, set_backends
 from anode_exp.config.schema import TrainConfig
-from anode_exp.data import ImageData
+from anode_exp.data import Augmentation, ImageData
 from anode_exp.data.torchvision_loader import torchvision_loader
 from anode_exp.models import ode_blocks
 from anode_exp.ode import Solver, Theta, TimeGrid, Tolerance, VectorField, solve_forward
@@ -127,7 +127,8 @@ def _on_device(assembly: Assembly) -> Iterator[Batch]:
 
 def _loaded(assembly: Assembly, images: ImageData) -> Iterator[Batch]:
     data, device = assembly.config.dataset, assembly.device
-    loader = torchvision_loader(images.train, assembly.batch_size, build_augmentation(data), data.mean, data.std)
+    augment = Augmentation(data.crop_padding, data.flip)
+    loader = torchvision_loader(images.train, assembly.batch_size, augment, data.mean, data.std)
     while True:
         for batch, labels in loader:
             yield batch.to(device, non_blocking=True), labels.to(device, non_blocking=True)

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from omegaconf import OmegaConf
 
-from anode_exp.build import build_data, build_device, build_normalisation, set_backends
+from anode_exp.build import build_data, build_device, set_backends
 from anode_exp.config.schema import StudyConfig, TrainConfig
 from anode_exp.data import DATASETS, Normalisation, evaluation_batches
 from anode_exp.records.environment import environment
@@ -26,7 +26,7 @@ def run_study(config: TrainConfig, study: StudyConfig, directory: Path) -> Path:
     of = config.model.name
     batch = None
     if study.batch_size is not None:
-        normalise = build_normalisation(config.dataset, device, torch.contiguous_format)
+        normalise = Normalisation(config.dataset.mean, config.dataset.std, device, torch.contiguous_format)
         if study.name == "reversibility":  # pictures, to be looked at
             normalise = Normalisation([0.0] * 3, [1.0] * 3, device)
         batch = next(evaluation_batches(build_data(config.dataset, device).train, study.batch_size, normalise))
