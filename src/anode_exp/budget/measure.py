@@ -36,7 +36,6 @@ from anode_exp.training.streams import seconds_of
 log = logging.getLogger(__name__)
 
 SMALL_BATCHES = (2, 4)
-
 REPEATS = 3  # timed passes of a block under each policy; the fastest counts
 
 
@@ -294,10 +293,9 @@ class Planner:
         if measured <= room:
             return self._plan_of(names), measured
         least = -(-(measured + RESERVE) // 2**20)
-        raise UserError(
-            f"gradient.memory: a training step does not fit {budget / 2**20:.1f} MiB with any checkpoint policy; "
-            f"give {least}MiB or more, a smaller recipe.batch_size, or a smaller network"
-        )
+        why = f"a training step does not fit {budget / 2**20:.1f} MiB with any checkpoint policy"
+        remedy = f"give {least}MiB or more, a smaller recipe.batch_size, or a smaller network"
+        raise UserError(f"gradient.memory: {why}; {remedy}")
 
     def describe(self, plan: Plan, budget: int, measured: int) -> dict[str, Any]:
         """The plan as a record."""

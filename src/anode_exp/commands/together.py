@@ -5,6 +5,7 @@ import logging
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +110,7 @@ def train_together(
     return [run.results for run in todo]
 
 
+@dataclass(eq=False)
 class Run:
     """One of the runs of a command: begun, then advanced a step at a time. What goes wrong in one is its own.
 
@@ -118,25 +120,20 @@ class Run:
         error: what it failed with.
     """
 
-    def __init__(
-        self,
-        config: TrainConfig,
-        directory: Path,
-        images: ImageData,
-        stream: torch.cuda.Stream | None,
-        stop: StopRequest,
-        resume: bool,
-        together: int,
-        started: float,
-    ) -> None:
-        self.config, self.directory, self.images, self.stream, self.stop = config, directory, images, stream, stop
-        self.resume, self.together, self.started = resume, together, started
-        self.active = True
-        self.results: dict[str, Any] = {}
-        self.error: Exception | None = None
-        self._paused_at = 0.0
-        self._record: RunRecord | None = None
-        self._trainer: Trainer | None = None
+    config: TrainConfig
+    directory: Path
+    images: ImageData
+    stream: torch.cuda.Stream | None
+    stop: StopRequest
+    resume: bool
+    together: int
+    started: float
+    active: bool = True
+    results: dict[str, Any] = field(default_factory=dict)
+    error: Exception | None = None
+    _paused_at: float = 0.0
+    _record: RunRecord | None = None
+    _trainer: Trainer | None = None
 
     def go_on(self, part: Callable[[], bool]) -> bool:
         """A part of the run, on its stream and with its log; whether an epoch has ended. An error ends the run."""

@@ -83,14 +83,14 @@ def _check(config: Any, path: str = "") -> None:
             for path_of_entry, entry in entries.items():
                 _check(entry, f"{path_of_entry}.")
             continue
-        for number in value if isinstance(value, list) else [value]:
+        numbers = value if isinstance(value, list) else [value]
+        for number in numbers:
             if isinstance(number, float) and not math.isfinite(number):
                 raise UserError(f"{key}={number}: give a finite number")
         if value is None:
             continue
         if "one_of" in f.metadata and value not in f.metadata["one_of"]:
             raise UserError(f"{key}={value}: choose one of {', '.join(f.metadata['one_of'])}")
-        numbers = value if isinstance(value, list) else [value]
         if "at_least" in f.metadata and any(n < f.metadata["at_least"] for n in numbers):
             raise UserError(f"{key}={value}: give {_expected(str(f.type))}, at least {f.metadata['at_least']}")
         if "below" in f.metadata and value >= f.metadata["below"]:

@@ -46,17 +46,13 @@ def sweep_rows(directory: Path) -> list[dict[str, Any]]:
     jobs = [_job(*place) for place in places]
     keys = dict.fromkeys(key for settings, _ in jobs for key in settings)
     varied = [k for k in keys if len({settings.get(k) for settings, _ in jobs}) > 1]
-    return [
-        {
-            "job": ".".join(part.partition("_")[0] for part in run.relative_to(directory).parts),
-            **{k: settings.get(k) for k in varied},
-            "status": results["status"],
-            **{m: results.get(m) for m in MEASURES},
-            "error": results.get("error"),
-            "mistake": results.get("mistake", False),
-        }
-        for (run, _), (settings, results) in zip(places, jobs, strict=True)
-    ]
+    rows = []
+    for (run, _), (settings, results) in zip(places, jobs, strict=True):
+        job = ".".join(part.partition("_")[0] for part in run.relative_to(directory).parts)
+        row = {"job": job, **{k: settings.get(k) for k in varied}, "status": results["status"]}
+        row |= {m: results.get(m) for m in MEASURES}
+        rows.append({**row, "error": results.get("error"), "mistake": results.get("mistake", False)})
+    return rows
 
 
 def over_seeds(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -48,16 +48,12 @@ def both_ways(directory: Path, epoch: int, calibrate: int, here: TrainConfig) ->
         changed = replace(config, model=replace(config.model, statistics=statistics))
         return float(evaluated(directory, str(epoch), changed, calibrate, show=False)["test_accuracy"])
 
-    return {
-        "run": directory.name,
-        "model": config.model.name,
-        "solver": config.solver.describe(),
-        "statistics": config.model.statistics,
-        **{name: recorded[name] for name in ("epoch", "train_loss", "train_accuracy")},
-        "by_time": recorded["test_accuracy"] if by_time else anew("by_time"),
-        "one_set_kept": None if by_time else recorded["test_accuracy"],
-        "one_set_anew": anew("forward"),
-    }
+    row: Row = {"run": directory.name, "model": config.model.name, "solver": config.solver.describe()}
+    row |= {"statistics": config.model.statistics}
+    row |= {name: recorded[name] for name in ("epoch", "train_loss", "train_accuracy")}
+    row |= {"by_time": recorded["test_accuracy"] if by_time else anew("by_time")}
+    row |= {"one_set_kept": None if by_time else recorded["test_accuracy"], "one_set_anew": anew("forward")}
+    return row
 
 
 def rows(config: TrainConfig, study: StudyConfig, num_classes: int, batch: None, directory: Path) -> Iterator[Row]:

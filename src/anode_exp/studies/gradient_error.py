@@ -40,11 +40,8 @@ def split_error(reverse: Tensor, stored: Tensor, exact: Tensor) -> dict[str, flo
 
     Source: the two faults of ANODE (arXiv 1902.10298), Sec. III and IV.
     """
-    norm = exact.norm()
-    return {
-        "reversal_error": float((reverse - stored).norm() / norm),
-        "inconsistency_error": float((stored - exact).norm() / norm),
-    }
+    reversal = float((reverse - stored).norm() / exact.norm())
+    return {"reversal_error": reversal, "inconsistency_error": relative_error(stored, exact)}
 
 
 def rows(config: TrainConfig, study: StudyConfig, num_classes: int, batch: Batch, directory: Path) -> Iterator[Row]:

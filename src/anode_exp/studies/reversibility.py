@@ -16,6 +16,7 @@ from anode_exp.records.reading import Row
 from anode_exp.tasks.task import Batch
 from anode_exp.training.progress import bar
 
+Grid = TimeGrid | Tolerance
 CASE_ROWS = 25
 SINGLE = torch.finfo(torch.float32).eps
 
@@ -32,9 +33,7 @@ class Flow(nn.Module):
 
 
 @torch.no_grad()
-def there_and_back(
-    f: nn.Module, y0: Tensor, there: TimeGrid | Tolerance, back: TimeGrid | Tolerance, solver: str
-) -> tuple[Tensor, Tensor, int, int]:
+def there_and_back(f: nn.Module, y0: Tensor, there: Grid, back: Grid, solver: str) -> tuple[Tensor, Tensor, int, int]:
     """φ(y0, t), φ(φ(y0, t), −t), and the steps taken each way.
 
     Raises:
@@ -150,7 +149,7 @@ def conv_flow(channels: int, std: float, activation: str, seed: int, device: tor
 
 
 def images_there_and_back(
-    images: Tensor, std: float, seed: int, grids: dict[str, tuple[str, TimeGrid | Tolerance, TimeGrid | Tolerance]]
+    images: Tensor, std: float, seed: int, grids: dict[str, tuple[str, Grid, Grid]]
 ) -> Iterator[tuple[Row, dict[str, Tensor]]]:
     """A row with ρ of all images, and output and reversed images, for each activation and each (solver, there, back).
 
@@ -168,18 +167,15 @@ def images_there_and_back(
                 yield {**row, "rho": None, "rho_of_images": None, "reason": str(error)}, {}
                 continue
             each = [rho(y0, y) for y0, y in zip(images, again, strict=True)]
-            yield (
-                {**row, "rho": rho(images, again), "rho_of_images": each, "steps": forward, "steps_back": backward},
-                {"output": y1, "reversed": again},
-            )
+            row |= {"rho": rho(images, again), "rho_of_images": each, "steps": forward, "steps_back": backward}
+            yield row, {"output": y1, "reversed": again}
 
 
 def rows(config: TrainConfig, study: StudyConfig, num_classes: int, batch: Batch, directory: Path) -> Iterator[Row]:
     images = batch[0]
     n = config.solver.n_steps
-    grids: dict[str, tuple[str, TimeGrid | Tolerance, TimeGrid | Tolerance]] = {
-        f"{config.solver.name}, {n} steps": (config.solver.name, TimeGrid(n), TimeGrid(n, 1.0, 0.0))
-    }
+    grids: dict[str, tuple[str, Grid, Grid]] = {}
+    grids[f"{config.solver.name}, {n} steps"] = (config.solver.name, TimeGrid(n), TimeGrid(n, 1.0, 0.0))
     limits = {"max_evaluations": 100_000, "min_step": 1e-9}
     for solver in study.adaptive_solvers:
         for tol in study.tolerances:

@@ -24,10 +24,8 @@ def run_streams(device: torch.device, count: int) -> list[torch.cuda.Stream | No
     if device.type != "cuda":
         return [None] * count
     if count > MOST_STREAMS:
-        raise UserError(
-            f"{count} runs at once: a GPU takes {MOST_STREAMS}, a stream each; give seeds={MOST_STREAMS} or fewer, "
-            "and the others afterwards"
-        )
+        remedy = f"give seeds={MOST_STREAMS} or fewer, and the others afterwards"
+        raise UserError(f"{count} runs at once: a GPU takes {MOST_STREAMS}, a stream each; {remedy}")
     streams = [torch.cuda.Stream(device) for _ in range(count)]
     for stream in streams:
         stream.wait_stream(torch.cuda.current_stream(device))
