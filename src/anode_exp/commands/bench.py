@@ -2,10 +2,8 @@
 
 from fnmatch import fnmatchcase
 
-import yaml
-
 from anode_exp.commands.arguments import Parser, help_text, own_settings
-from anode_exp.config.check import check_used, split_settings
+from anode_exp.config.check import check_used, split_settings, yaml_or_text
 from anode_exp.config.compose import composed, folder, given_keys, parse
 from anode_exp.config.describe import near
 from anode_exp.config.schema import BenchSettings, TrainConfig
@@ -60,10 +58,7 @@ def bench_entries(arguments: list[str]) -> tuple[list[tuple[str, TrainConfig, st
     Raises UserError for the first thing wrong.
     """
     own, shared = split_settings(BenchSettings, arguments, "bench")
-    try:
-        compare = yaml.safe_load(own.compare)
-    except yaml.YAMLError:
-        compare = None
+    compare = yaml_or_text(own.compare)
     if not isinstance(compare, list) or not all(isinstance(entry, str) for entry in compare):
         example = "compare='[gradient=dto_checkpoint, gradient=full_backprop solver=rk4]'"
         raise UserError(f"compare={own.compare}: give a list of settings, such as {example}")

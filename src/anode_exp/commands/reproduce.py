@@ -6,7 +6,7 @@ import statistics
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import replace
 
 from anode_exp.commands.arguments import Parser, help_text, own_settings
@@ -111,8 +111,7 @@ def reproduce(cells: list[Cell], tick: Callable[[], object] | None = None) -> in
     todo = [cell for cell in cells if not is_done(cell) or lacks_calibration(cell)]
     print(f"{len(cells) - len(todo)} of {len(cells)} runs are recorded, {len(todo)} to go")
     failed: list[tuple[str, bool]] = []  # and whether the user can mend it
-    groups = _together(todo)
-    done_epochs = sum(_epochs(cell) for cell in cells)
+    groups, done_epochs = _together(todo), sum(map(_epochs, cells))
     epochs = sum(c.config.recipe.epochs for c in cells if c.config is not None)
     with stop_requests() as stop, bar(epochs, "all runs", done_epochs) as progress:
         for position, group in enumerate(groups, 1):
@@ -183,24 +182,21 @@ def _run_group(
     log.error(failed[-1][0])
 
 
-def _epoch_seconds(cells: Iterable[Cell]) -> dict[tuple[str, str], float]:
-    """Median seconds of a recorded epoch, evaluation included, of each figure and method."""
-    seconds: dict[tuple[str, str], list[float]] = {}
-    for cell in cells:
-        if cell.config is not None and cell.method is not None:
-            for line in read_metrics(cell.directory):
-                taken = line["train_time_s"] + line.get("evaluation_time_s", 0.0)
-                seconds.setdefault((cell.figure, cell.method), []).append(taken)
-    return {key: statistics.median(values) for key, values in seconds.items()}
-
-
 def _time_to_go(cells: list[Cell], left: list[list[Cell]]) -> str:
-    """From recorded epochs: those of the same figure and method, else of the figure's others. Groups run at once."""
-    measured = _epoch_seconds(cells)
+    """From recorded epochs: those of the same figure and method, else of the figure's others. Groups run at once.
+
+    An epoch takes the median of those recorded, evaluation included.
+    """
+    seconds: dict[tuple[str, str | None], list[float]] = {}
+    for recorded in (c for c in cells if c.config is not None):
+        for line in read_metrics(recorded.directory):
+            taken = line["train_time_s"] + line.get("evaluation_time_s", 0.0)
+            seconds.setdefault((recorded.figure, recorded.method), []).append(taken)
+    measured = {key: statistics.median(values) for key, values in seconds.items()}
     total, unknown = 0.0, False
     for group in left:
         cell = min(group, key=_epochs, default=None)
-        if cell is None or cell.config is None or cell.method is None:
+        if cell is None or cell.config is None:
             continue
         others = [s for (figure, _), s in measured.items() if figure == cell.figure]
         second = measured.get((cell.figure, cell.method), max(others, default=None))

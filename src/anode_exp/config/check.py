@@ -16,7 +16,7 @@ from anode_exp.config.schema import SOLVERS, GradientConfig, SolverConfig, Study
 from anode_exp.errors import UserError
 
 
-def _yaml(text: str) -> Any:
+def yaml_or_text(text: str) -> Any:
     try:
         return yaml.safe_load(text)
     except yaml.YAMLError:  # refused with the type that was expected
@@ -40,7 +40,7 @@ def split_settings(schema: type[T], arguments: list[str], verb: str) -> tuple[T,
         elif key in own:
             raise UserError(f"{argument}: {key} is given twice")
         else:
-            own[key] = value if types[key].startswith("str") else _yaml(value)
+            own[key] = value if types[key].startswith("str") else yaml_or_text(value)
     return to_object(schema, OmegaConf.create(own)), rest
 
 

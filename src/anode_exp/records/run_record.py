@@ -24,6 +24,7 @@ from omegaconf import OmegaConf
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
+from anode_exp.config.describe import flat
 from anode_exp.config.schema import TrainConfig
 from anode_exp.errors import InUse, UserError
 from anode_exp.records.reading import read_metrics, write_atomically, write_json
@@ -131,20 +132,12 @@ class RunRecord:
         """Write ``results.json`` and the hyperparameters, and close; UserError if they cannot be written."""
         with self._writing():
             write_json(self.directory / "results.json", _finite(results))
-        flat = {
-            f"{group}.{key}": value if isinstance(value, int | float | str | bool) else str(value)
-            for group, settings in asdict(self.config).items()
-            if isinstance(settings, dict)
-            for key, value in settings.items()
-        }
-        numbers = {
-            f"hparam/{k}": float(results[k])
-            for k in results
-            if k.startswith(("test_", "best_test_")) or k in ("train_loss", "peak_memory_bytes")
-            if results[k] is not None
-        }
+        settings = {k: v for k, v in flat(asdict(self.config)).items() if k != "seeds"}
+        shown = {k: v if isinstance(v, int | float | str | bool) else str(v) for k, v in settings.items()}
+        measures = [k for k in results if k.startswith(("test_", "best_test_"))] + ["train_loss", "peak_memory_bytes"]
+        numbers = {f"hparam/{k}": float(results[k]) for k in measures if results.get(k) is not None}
         # SummaryWriter.add_hparams would open a directory of its own; the same three summaries belong in this one.
-        for summary in hparams({**flat, "seed": self.config.seed}, numbers):
+        for summary in hparams(shown, numbers):
             self._events._get_file_writer().add_summary(summary)
         for tag, value in numbers.items():
             self._events.add_scalar(tag, value, results["steps"])
