@@ -1,7 +1,5 @@
 """The command line: which module answers a verb, and with which exit code."""
 
-from __future__ import annotations
-
 import errno
 import os
 import sys
@@ -49,7 +47,7 @@ def main() -> None:
         if verb in ("-h", "--help", "help"):
             print(help_page())
         elif verb == "--version":
-            from anode_exp.commands.version import version
+            from anode_exp.commands.arguments import version
 
             print(version())
         elif not verb:

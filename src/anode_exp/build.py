@@ -1,28 +1,18 @@
 """The one place where configuration becomes objects."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from anode_exp import data
+from anode_exp.config import schema
 from anode_exp.config.schema import SOLVERS as METHODS
-from anode_exp.config.schema import (
-    TEST_BATCH_SIZE,
-    DatasetConfig,
-    GradientConfig,
-    ModelConfig,
-    RecipeConfig,
-    RuntimeConfig,
-    SolverConfig,
-    TrainConfig,
-)
+from anode_exp.config.schema import DatasetConfig, GradientConfig, RecipeConfig, RuntimeConfig, TrainConfig
+from anode_exp.data import Augmentation, ImageData, Normalisation, load
 from anode_exp.errors import UserError
 from anode_exp.gradient import GRADIENT_MODES
 from anode_exp.models import MODELS, Autonomous, Evolution, OdeBlock, TimedBatchNorm, ode_blocks
@@ -32,11 +22,7 @@ from anode_exp.tasks.task import Data, Task
 
 
 def build_device(runtime: RuntimeConfig) -> torch.device:
-    """The device of a run.
-
-    Raises:
-        UserError: if CUDA, or a precision that only CUDA has, was asked for and there is none.
-    """
+    """The device of a run; UserError if CUDA, or a precision that only CUDA has, was asked for and there is none."""
     available = torch.cuda.is_available()
     if runtime.device == "cuda" and not available:
         raise UserError("runtime.device=cuda: no CUDA device is visible; use runtime.device=cpu, or auto")
@@ -56,73 +42,52 @@ def build_memory_format(runtime: RuntimeConfig, network: nn.Module, device: torc
     if not runtime.channels_last:
         return torch.contiguous_format
     convs = [m for m in network.modules() if isinstance(m, nn.Conv2d)]
-    if device.type == "cpu" and any(
-        m.kernel_size == (1, 1) and max(m.stride) > 1 and m.in_channels < 16 for m in convs
-    ):
-        return torch.contiguous_format
-    return torch.channels_last
+    unsafe = any(m.kernel_size == (1, 1) and max(m.stride) > 1 and m.in_channels < 16 for m in convs)
+    return torch.contiguous_format if device.type == "cpu" and unsafe else torch.channels_last
 
 
-def build_data(dataset: DatasetConfig, device: torch.device) -> data.ImageData:
-    images = data.load(
-        dataset.name,
-        Path(dataset.root),
-        dataset.download,
-        train_size=dataset.train_size,
-        test_size=dataset.test_size,
-        validation_size=dataset.validation_size,
-    )
-    return images.to(device)
+def build_data(dataset: DatasetConfig, device: torch.device) -> ImageData:
+    sizes = {name: getattr(dataset, name) for name in ("train_size", "test_size", "validation_size")}
+    return load(dataset.name, Path(dataset.root), dataset.download, **sizes).to(device)
 
 
-def build_solver(solver: SolverConfig) -> Solver:
+def build_solver(solver: schema.SolverConfig) -> Solver:
     if METHODS[solver.name].explicit:
         return SOLVERS[solver.name]()
     return SOLVERS[solver.name](NewtonKrylov(solver.linear, solver.newton_rtol, solver.newton_max_iterations))
 
 
-def build_model(model: ModelConfig, solver: SolverConfig, gradient: GradientConfig, num_classes: int) -> nn.Module:
+def build_model(
+    model: schema.ModelConfig, solver: schema.SolverConfig, gradient: GradientConfig, num_classes: int
+) -> nn.Module:
     """The network, with parameters drawn from torch's global generator."""
-
     grid: TimeGrid | Tolerance = TimeGrid(solver.n_steps)
     if solver.adaptive:
         grid = Tolerance(solver.rtol, solver.atol, max_evaluations=solver.max_evaluations, min_step=solver.min_step)
     chosen = {k: v for k, v in asdict(gradient).items() if k not in ("name", "memory") and v is not None}
     # A budget's plan needs the network, and replaces the modes of its blocks.
     mode = GRADIENT_MODES["dto_checkpoint" if gradient.name == "budget" else gradient.name](**chosen)
-
-    method = build_solver(solver)
+    method, by_time = build_solver(solver), model.statistics == "by_time"
 
     def make_ode_block(f: nn.Module) -> OdeBlock:
-        if isinstance(f, Autonomous) and (model.statistics == "by_time" or model.norm_affine == "by_time"):
-            intervals = model.norm_intervals
-            n_steps = solver.n_steps
+        if isinstance(f, Autonomous) and (by_time or model.norm_affine == "by_time"):
+            n, intervals = solver.n_steps, model.norm_intervals
             times = [0.0]
-            if model.statistics == "by_time" and solver.adaptive:
+            if by_time and solver.adaptive:
                 times = [m / intervals for m in range(intervals + 1)]
-            elif model.statistics == "by_time":
-                times = sorted({(n + c) / n_steps for n in range(n_steps) for c in method.nodes})
-            between = model.statistics == "by_time" and solver.adaptive
-            f.time_norms(times, between, intervals if model.norm_affine == "by_time" else None)
+            elif by_time:
+                times = sorted({(i + c) / n for i in range(n) for c in method.nodes})
+            f.time_norms(times, by_time and solver.adaptive, intervals if model.norm_affine == "by_time" else None)
         evolution = None
         if model.evolution != "none":
-            evolution = Evolution(
-                f, model.evolution_coupling, model.evolution_sharing, model.evolution_activation, model.evolution_steps
-            )
+            settings = ("coupling", "sharing", "activation", "steps")
+            evolution = Evolution(f, *(getattr(model, f"evolution_{name}") for name in settings))
         block = OdeBlock(f, method, grid, mode, evolution)
         block.field.leaves_trace = model.statistics == "every_evaluation"
         return block
 
-    width = {} if model.width is None else {"width": model.width}
-    network = MODELS[model.name](
-        num_classes,
-        make_ode_block,
-        blocks_per_stage=model.blocks_per_stage,
-        norm=model.norm,
-        field_norm=model.field_norm,
-        activation=model.activation,
-        **width,
-    )
+    names = ("blocks_per_stage", "norm", "field_norm", "activation", *(() if model.width is None else ("width",)))
+    network = MODELS[model.name](num_classes, make_ode_block, **{name: getattr(model, name) for name in names})
     for block in ode_blocks(network):
         norms = [m for m in block.modules() if isinstance(m, nn.BatchNorm2d | nn.GroupNorm)]
         if norms:
@@ -147,13 +112,8 @@ def build_optimizer(network: nn.Module, recipe: RecipeConfig) -> torch.optim.Opt
         groups.append({"params": moving, "weight_decay": 0.0, "lr_factor": recipe.evolution_lr})
     for group in groups:  # each its own tensor: one that groups share would be filled by the last of them
         group["lr"] = torch.tensor(recipe.lr, device=device) if on_cuda else recipe.lr
-    return torch.optim.SGD(
-        groups,
-        momentum=recipe.momentum,
-        weight_decay=recipe.weight_decay,
-        nesterov=recipe.nesterov,
-        fused=on_cuda or None,
-    )
+    settings = {name: getattr(recipe, name) for name in ("momentum", "weight_decay", "nesterov")}
+    return torch.optim.SGD(groups, **settings, fused=on_cuda or None)
 
 
 def build_schedule(recipe: RecipeConfig) -> Callable[[int], float]:
@@ -173,12 +133,6 @@ def build_schedule(recipe: RecipeConfig) -> Callable[[int], float]:
     return rate
 
 
-def build_normalisation(
-    dataset: DatasetConfig, device: torch.device, memory_format: torch.memory_format
-) -> data.Normalisation:
-    return data.Normalisation(dataset.mean, dataset.std, device, memory_format)
-
-
 def evaluation_batch_size(config: TrainConfig, device: torch.device) -> int:
     """Images that an evaluation takes at once: ``recipe.test_batch_size``, or what suits the run where that is null.
 
@@ -189,18 +143,23 @@ def evaluation_batch_size(config: TrainConfig, device: torch.device) -> int:
     if config.recipe.test_batch_size is not None:
         return config.recipe.test_batch_size
     if config.solver.adaptive or device.type != "cuda":
-        return TEST_BATCH_SIZE
+        return schema.TEST_BATCH_SIZE
     return min(1000, config.recipe.batch_size) if config.gradient.name == "budget" else 1000
-
-
-def build_augmentation(dataset: DatasetConfig) -> data.Augmentation:
-    return data.Augmentation(dataset.crop_padding, dataset.flip)
 
 
 def build_network(config: TrainConfig, num_classes: int) -> nn.Module:
     """The network of a run as it is before training, on the CPU: its seed decides the weights."""
     torch.manual_seed(config.seed)
     return build_model(config.model, config.solver, config.gradient, num_classes)
+
+
+def varied(config: TrainConfig, gradient: GradientConfig, num_classes: int, **changes: Any) -> nn.Module:
+    """The network of a seed under a gradient mode; ``changes``: solver (a name), its settings, blocks_per_stage."""
+    blocks = changes.pop("blocks_per_stage", config.model.blocks_per_stage)
+    name = changes.pop("solver", config.solver.name)
+    solver = replace(config.solver, name=name, **{"adaptive": False, **changes})
+    model = replace(config.model, blocks_per_stage=blocks)
+    return build_network(replace(config, model=model, solver=solver, gradient=gradient), num_classes)
 
 
 def autocast_for(precision: str, device: torch.device) -> Callable[[], torch.autocast]:
@@ -251,30 +210,21 @@ class Assembly:
         return min(self.config.recipe.batch_size, self.data.size("train"))
 
 
-def assemble(config: TrainConfig, images: data.ImageData) -> Assembly:
-    """The assembly of a configuration; its device is that of the images."""
-    device = images.train.labels.device
-    network = build_network(config, images.num_classes)
+def placed(network: nn.Module, config: TrainConfig, device: torch.device) -> tuple[nn.Module, torch.memory_format]:
+    """The network on the device, and the layout that it has there."""
     layout = build_memory_format(config.runtime, network, device)
-    network = network.to(device, memory_format=layout)  # type: ignore[call-overload]
-    return Assembly(
-        config,
-        device,
-        layout,
-        Classification(config.recipe.label_smoothing),
-        build_batches(config, images, layout),
-        network,
-        build_optimizer(network, config.recipe),
-        autocast_for(config.runtime.precision, device),
-    )
+    return network.to(device, memory_format=layout), layout  # type: ignore[call-overload]
 
 
-def build_batches(config: TrainConfig, images: data.ImageData, layout: torch.memory_format) -> ImageBatches:
-    device = images.train.labels.device
-    return ImageBatches(
-        images,
-        config.recipe.batch_size,
-        build_augmentation(config.dataset),
-        build_normalisation(config.dataset, device, layout),
-        config.seed,
+def assemble(config: TrainConfig, images: ImageData) -> Assembly:
+    """The assembly of a configuration; its device is that of the images."""
+    device, recipe, dataset = images.train.labels.device, config.recipe, config.dataset
+    network, layout = placed(build_network(config, images.num_classes), config, device)
+    augment, normalise = (
+        Augmentation(dataset.crop_padding, dataset.flip),
+        Normalisation(dataset.mean, dataset.std, device, layout),
     )
+    batches = ImageBatches(images, recipe.batch_size, augment, normalise, config.seed)
+    task, optimizer = Classification(recipe.label_smoothing), build_optimizer(network, recipe)
+    autocast = autocast_for(config.runtime.precision, device)
+    return Assembly(config, device, layout, task, batches, network, optimizer, autocast)

@@ -1,11 +1,8 @@
 """A recorded run, looked at again."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 
@@ -18,7 +15,7 @@ from anode_exp.models import take_evaluations
 from anode_exp.models.calibrate import calibrate_norms
 from anode_exp.ode import SolveFailed
 from anode_exp.records.checkpoints import Checkpoints
-from anode_exp.records.reading import append_line, read_metrics, read_results
+from anode_exp.records.reading import Row, append_line, read_metrics, read_results
 from anode_exp.training.progress import bar
 from anode_exp.training.step import evaluate
 
@@ -37,8 +34,8 @@ class Run:
     config: TrainConfig
     network: nn.Module
     epoch: int
-    metrics: list[dict[str, Any]]
-    results: dict[str, Any] | None
+    metrics: list[Row]
+    results: Row | None
 
 
 def load_run(directory: str | Path, checkpoint: str = "best", config: TrainConfig | None = None) -> Run:
@@ -59,29 +56,18 @@ def load_run(directory: str | Path, checkpoint: str = "best", config: TrainConfi
     if checkpoint != "0":
         kept = [str(epoch) for epoch in checkpoints.epochs()]
         if checkpoint not in ("best", "last", *kept):
-            raise UserError(
-                f"checkpoint={checkpoint}: choose one of {', '.join(('best', 'last', '0', *kept))}; "
-                "train with runtime.keep_every=1 to keep more"
-            )
+            choice = f"choose one of {', '.join(('best', 'last', '0', *kept))}"
+            raise UserError(f"checkpoint={checkpoint}: {choice}; train with runtime.keep_every=1 to keep more")
         state = checkpoints.load(f"epoch-{checkpoint}" if checkpoint in kept else checkpoint)
         if state is None:
             raise UserError(f"{directory}: has no {checkpoint} checkpoint yet; one is saved after every epoch")
         averaged = state.get("averaged")
         network.load_state_dict(state["network"] if averaged is None else averaged["network"])
         epoch = state["progress"]["epochs"]
-    return Run(
-        directory,
-        config,
-        network.eval(),
-        epoch,
-        read_metrics(directory),
-        read_results(directory),
-    )
+    return Run(directory, config, network.eval(), epoch, read_metrics(directory), read_results(directory))
 
 
-def evaluate_run(
-    directory: Path, checkpoint: str, configs: list[TrainConfig], calibrate: int = 0
-) -> list[dict[str, Any]]:
+def evaluate_run(directory: Path, checkpoint: str, configs: list[TrainConfig], calibrate: int = 0) -> list[Row]:
     """Loss and accuracy on the test images under every configuration; appended to ``evaluations.jsonl``.
 
     Args:
@@ -97,23 +83,18 @@ def evaluate_run(
     return rows
 
 
-def evaluated(
-    directory: Path, checkpoint: str, config: TrainConfig, calibrate: int = 0, show: bool = True
-) -> dict[str, Any]:
+def evaluated(directory: Path, checkpoint: str, config: TrainConfig, calibrate: int = 0, show: bool = True) -> Row:
     """One row of ``evaluate_run``, recorded nowhere; ``show`` draws a progress bar."""
     trained = typed(read_config(directory))
     if trained.model.block == "residual" and (config.solver.name, config.solver.n_steps) != ("euler", 1):
         raise UserError(f"{directory}: has residual blocks, which are one Euler step; no other solver fits them")
     if trained.model.statistics == "by_time" and config.model.statistics != "by_time" and not calibrate:
-        raise UserError(
-            f"model.statistics={config.model.statistics}: this run has by_time, which is not a single set; "
-            "estimate one from training batches with calibrate=50"
-        )
-    if DATASETS[config.dataset.name][1] != DATASETS[trained.dataset.name][1]:
-        raise UserError(
-            f"dataset={config.dataset.name}: has {DATASETS[config.dataset.name][1]} classes, this run's network "
-            f"{DATASETS[trained.dataset.name][1]}; choose a data set of as many"
-        )
+        why = "this run has by_time, which is not a single set; estimate one from training batches with calibrate=50"
+        raise UserError(f"model.statistics={config.model.statistics}: {why}")
+    classes, own = (DATASETS[c.dataset.name][1] for c in (config, trained))
+    if classes != own:
+        why = f"has {classes} classes, this run's network {own}; choose a data set of as many"
+        raise UserError(f"dataset={config.dataset.name}: {why}")
     run = load_run(directory, checkpoint, config)
     device = build_device(config.runtime)
     set_backends(config.runtime)
@@ -131,14 +112,10 @@ def evaluated(
         metrics = evaluate(network, assembly.autocast, assembly.task, shown)
     except SolveFailed as error:
         raise UserError(f"{directory}, {name}: {error}") from error
-    return {
-        "checkpoint": checkpoint,
-        "epoch": run.epoch,
-        "dataset": config.dataset.name,
-        assembly.task.unit: data.size("test"),
-        "solver": config.solver.name,
-        "n_steps": None if config.solver.adaptive else config.solver.n_steps,
-        "statistics": config.model.statistics + (f", {calibrate} batches anew" if calibrate else ""),
-        "nfe": sum(e.forward for e in take_evaluations(network)) // total,
-        **{f"test_{metric}": x for metric, x in metrics.items()},
-    }
+    anew = f", {calibrate} batches anew" if calibrate else ""
+    row: Row = {"checkpoint": checkpoint, "epoch": run.epoch, "dataset": config.dataset.name}
+    row |= {assembly.task.unit: data.size("test"), "solver": config.solver.name}
+    row |= {"n_steps": None if config.solver.adaptive else config.solver.n_steps}
+    row |= {"statistics": config.model.statistics + anew}
+    row |= {"nfe": sum(e.forward for e in take_evaluations(network)) // total}
+    return row | {f"test_{metric}": x for metric, x in metrics.items()}

@@ -19,8 +19,7 @@ from anode_exp.models.calibrate import calibrate_norms
 from anode_exp.models.layers import BatchNorm, interpolation
 from anode_exp.ode import TABLEAUX, ExplicitRungeKutta, Tolerance, VectorField, integrate_adaptive
 from anode_exp.tasks.classification import Classification
-from anode_exp.training.averaging import MovingAverage
-from anode_exp.training.step import evaluate, train_step
+from anode_exp.training.step import MovingAverage, evaluate, train_step
 
 CPU = torch.device("cpu")
 ADAPTIVE = ["solver=dopri5", "solver.adaptive=true", "solver.rtol=0.01", "solver.atol=0.01"]

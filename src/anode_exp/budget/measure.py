@@ -14,13 +14,10 @@ rounding) is measured with the steps that will run: once for the lightest plan, 
 again for each plan that is offered.
 """
 
-from __future__ import annotations
-
 import logging
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -31,16 +28,14 @@ from anode_exp.errors import UserError
 from anode_exp.gradient import GradientMode
 from anode_exp.models import OdeBlock, ode_blocks, take_evaluations
 from anode_exp.tasks.task import Batch, Task
-from anode_exp.training.graphed_step import Capture
-from anode_exp.training.peak_memory import LiveTensorBytes, allocator_of
+from anode_exp.training.graphed_step import CudaCapture
+from anode_exp.training.peak_memory import LiveTensorBytes, allocator_of, peak_while
 from anode_exp.training.step import set_learning_rate, state_tensors, train_step
+from anode_exp.training.streams import seconds_of
 
 log = logging.getLogger(__name__)
 
-
 SMALL_BATCHES = (2, 4)
-
-
 REPEATS = 3  # timed passes of a block under each policy; the fastest counts
 
 
@@ -85,7 +80,7 @@ class Planner:
         tick: Callable[[], object] = lambda: None,
         batch_size: int | None = None,
         rehearse: Callable[[], int] | None = None,
-        new_capture: Callable[[], Capture] | None = None,
+        new_capture: Callable[[], CudaCapture] | None = None,
     ) -> None:
         self.network, self.autocast, self.task, self.tick = network, autocast, task, tick
         self.rehearse, self.new_capture = rehearse, new_capture
@@ -236,13 +231,7 @@ class Planner:
             out.backward(torch.ones_like(out))
 
         run = self._recorded(passes)
-        best = float("inf")
-        for _ in range(REPEATS):
-            self._wait()
-            started = time.perf_counter()
-            run()
-            self._wait()
-            best = min(best, time.perf_counter() - started)
+        best = min(seconds_of(run, self.device) for _ in range(REPEATS))
         self.network.zero_grad(set_to_none=True)
         return best
 
@@ -260,16 +249,8 @@ class Planner:
             return passes
         return capture.replay
 
-    def _wait(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-
     def plan(self, budget: int) -> Plan:
-        """The fastest plan whose predicted peak is at most the budget.
-
-        Raises:
-            UserError: if there is none.
-        """
+        """The fastest plan whose predicted peak is at most the budget; UserError if there is none."""
         if budget < self.least():
             raise UserError(f"no plan fits {budget} bytes; the least is {self.least()}")
         names = fastest(self.profiles, self.seconds(budget), budget - self.constant_bytes)
@@ -285,17 +266,10 @@ class Planner:
             self.use(plan.policies)
             if self.rehearse is not None:
                 return self.rehearse()
-            allocator = allocator_of(self.device)
             own = [*state_tensors(self.network, self.optimizer), *self.batch]
-            if allocator is None:
-                with LiveTensorBytes(own) as live:
-                    train_step(self.network, self.optimizer, self.autocast, self.task, self.batch)
-                return live.peak
-            allocator.empty_cache()
-            allocator.reset_peaks()
-            others = allocator.allocated() - sum(x.nbytes for x in own)
-            train_step(self.network, self.optimizer, self.autocast, self.task, self.batch)
-            return allocator.most_allocated() - others
+            step = partial(train_step, self.network, self.optimizer, self.autocast, self.task, self.batch)
+            torch.cuda.empty_cache()
+            return peak_while(step, own.copy, allocator_of(self.device))
 
     def fitted(self, budget: int) -> tuple[Plan, int]:
         """A plan whose measured peak is below the budget too, and that peak.
@@ -319,25 +293,16 @@ class Planner:
         if measured <= room:
             return self._plan_of(names), measured
         least = -(-(measured + RESERVE) // 2**20)
-        raise UserError(
-            f"gradient.memory: a training step does not fit {budget / 2**20:.1f} MiB with any checkpoint policy; "
-            f"give {least}MiB or more, a smaller recipe.batch_size, or a smaller network"
-        )
+        why = f"a training step does not fit {budget / 2**20:.1f} MiB with any checkpoint policy"
+        remedy = f"give {least}MiB or more, a smaller recipe.batch_size, or a smaller network"
+        raise UserError(f"gradient.memory: {why}; {remedy}")
 
     def describe(self, plan: Plan, budget: int, measured: int) -> dict[str, Any]:
         """The plan as a record."""
-        return {
-            "budget_bytes": budget,
-            "predicted_bytes": plan.predicted_bytes,
-            "measured_bytes": measured,
-            "blocks": [
-                {
-                    "policy": name,
-                    "evaluations_forward": self.profiles[name].evaluations[i][0],
-                    "evaluations_backward": self.profiles[name].evaluations[i][1],
-                    "kept_bytes": self.profiles[name].kept[i],
-                    "seconds": self._seconds[name][i],
-                }
-                for i, name in enumerate(plan.policies)
-            ],
-        }
+        blocks = []
+        for i, name in enumerate(plan.policies):
+            profile, seconds = self.profiles[name], self._seconds[name][i]
+            evaluations = zip(("evaluations_forward", "evaluations_backward"), profile.evaluations[i], strict=True)
+            blocks.append({"policy": name, **dict(evaluations), "kept_bytes": profile.kept[i], "seconds": seconds})
+        sizes = {"budget_bytes": budget, "predicted_bytes": plan.predicted_bytes, "measured_bytes": measured}
+        return {**sizes, "blocks": blocks}

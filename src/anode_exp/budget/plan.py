@@ -1,7 +1,5 @@
 """Checkpoint policies, and the fastest plan for a byte budget: a search over bytes and seconds."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any

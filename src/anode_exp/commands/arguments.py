@@ -1,10 +1,10 @@
 """How every verb reads its words: ``--help``, and settings as ``key=value``."""
 
-from __future__ import annotations
-
 import argparse
+import sys
 from collections.abc import Iterable
 from dataclasses import fields
+from importlib.metadata import version as of
 from typing import Any, NoReturn
 
 from anode_exp.config.describe import two_columns, wrapped
@@ -16,18 +16,12 @@ PROGRAM = "python -m anode_exp"
 class Parser(argparse.ArgumentParser):
     """argparse, with a mistake as one line that names the help."""
 
-    def __init__(self, verb: str, *positionals: str, **options: Any) -> None:
-        super().__init__(
-            prog=f"{PROGRAM} {verb}",
-            add_help=False,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-            allow_abbrev=False,
-            **options,
-        )
+    def __init__(self, verb: str, *positionals: str) -> None:
+        super().__init__(prog=f"{PROGRAM} {verb}", add_help=False, allow_abbrev=False)
         for name in positionals:
             self.add_argument(name, nargs="?", metavar=name.upper())
         self.add_argument("settings", nargs="*", metavar="KEY=VALUE")
-        self.add_argument("-h", "--help", action="store_true", help=argparse.SUPPRESS)
+        self.add_argument("-h", "--help", action="store_true")
 
     def error(self, message: str) -> NoReturn:
         words = message.removeprefix("unrecognized arguments: ")
@@ -57,7 +51,16 @@ def help_text(
     text = [f"usage: {PROGRAM} {usage}", wrapped(about)]
     text += [f"{title}\n{two_columns(rows)}" for title, rows in parts if rows]
     text += [wrapped(notes)] if notes else []
-    examples = list(examples)
-    if examples:
-        text.append("examples\n" + "\n".join(f"  {PROGRAM} {example}" for example in examples))
+    lines = [f"  {PROGRAM} {example}" for example in examples]
+    text += ["\n".join(["examples", *lines])] if lines else []
     return "\n\n".join(text)
+
+
+def version() -> str:
+    """This program's, Python's, torch's and CUDA's, in a line."""
+    import torch
+
+    cuda = f"CUDA {torch.version.cuda}" if torch.version.cuda else "no CUDA"
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no CUDA device"
+    own = f"anode_exp {of('anode_exp')}, Python {sys.version.split()[0]}"
+    return f"{own}, torch {torch.__version__} with {cuda} ({device}), torchvision {of('torchvision')}"

@@ -1,16 +1,11 @@
 """``bench``: training steps of several compositions, and of usual ways to train, timed in turn."""
 
-from __future__ import annotations
-
 from fnmatch import fnmatchcase
 
-import yaml
-
 from anode_exp.commands.arguments import Parser, help_text, own_settings
-from anode_exp.config.check import check_used, split_settings
-from anode_exp.config.compose import composed, folder
+from anode_exp.config.check import check_used, split_settings, yaml_or_text
+from anode_exp.config.compose import composed, folder, given_keys, parse
 from anode_exp.config.describe import near
-from anode_exp.config.overrides import given_keys, parse
 from anode_exp.config.schema import BenchSettings, TrainConfig
 from anode_exp.errors import UserError
 
@@ -25,23 +20,12 @@ EXAMPLES = (
 def main(arguments: list[str]) -> None:
     parsed = Parser("bench").parse_intermixed_args(arguments)
     if parsed.help:
-        print(
-            help_text(
-                "bench [GROUP=OPTION …] [KEY=VALUE …] [compare=LIST]",
-                f"Bench: {ABOUT}. The other settings are those of train and shared by all entries.",
-                [
-                    (
-                        "settings",
-                        [
-                            *own_settings(BenchSettings),
-                            ("hydra.run.dir=outputs/DATE/TIME-bench", "where table and records go"),
-                        ],
-                    ),
-                    ("baselines", [(f"baseline={name}", text) for name, text in BASELINES.items()]),
-                ],
-                EXAMPLES,
-            )
-        )
+        usage = "bench [GROUP=OPTION …] [KEY=VALUE …] [compare=LIST]"
+        text = f"Bench: {ABOUT}. The other settings are those of train and shared by all entries."
+        place = ("hydra.run.dir=outputs/DATE/TIME-bench", "where table and records go")
+        baselines = [(f"baseline={name}", said) for name, said in BASELINES.items()]
+        parts = [("settings", [*own_settings(BenchSettings), place]), ("baselines", baselines)]
+        print(help_text(usage, text, parts, EXAMPLES))
         return
     entries, rounds = bench_entries(parsed.settings)
     directory = folder(split_settings(BenchSettings, parsed.settings, "bench")[1], "bench")
@@ -57,7 +41,6 @@ BASELINES = {
     "torch_checkpoint": "this project's step with torch.utils.checkpoint around each block",
 }
 
-
 NOT_TIMED = (
     *("length", "recipe.epochs", "recipe.max_steps", "recipe.test_batch_size", "recipe.lr", "recipe.milestones"),
     *("recipe.gamma", "recipe.schedule", "recipe.warmup_epochs", "recipe.evolution_lr", "recipe.restart_momentum"),
@@ -69,58 +52,55 @@ NOT_TIMED = (
 def bench_entries(arguments: list[str]) -> tuple[list[tuple[str, TrainConfig, str | None]], int]:
     """What ``bench`` compares: (label, configuration, baseline) each, and how many rounds.
 
-    ``compare=[…]`` lists overrides, several in one entry separated by spaces, beside those that all entries share;
-    ``baseline=NAME`` among them is one of ``BASELINES``. Without it the project's step stands beside all of those.
+    ``compare=[…]`` lists overrides, several in one entry separated by spaces, next to those that all entries share;
+    ``baseline=NAME`` among them is one of ``BASELINES``. Without it the project's step stands next to all of those.
 
-    Raises:
-        UserError: for the first thing wrong, in one line.
+    Raises UserError for the first thing wrong.
     """
-    own_settings, shared = split_settings(BenchSettings, arguments, "bench")
-    try:
-        compare = yaml.safe_load(own_settings.compare)
-    except yaml.YAMLError:
-        compare = None
+    own, shared = split_settings(BenchSettings, arguments, "bench")
+    compare = yaml_or_text(own.compare)
     if not isinstance(compare, list) or not all(isinstance(entry, str) for entry in compare):
-        raise UserError(
-            f"compare={own_settings.compare}: give a list of settings, such as "
-            "compare='[gradient=dto_checkpoint, gradient=full_backprop solver=rk4]'"
-        )
-    entries: list[tuple[str, TrainConfig, str | None]] = []
+        example = "compare='[gradient=dto_checkpoint, gradient=full_backprop solver=rk4]'"
+        raise UserError(f"compare={own.compare}: give a list of settings, such as {example}")
     for key in given_keys(parse(shared)):
         if key.startswith(("hydra.", "hydra/")) and key != "hydra.run.dir":
             raise UserError(f"{key}: bench does not use it; give hydra.run.dir=DIR")
-    for label in compare or ["", *(f"baseline={name}" for name in BASELINES)]:
-        own = label.split()
-        named = [word.partition("=")[2] for word in own if word.startswith("baseline=")]
-        for name in named:
-            if name not in BASELINES:
-                raise UserError(f"baseline={name}: choose one of {', '.join(BASELINES)}" + near(name, BASELINES))
-        settings = [word for word in own if not word.startswith("baseline=")]
-        config = composed([*shared, *settings], "list them in compare")
-        check_used(given_keys(parse(settings)), [config])
-        if len(named) > 1:
-            raise UserError(f"compare: {label} names two baselines; write an entry for each")
-        own_step = ("gradient*", "runtime.compile", "runtime.cuda_graph", "runtime.channels_last")
-        for key in given_keys(parse(settings)):
-            if key.startswith(("hydra.", "hydra/")):
-                raise UserError(f"{key}: not a setting of an entry; give hydra.run.dir=DIR to bench itself")
-            unused = own_step[:-1] if named == ["torch_checkpoint"] else own_step[1:]
-            if named and any(fnmatchcase(key, pattern) for pattern in unused):
-                raise UserError(f"{key}: baseline={named[0]} does not use it; leave it out of its entry")
-        for key in given_keys(parse([*shared, *settings])):
-            if key in NOT_TIMED:
-                raise UserError(f"{key}: bench times training steps, of which it is no part; leave it out")
-        if config.gradient.name == "budget":
-            raise UserError("gradient=budget: its plan is no step of its own; see study budget")
-        if config.seeds > 1 and named:
-            raise UserError(f"baseline={named[-1]}: takes one seed; set seeds=1")
-        entries.append((label or "as composed", config, named[-1] if named else None))
+    labels = compare or ["", *(f"baseline={name}" for name in BASELINES)]
+    entries = [_entry(label, shared) for label in labels]
     check_used(given_keys(parse(shared)), [config for _, config, _ in entries])
-    if len({label for label, *_ in entries}) < len(entries):
+    if len(set(labels)) < len(labels):
         raise UserError("compare: names the same entry twice")
     if len({(c.runtime.device, c.runtime.precision == "tf32", c.runtime.cudnn_benchmark) for _, c, _ in entries}) > 1:
         raise UserError(
             "compare: one process runs on one device, with TF32 or without, with runtime.cudnn_benchmark or without; "
             "compare those in two runs"
         )
-    return entries, own_settings.rounds
+    return entries, own.rounds
+
+
+def _entry(label: str, shared: list[str]) -> tuple[str, TrainConfig, str | None]:
+    baselines = [word.partition("=")[2] for word in label.split() if word.startswith("baseline=")]
+    for name in baselines:
+        if name not in BASELINES:
+            raise UserError(f"baseline={name}: choose one of {', '.join(BASELINES)}" + near(name, BASELINES))
+    settings = [word for word in label.split() if not word.startswith("baseline=")]
+    config = composed([*shared, *settings], "list them in compare")
+    check_used(given_keys(parse(settings)), [config])
+    if len(baselines) > 1:
+        raise UserError(f"compare: {label} names two baselines; write an entry for each")
+    baseline = baselines[0] if baselines else None
+    own_step = ("gradient*", "runtime.compile", "runtime.cuda_graph", "runtime.channels_last")
+    unused = own_step[:-1] if baseline == "torch_checkpoint" else own_step[1:]
+    for key in given_keys(parse(settings)):
+        if key.startswith(("hydra.", "hydra/")):
+            raise UserError(f"{key}: not a setting of an entry; give hydra.run.dir=DIR to bench itself")
+        if baseline and any(fnmatchcase(key, pattern) for pattern in unused):
+            raise UserError(f"{key}: baseline={baseline} does not use it; leave it out of its entry")
+    for key in given_keys(parse([*shared, *settings])):
+        if key in NOT_TIMED:
+            raise UserError(f"{key}: bench times training steps, of which it is no part; leave it out")
+    if config.gradient.name == "budget":
+        raise UserError("gradient=budget: its plan is no step of its own; see study budget")
+    if config.seeds > 1 and baseline:
+        raise UserError(f"baseline={baseline}: takes one seed; set seeds=1")
+    return label or "as composed", config, baseline

@@ -1,7 +1,5 @@
 """``evaluate``: a trained run under its own or other solvers, steps and data sets."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 
@@ -19,22 +17,19 @@ EXAMPLES = (
     "evaluate run=outputs/DATE/TIME checkpoint=last solver=dopri5 solver.adaptive=true",
     "evaluate run=outputs/DATE/TIME calibrate=50 model.statistics=forward,by_time",
 )
+NOTES = (
+    "Settings of the run that may change, several values separated by commas: solver, solver.*, dataset, dataset.*, "
+    "runtime.device, runtime.precision, runtime.channels_last, runtime.cudnn_benchmark, recipe.test_batch_size, "
+    "model.statistics."
+)
 
 
 def main(arguments: list[str]) -> None:
     parsed = Parser("evaluate").parse_intermixed_args(arguments)
     if parsed.help:
-        print(
-            help_text(
-                "evaluate run=DIR [KEY=VALUE …]",
-                f"Evaluate: {ABOUT}. Rows are added to DIR/evaluations.jsonl.",
-                [("settings", own_settings(EvaluateSettings))],
-                EXAMPLES,
-                "Settings of the run that may change, several values separated by commas: solver, solver.*, dataset, "
-                "dataset.*, runtime.device, runtime.precision, runtime.channels_last, runtime.cudnn_benchmark, "
-                "recipe.test_batch_size, model.statistics.",
-            )
-        )
+        text = f"Evaluate: {ABOUT}. Rows are added to DIR/evaluations.jsonl."
+        settings = [("settings", own_settings(EvaluateSettings))]
+        print(help_text("evaluate run=DIR [KEY=VALUE …]", text, settings, EXAMPLES, NOTES))
         return
     own, overrides = split_settings(EvaluateSettings, parsed.settings, "evaluate")
     if not own.run:

@@ -1,7 +1,5 @@
 """``list``: everything that can be chosen by name."""
 
-from __future__ import annotations
-
 from anode_exp.commands.arguments import Parser, help_text
 from anode_exp.config.describe import catalogue
 from anode_exp.errors import UserError

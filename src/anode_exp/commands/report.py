@@ -1,11 +1,9 @@
 """``report PAPER``: curves and tables of a reproduction next to the published ones, as one page."""
 
-from __future__ import annotations
-
 import shlex
 from pathlib import Path
 
-from anode_exp.commands.arguments import Parser
+from anode_exp.commands.arguments import PROGRAM, Parser
 from anode_exp.commands.reproduce import paper_help, paper_name
 from anode_exp.config.check import split_settings
 from anode_exp.config.compose import composed
@@ -36,19 +34,15 @@ def main(arguments: list[str]) -> None:
 
     records = [r for r in read_records(*places) if r.cell["length"] == own.length]
     if not records:
-        raise UserError(
-            f"{places[0]}: holds no runs of {paper} at length={own.length}; make some with: python -m anode_exp "
-            f"reproduce {paper} length={own.length}"
-        )
+        remedy = f"make some with: {PROGRAM} reproduce {paper} length={own.length}"
+        raise UserError(f"{places[0]}: holds no runs of {paper} at length={own.length}; {remedy}")
     target = Path(own.to or places[0] / "report")
     words = [a.partition("=")[0] for a in parsed.settings]
     given = shlex.join(f"{k}={getattr(own, k)}" for k in ("length", "directory") if k in words)
-    commands = {
-        (c.shown_in, c.method, c.seed): f"python -m anode_exp reproduce {paper} figure={c.shown_in} method={c.method} "
-        f"'seeds=[{c.seed}]' {given}".rstrip()
-        for c in expected
-        if c.method is not None
-    }
+    commands = {}
+    for c in (c for c in expected if c.method is not None):
+        command = f"{PROGRAM} reproduce {paper} figure={c.shown_in} method={c.method} 'seeds=[{c.seed}]' {given}"
+        commands[c.shown_in, c.method, c.seed] = command.rstrip()
     epochs = "every experiment's whole recipe"
     if own.length != "paper":
         epochs = f"{composed([f'length={own.length}']).recipe.epochs} epochs"

@@ -1,14 +1,12 @@
 """``reproduce PAPER``: the runs of a paper that are still missing."""
 
-from __future__ import annotations
-
 import itertools
 import logging
 import statistics
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import replace
 
 from anode_exp.commands.arguments import Parser, help_text, own_settings
@@ -35,17 +33,11 @@ def main(arguments: list[str]) -> None:
     if parsed.help:
         print(paper_help("reproduce", ABOUT, parsed.paper))
         return
-    asked = cells(paper_name("reproduce", parsed.paper), parsed.settings)
-
-    sys.exit(reproduce(asked))
+    sys.exit(reproduce(cells(paper_name("reproduce", parsed.paper), parsed.settings)))
 
 
 def paper_name(verb: str, given: str | None) -> str:
-    """The paper that was named.
-
-    Raises:
-        UserError: if none was.
-    """
+    """The paper that was named; UserError if none was."""
     if given is None or "=" in given:
         raise UserError(f"{verb}: needs the name of a paper; there are {', '.join(options('reproduce'))}")
     return given
@@ -63,27 +55,17 @@ def paper_help(verb: str, text: str, paper: str | None, schema: type = Reproduce
             ("figures", [(f"figure={name}", figure["title"]) for name, figure in spec["figures"].items()]),
             ("methods", [(f"method={name}", method["label"]) for name, method in spec["methods"].items()]),
         ]
-    examples = [f"{verb} {paper} length=short seeds=1"]
+    examples, notes = [f"{verb} {paper} length=short seeds=1"], ""
     if verb == "reproduce":
-        examples += [
-            f"reproduce {paper} figure=table_resnet4 seeds=3 length=short",
-            f"reproduce {paper} figure=table_resnet4 runtime.precision=bf16",
-        ]
-    return help_text(
-        f"{verb} PAPER [KEY=VALUE …]",
-        f"{verb.capitalize()}: {text}.",
-        [*parts, ("settings", own_settings(schema))],
-        examples,
-        "Any setting of train besides applies to every run." if verb == "reproduce" else "",
-    )
+        of_figure = f"reproduce {paper} figure=table_resnet4"
+        examples += [f"{of_figure} seeds=3 length=short", f"{of_figure} runtime.precision=bf16"]
+        notes = "Any setting of train besides applies to every run."
+    parts.append(("settings", own_settings(schema)))
+    return help_text(f"{verb} PAPER [KEY=VALUE …]", f"{verb.capitalize()}: {text}.", parts, examples, notes)
 
 
 def is_done(cell: Cell) -> bool:
-    """Whether a cell's run is recorded whole: completed, or diverged.
-
-    Raises:
-        UserError: if its folder holds a run of other settings.
-    """
+    """Whether a cell's run is recorded whole, completed or diverged; UserError for a run of other settings there."""
     if cell.config is None:
         return (cell.directory / "cell.json").exists()  # written last
     if not (cell.directory / "config.yaml").exists():
@@ -91,9 +73,8 @@ def is_done(cell: Cell) -> bool:
     # Training is the same whatever the running statistics, and a run is evaluated both ways.
     other = [k for k in differing(typed(read_config(cell.directory)), cell.config) if k != "model.statistics"]
     if other:
-        raise UserError(
-            f"{cell.directory}: holds a run with another {', '.join(other[:3])}; give directory= for a new reproduction"
-        )
+        remedy = "give directory= for a new reproduction"
+        raise UserError(f"{cell.directory}: holds a run with another {', '.join(other[:3])}; {remedy}")
     results = read_results(cell.directory)
     return results is not None and results["status"] in ("completed", "diverged")
 
@@ -130,8 +111,7 @@ def reproduce(cells: list[Cell], tick: Callable[[], object] | None = None) -> in
     todo = [cell for cell in cells if not is_done(cell) or lacks_calibration(cell)]
     print(f"{len(cells) - len(todo)} of {len(cells)} runs are recorded, {len(todo)} to go")
     failed: list[tuple[str, bool]] = []  # and whether the user can mend it
-    groups = _together(todo)
-    done_epochs = sum(_epochs(cell) for cell in cells)
+    groups, done_epochs = _together(todo), sum(map(_epochs, cells))
     epochs = sum(c.config.recipe.epochs for c in cells if c.config is not None)
     with stop_requests() as stop, bar(epochs, "all runs", done_epochs) as progress:
         for position, group in enumerate(groups, 1):
@@ -176,15 +156,9 @@ def _run_group(
         for cell in group:
             if cell.study is not None:
                 run_study(*study(cell.study, cell.settings), cell.directory)
-                _place(cell)
-                return
             cell.directory.mkdir(parents=True, exist_ok=True)
-            _place(cell)
-        runs = [
-            (config, cell.directory)
-            for cell in group
-            if (config := recorded_config(cell)) is not None and not is_done(cell)
-        ]
+            write_atomically(cell.directory / "cell.json", cell.describe())
+        runs = [(config, c.directory) for c in group if (config := recorded_config(c)) is not None and not is_done(c)]
         try:
             if runs:
                 train_together(runs, resume=True, tick=tick, stop=stop)
@@ -208,28 +182,21 @@ def _run_group(
     log.error(failed[-1][0])
 
 
-def _place(cell: Cell) -> None:
-    write_atomically(cell.directory / "cell.json", lambda path: path.write_text(cell.describe()))
-
-
-def _epoch_seconds(cells: Iterable[Cell]) -> dict[tuple[str, str], float]:
-    """Median seconds of a recorded epoch, evaluation included, of each figure and method."""
-    seconds: dict[tuple[str, str], list[float]] = {}
-    for cell in cells:
-        if cell.config is not None and cell.method is not None:
-            for line in read_metrics(cell.directory):
-                taken = line["train_time_s"] + line.get("evaluation_time_s", 0.0)
-                seconds.setdefault((cell.figure, cell.method), []).append(taken)
-    return {key: statistics.median(values) for key, values in seconds.items()}
-
-
 def _time_to_go(cells: list[Cell], left: list[list[Cell]]) -> str:
-    """From recorded epochs: those of the same figure and method, else of the figure's others. Groups run at once."""
-    measured = _epoch_seconds(cells)
+    """From recorded epochs: those of the same figure and method, else of the figure's others. Groups run at once.
+
+    An epoch takes the median of those recorded, evaluation included.
+    """
+    seconds: dict[tuple[str, str | None], list[float]] = {}
+    for recorded in (c for c in cells if c.config is not None):
+        for line in read_metrics(recorded.directory):
+            taken = line["train_time_s"] + line.get("evaluation_time_s", 0.0)
+            seconds.setdefault((recorded.figure, recorded.method), []).append(taken)
+    measured = {key: statistics.median(values) for key, values in seconds.items()}
     total, unknown = 0.0, False
     for group in left:
         cell = min(group, key=_epochs, default=None)
-        if cell is None or cell.config is None or cell.method is None:
+        if cell is None or cell.config is None:
             continue
         others = [s for (figure, _), s in measured.items() if figure == cell.figure]
         second = measured.get((cell.figure, cell.method), max(others, default=None))

@@ -1,8 +1,6 @@
 """``study NAME``: a measurement, with its table and plot."""
 
-from __future__ import annotations
-
-from anode_exp.commands.arguments import Parser, help_text, own_settings
+from anode_exp.commands.arguments import PROGRAM, Parser, help_text, own_settings
 from anode_exp.config.check import split_settings
 from anode_exp.config.compose import composed_settings, folder
 from anode_exp.config.describe import CONF, about, comments, described, near, options
@@ -12,19 +10,17 @@ from anode_exp.errors import UserError
 
 ABOUT = "a measurement with its table and plot: memory, budgets, gradient errors, reversibility, evolving weights"
 
+OF_RUN = ("study.run=", "study.checkpoint=")
+
 
 def main(arguments: list[str]) -> None:
     parsed = Parser("study", "name").parse_intermixed_args(arguments)
     names, name = options("study"), parsed.name
     if name is None and parsed.help:
-        print(
-            help_text(
-                "study NAME [KEY=VALUE …]",
-                f"Study: {ABOUT}. Each answers --help with its settings.",
-                [("studies", [(n, about("study", n).line) for n in names])],
-                [about("study", n).commands[0].removeprefix("python -m anode_exp ") for n in names],
-            )
-        )
+        parts = [("studies", [(n, about("study", n).line) for n in names])]
+        examples = [about("study", n).commands[0].removeprefix(f"{PROGRAM} ") for n in names]
+        about_all = f"Study: {ABOUT}. Each answers --help with its settings."
+        print(help_text("study NAME [KEY=VALUE …]", about_all, parts, examples))
         return
     if name is None or "=" in name:
         raise UserError(f"study: needs the name of one; there are {', '.join(names)}")
@@ -53,21 +49,14 @@ def help_page(name: str) -> str:
     takes = ["thorough"] if (CONF / "study" / "thorough" / f"{name}.yaml").exists() else []
     rows = [r for r in described(config, [CONF / "study" / f"{name}.yaml"]) if r[0].startswith("study.")]
     rows = [r for r in rows if not r[0].startswith("study.gradients.")]
-    of_run = [
-        (key.removeprefix("study.").replace("=null", "="), text) for key, text in rows if key[6:9] in ("run", "che")
-    ]
-    rows = [r for r in rows if r[0][6:9] not in ("run", "che")]
+    of_run = [(key.removeprefix("study.").replace("=null", "="), text) for key, text in rows if key.startswith(OF_RUN)]
+    rows = [r for r in rows if not r[0].startswith(OF_RUN)]
     if "gradients" in config.study:
-        rows.append(
-            ("+study.gradients.NAME={name: …}", f"one more mode; there are {', '.join(config.study.gradients)}")
-        )
-    return help_text(
-        f"study {name} [KEY=VALUE …]",
-        f"{said.text[0].upper()}{said.text[1:]}.",
-        [
-            ("settings", [*of_run, *own_settings(StudySettings, takes),
-                          ("hydra.run.dir=outputs/DATE/TIME-" + name, "where table, plot and records go"), *rows]),
-        ],
-        [c.removeprefix("python -m anode_exp ") for c in said.commands],
-        f"Settings of train that it uses: {', '.join(STUDY_READS[name])}." if STUDY_READS[name] else "",
-    )  # fmt: skip
+        modes = ", ".join(config.study.gradients)
+        rows.append(("+study.gradients.NAME={name: …}", f"one more mode; there are {modes}"))
+    place = (f"hydra.run.dir=outputs/DATE/TIME-{name}", "where table, plot and records go")
+    settings = [*of_run, *own_settings(StudySettings, takes), place, *rows]
+    examples = [c.removeprefix(f"{PROGRAM} ") for c in said.commands]
+    notes = f"Settings of train that it uses: {', '.join(STUDY_READS[name])}." if STUDY_READS[name] else ""
+    text = f"{said.text[0].upper()}{said.text[1:]}."
+    return help_text(f"study {name} [KEY=VALUE …]", text, [("settings", settings)], examples, notes)

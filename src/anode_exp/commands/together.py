@@ -1,12 +1,11 @@
 """The verb ``train``: one composed configuration to one finished run."""
 
-from __future__ import annotations
-
 import json
 import logging
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +20,8 @@ from anode_exp.data import ImageData
 from anode_exp.errors import Ended, InUse, UserError
 from anode_exp.models import count_parameters, ode_blocks
 from anode_exp.records.checkpoints import Checkpoints
-from anode_exp.records.environment import commit, device_name, versions
-from anode_exp.records.reading import read_results, write_atomically
+from anode_exp.records.environment import device_name, environment
+from anode_exp.records.reading import read_results, write_json
 from anode_exp.records.run_record import RunRecord
 from anode_exp.training.graphed_step import GraphedStep
 from anode_exp.training.peak_memory import PeakMemory
@@ -32,7 +31,6 @@ from anode_exp.training.streams import clear_workspaces, run_streams
 from anode_exp.training.trainer import Progress, Trainer, memory_for, total_steps
 
 log = logging.getLogger(__name__)
-
 
 ALONE_STEPS = 3
 """Steps that each of several runs takes before the next begins: one eager, one that records a graph, one replayed."""
@@ -112,6 +110,7 @@ def train_together(
     return [run.results for run in todo]
 
 
+@dataclass(eq=False)
 class Run:
     """One of the runs of a command: begun, then advanced a step at a time. What goes wrong in one is its own.
 
@@ -121,25 +120,20 @@ class Run:
         error: what it failed with.
     """
 
-    def __init__(
-        self,
-        config: TrainConfig,
-        directory: Path,
-        images: ImageData,
-        stream: torch.cuda.Stream | None,
-        stop: StopRequest,
-        resume: bool,
-        together: int,
-        started: float,
-    ) -> None:
-        self.config, self.directory, self.images, self.stream, self.stop = config, directory, images, stream, stop
-        self.resume, self.together, self.started = resume, together, started
-        self.active = True
-        self.results: dict[str, Any] = {}
-        self.error: Exception | None = None
-        self._paused_at = 0.0
-        self._record: RunRecord | None = None
-        self._trainer: Trainer | None = None
+    config: TrainConfig
+    directory: Path
+    images: ImageData
+    stream: torch.cuda.Stream | None
+    stop: StopRequest
+    resume: bool
+    together: int
+    started: float
+    active: bool = True
+    results: dict[str, Any] = field(default_factory=dict)
+    error: Exception | None = None
+    _paused_at: float = 0.0
+    _record: RunRecord | None = None
+    _trainer: Trainer | None = None
 
     def go_on(self, part: Callable[[], bool]) -> bool:
         """A part of the run, on its stream and with its log; whether an epoch has ended. An error ends the run."""
@@ -207,21 +201,11 @@ class Run:
 
     def _finish(self, trainer: Trainer) -> None:
         assert self._record is not None
-        device = trainer.device
-        results = {
-            "status": trainer.status,
-            "reason": trainer.reason,
-            **_summary(trainer),
-            "peak_memory_kind": self.memory.kind,
-            "reserved_memory_bytes": self.memory.reserved_bytes,
-            "dataset_bytes": self.images.nbytes,
-            "parameters": count_parameters(trainer.network),
-            "device": device_name(device),
-            "runs_at_once": self.together,
-            "versions": versions(),
-            "commit": commit(),
-            "seed": self.config.seed,
-        }
+        memory = {"peak_memory_kind": self.memory.kind, "reserved_memory_bytes": self.memory.reserved_bytes}
+        results = {"status": trainer.status, "reason": trainer.reason, **_summary(trainer), **memory}
+        results |= {"dataset_bytes": self.images.nbytes, "parameters": count_parameters(trainer.network)}
+        results |= {"runs_at_once": self.together, "seed": self.config.seed}
+        results |= environment(trainer.device)
         results["wall_time_s"]["total"] = self._earlier_s + time.perf_counter() - self.started
         self._record.finish(results)
         log.info(_table(results, trainer))
@@ -234,8 +218,7 @@ class Run:
 def _plan(directory: Path, trainer: Trainer, resume: bool) -> None:
     """Choose every block's policy for the byte budget, and record it; a resumed run keeps the one it had.
 
-    Raises:
-        UserError: if nothing fits.
+    Raises UserError if nothing fits.
     """
     path, network, config = directory / "plan.json", trainer.network, trainer.assembly.config
     modes = policies(config.solver.n_steps)
@@ -247,20 +230,15 @@ def _plan(directory: Path, trainer: Trainer, resume: bool) -> None:
             bar(Planner.dry_runs(config.solver.n_steps), "planning") as progress,
             memory_for("planning", "give a smaller gradient.memory, which the device holds, or recipe.batch_size"),
         ):
+            batch = next(trainer.data.evaluation("train", max(SMALL_BATCHES)))
+            new_capture = trainer.step.new_capture if isinstance(trainer.step, GraphedStep) else None
             planner = Planner(
-                network.train(),
-                lambda n: build_optimizer(n, config.recipe),
-                trainer.assembly.autocast,
-                trainer.task,
-                next(trainer.data.evaluation("train", max(SMALL_BATCHES))),
-                progress.update,
-                trainer.assembly.batch_size,
-                trainer.rehearse,
-                trainer.step.new_capture if isinstance(trainer.step, GraphedStep) else None,
-            )
+                network.train(), lambda n: build_optimizer(n, config.recipe), trainer.assembly.autocast, trainer.task,
+                batch, progress.update, trainer.assembly.batch_size, trainer.rehearse, new_capture,
+            )  # fmt: skip
             chosen, measured = planner.fitted(budget)
         plan = planner.describe(chosen, budget, measured)
-        write_atomically(path, lambda partial: partial.write_text(json.dumps(plan, indent=2) + "\n"))
+        write_json(path, plan)
     for block, entry in zip(ode_blocks(network), plan["blocks"], strict=True):
         block.gradient = modes[entry["policy"]]
     trainer.memory.restart()
@@ -281,33 +259,20 @@ def _check_can_go_on(directory: Path, config: TrainConfig, state: dict[str, Any]
             more = "its schedule ends there, so nothing can be added"
         raise Ended(f"{directory}: has ended after {epochs} epochs; {more}")
     if state["device_type"] != device.type:
-        raise UserError(
-            f"{directory}: this run was on {state['device_type']}, here is {device.type}, where the same seed draws "
-            "other images; resume it on a machine of its kind"
-        )
+        why = f"this run was on {state['device_type']}, here is {device.type}, where the same seed draws other images"
+        raise UserError(f"{directory}: {why}; resume it on a machine of its kind")
 
 
 def _summary(trainer: Trainer) -> dict[str, Any]:
-    progress, score = trainer.progress, trainer.task.score
+    progress = trainer.progress
     samples = progress.samples - progress.settling_samples
     rate = samples / (progress.train_time_s - progress.settling_time_s) if samples > 0 else None
-    return {
-        f"test_{score}": progress.test_score,
-        f"best_test_{score}": progress.best_test_score,
-        f"validation_{score}": progress.validation_score,
-        "best_epoch": progress.best_epoch,
-        "train_loss": progress.train_loss,
-        "epochs": progress.epochs,
-        "steps": progress.steps,
-        "wall_time_s": {
-            "train": progress.train_time_s,
-            "evaluation": progress.evaluation_time_s,
-            "first_step": progress.first_step_s or 0.0,
-        },
-        f"{trainer.task.unit}_per_s": rate,
-        "nfe": progress.nfe,
-        "peak_memory_bytes": progress.peak_memory_bytes,
-    }
+    scores = {f"{k}_{trainer.task.score}": getattr(progress, f"{k}_score") for k in ("test", "best_test", "validation")}
+    same = ("best_epoch", "train_loss", "epochs", "steps", "nfe", "peak_memory_bytes")
+    seconds = {"train": progress.train_time_s, "evaluation": progress.evaluation_time_s}
+    seconds |= {"first_step": progress.first_step_s or 0.0}
+    counts = {name: getattr(progress, name) for name in same}
+    return {**scores, **counts, "wall_time_s": seconds, f"{trainer.task.unit}_per_s": rate}
 
 
 def _table(results: dict[str, Any], trainer: Trainer) -> str:

@@ -1,8 +1,5 @@
 """``train``: one run, a sweep of them, or a recorded run continued."""
 
-from __future__ import annotations
-
-import json
 import logging
 import os
 import sys
@@ -14,21 +11,21 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from anode_exp.commands.arguments import PROGRAM, help_text, own_settings
-from anode_exp.commands.version import version
+from anode_exp.commands.arguments import PROGRAM, help_text, own_settings, version
 from anode_exp.config.change import resumed
 from anode_exp.config.check import split_settings, typed
 from anode_exp.config.compose import composed_settings, jobs
 from anode_exp.config.describe import CONF, PRESETS, described, groups, options
 from anode_exp.config.schema import ResumeSettings, TrainConfig
 from anode_exp.errors import UserError, fail
+from anode_exp.records.reading import write_json
+
+log = logging.getLogger(__name__)
 
 ABOUT = "one run, on CUDA where there is one; with -m a sweep; with resume=DIR a run continued"
+SWEEP = "run every combination of the settings that list several values: gradient=full_backprop,revolve"
 FLAGS = [
-    (
-        "-m, --multirun",
-        "run every combination of the settings that list several values: gradient=full_backprop,revolve",
-    ),
+    ("-m, --multirun", SWEEP),
     ("-c, --cfg job", "print the configuration that would run, and run nothing"),
     ("-h, --help", "this page, with the values that the given settings lead to"),
     ("--hydra-help", "Hydra's own flags"),
@@ -47,17 +44,10 @@ def help_page(overrides: list[str]) -> str:
     choices = [(f"{g}:", ", ".join(options(g))) for g in groups()]
     chosen = [(g, name) for g in groups() if g not in PRESETS for name in ("_common", "paper", config[g].name)]
     files = [CONF / "train.yaml", *(CONF / g / f"{name}.yaml" for g, name in chosen)]
-    return help_text(
-        "train [-m] [GROUP=OPTION …] [KEY=VALUE …]",
-        f"Train: {ABOUT}.",
-        [
-            (f"groups, described by: {PROGRAM} list", choices),
-            ("settings", [("hydra.run.dir=outputs/DATE/TIME", "where the run is recorded; with -m hydra.sweep.dir"),
-                          *own_settings(ResumeSettings), *described(config, files)]),
-            ("flags", FLAGS),
-        ],
-        EXAMPLES,
-    )  # fmt: skip
+    place = ("hydra.run.dir=outputs/DATE/TIME", "where the run is recorded; with -m hydra.sweep.dir")
+    settings = [place, *own_settings(ResumeSettings), *described(config, files)]
+    parts = [(f"groups, described by: {PROGRAM} list", choices), ("settings", settings), ("flags", FLAGS)]
+    return help_text("train [-m] [GROUP=OPTION …] [KEY=VALUE …]", f"Train: {ABOUT}.", parts, EXAMPLES)
 
 
 def main(arguments: list[str]) -> None:
@@ -134,12 +124,14 @@ def resume(own: ResumeSettings, overrides: list[str]) -> None:
     results = train_together(runs, resume=True)
     if len(runs) > 1:
         print(f"\n{sweep_table(directory, sweep_rows(directory))}")
+    exit_by_signal(results)
+
+
+def exit_by_signal(results: list[dict[str, Any]]) -> None:
+    """With 128 and the signal that interrupted, if one did."""
     for result in results:
         if result["signal"] is not None:
             sys.exit(128 + result["signal"])
-
-
-log = logging.getLogger(__name__)
 
 
 def seed_runs(config: TrainConfig, directory: Path) -> list[tuple[TrainConfig, Path]]:
@@ -170,8 +162,6 @@ def run_job(config: DictConfig) -> None:
         record = {"status": "failed", "error": reason, "mistake": mistake}
         for _, folder in runs:
             if not (folder / "results.json").exists():
-                (folder / "results.json").write_text(json.dumps(record, indent=2) + "\n")
+                write_json(folder / "results.json", record)
         return
-    for result in results:
-        if result["signal"] is not None:
-            sys.exit(128 + result["signal"])
+    exit_by_signal(results)

@@ -1,7 +1,5 @@
 """What may change of a recorded run: on resume, and for an evaluation."""
 
-from __future__ import annotations
-
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
@@ -10,24 +8,17 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
 from anode_exp.config.check import check_used, read_config, typed
+from anode_exp.config.compose import check_hydra, check_key, expanded, given_keys, key_of, parse, setting_names
 from anode_exp.config.describe import CONF, PRESETS, flat, groups
-from anode_exp.config.overrides import check_hydra, check_key, expanded, given_keys, key_of, parse, setting_names
 from anode_exp.config.schema import TEST_BATCH_SIZE, TrainConfig
 from anode_exp.errors import UserError
 
-MAY_CHANGE_ON_RESUME = (
-    "recipe.epochs",
-    "dataset.root",
-    "dataset.download",
-    "runtime.check_every",
-    "runtime.keep_every",
-    "runtime.cuda_graph",
-    "runtime.sync_debug",
-)
+MAY_CHANGE_ON_RESUME = ("recipe.epochs", "dataset.root", "dataset.download", "runtime.check_every",
+                        "runtime.keep_every", "runtime.cuda_graph", "runtime.sync_debug")  # fmt: skip
 """Settings that change no number of the epochs already done, or of those to come."""
 
-
 MAY_CHANGE_TO_EVALUATE = ("solver", "dataset", "runtime", "recipe.test_batch_size", "model.statistics")
+_RUNTIME_OF_EVALUATION = ("runtime.device", "runtime.precision", "runtime.channels_last", "runtime.cudnn_benchmark")
 
 
 def differing(recorded: TrainConfig, asked: TrainConfig) -> list[str]:
@@ -44,54 +35,41 @@ def differing(recorded: TrainConfig, asked: TrainConfig) -> list[str]:
 def resumed(directory: Path, overrides: list[str]) -> TrainConfig:
     """The configuration of a recorded run, to go on with.
 
-    Raises:
-        UserError: if there is no run, or a setting is to change that may not.
+    Raises UserError if there is no run, or a setting is to change that may not.
     """
     parsed = parse(overrides)
-    (line,) = expanded(overrides, parsed, False, "a run goes on with one")
+    (line,) = expanded(parsed, False, "a run goes on with one")
     check_hydra(parsed, "a resumed run continues in its own folder")
     recorded = read_config(directory)
     config = _recomposed(recorded, line, MAY_CHANGE_ON_RESUME, "a resumed run")
     check_used(given_keys(parsed), [config])
     if config.recipe.schedule == "cosine" and config.recipe.epochs != recorded.recipe.epochs:
-        raise UserError(
-            f"recipe.epochs={config.recipe.epochs}: a cosine schedule depends on it, and this run's has "
-            f"{recorded.recipe.epochs}; train anew for another length"
-        )
+        why = f"a cosine schedule depends on it, and this run's has {recorded.recipe.epochs}"
+        raise UserError(f"recipe.epochs={config.recipe.epochs}: {why}; train anew for another length")
     return config
 
 
 def evaluations(directory: Path, overrides: list[str]) -> list[TrainConfig]:
     """A recorded run's configuration under every combination of the given solvers, steps and data sets.
 
-    Raises:
-        UserError: if there is no run, or a setting is to change that the trained weights depend on.
+    Raises UserError if there is no run, or a setting is to change that the trained weights depend on.
     """
     base = read_config(directory)
     parsed = parse(overrides)
     check_hydra(parsed, "an evaluation is recorded in the run's own folder")
-    lines = expanded(overrides, parsed, True, "")
+    lines = expanded(parsed, True, "")
     configs = [_recomposed(base, line, MAY_CHANGE_TO_EVALUATE, "an evaluation") for line in lines]
     check_used(given_keys(parsed), configs)
     return configs
 
 
 def check_evaluation(overrides: list[str], calibrate: int) -> None:
-    """Refuse settings that may change, and that an evaluation does not use.
-
-    Raises:
-        UserError: for the first of them.
-    """
+    """Refuse settings that may change, and that an evaluation does not use; UserError for the first of them."""
     for key in given_keys(parse(overrides)):
         if key in ("dataset.train_size", "dataset.validation_size", "dataset.crop_padding", "dataset.flip"):
             if not calibrate:
                 raise UserError(f"{key}: of training images, which an evaluation uses only with calibrate=N")
-        elif key.startswith("runtime.") and key not in (
-            "runtime.device",
-            "runtime.precision",
-            "runtime.channels_last",
-            "runtime.cudnn_benchmark",
-        ):
+        elif key.startswith("runtime.") and key not in _RUNTIME_OF_EVALUATION:
             raise UserError(f"{key}: of training steps; an evaluation takes none, leave it out")
 
 
@@ -115,7 +93,6 @@ def _recomposed(base: DictConfig, overrides: list[str], may_change: tuple[str, .
     for key in sorted(before.keys() | after.keys()):
         allowed = any(key == k or key.startswith(k + ".") for k in may_change)
         if not allowed and before.get(key) != after.get(key):
-            raise UserError(
-                f"{key}={after.get(key)}: this run has {before.get(key)}; {who} may change {', '.join(may_change)}"
-            )
+            allows = f"{who} may change {', '.join(may_change)}"
+            raise UserError(f"{key}={after.get(key)}: this run has {before.get(key)}; {allows}")
     return typed(changed)

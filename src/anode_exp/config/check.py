@@ -1,7 +1,5 @@
 """From a composed configuration to checked types: a wrong setting is refused before anything slow is imported."""
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Callable, Iterable
@@ -18,7 +16,7 @@ from anode_exp.config.schema import SOLVERS, GradientConfig, SolverConfig, Study
 from anode_exp.errors import UserError
 
 
-def _yaml(text: str) -> Any:
+def yaml_or_text(text: str) -> Any:
     try:
         return yaml.safe_load(text)
     except yaml.YAMLError:  # refused with the type that was expected
@@ -28,8 +26,7 @@ def _yaml(text: str) -> Any:
 def split_settings(schema: type[T], arguments: list[str], verb: str) -> tuple[T, list[str]]:
     """A verb's own settings from its command line, and the other arguments, which are settings of runs.
 
-    Raises:
-        UserError: for a flag, or a value of the wrong type or out of range.
+    Raises UserError for a flag, or a value of the wrong type or out of range.
     """
     types = {f.name: str(f.type) for f in fields(schema)}  # type: ignore[arg-type]
     own: dict[str, Any] = {}
@@ -43,31 +40,20 @@ def split_settings(schema: type[T], arguments: list[str], verb: str) -> tuple[T,
         elif key in own:
             raise UserError(f"{argument}: {key} is given twice")
         else:
-            own[key] = value if types[key].startswith("str") else _yaml(value)
+            own[key] = value if types[key].startswith("str") else yaml_or_text(value)
     return to_object(schema, OmegaConf.create(own)), rest
 
 
-_WORDS = {
-    "int": "a whole number",
-    "float": "a number",
-    "bool": "true or false",
-    "str": "a word",
-    "list[int]": "a list of whole numbers",
-    "list[float]": "a list of numbers",
-    "list[str]": "a list of words",
-}
-
+_WORDS = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "a word",
+          "list[int]": "a list of whole numbers", "list[float]": "a list of numbers",
+          "list[str]": "a list of words"}  # fmt: skip
 
 UNITS = {"": 1, "B": 1, **{f"{p}B": 1000**i for i, p in enumerate("kMGT", 1)}, "KB": 1000,
          **{f"{p}iB": 1024**i for i, p in enumerate("KMGT", 1)}}  # fmt: skip
 
 
 def parse_bytes(text: str, key: str = "gradient.memory") -> int:
-    """Bytes from ``2GiB``, ``500 MB`` or ``1000000``.
-
-    Raises:
-        UserError: for anything else.
-    """
+    """Bytes from ``2GiB``, ``500 MB`` or ``1000000``; UserError for anything else."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
     if match is None or match[2] not in UNITS or float(match[1]) <= 0:
         raise UserError(f"{key}={text}: give a number of bytes above 0 with a unit, such as 2GiB or 500MB")
@@ -97,37 +83,44 @@ def _check(config: Any, path: str = "") -> None:
             for path_of_entry, entry in entries.items():
                 _check(entry, f"{path_of_entry}.")
             continue
-        for number in value if isinstance(value, list) else [value]:
+        numbers = value if isinstance(value, list) else [value]
+        for number in numbers:
             if isinstance(number, float) and not math.isfinite(number):
                 raise UserError(f"{key}={number}: give a finite number")
         if value is None:
             continue
         if "one_of" in f.metadata and value not in f.metadata["one_of"]:
             raise UserError(f"{key}={value}: choose one of {', '.join(f.metadata['one_of'])}")
-        numbers = value if isinstance(value, list) else [value]
         if "at_least" in f.metadata and any(n < f.metadata["at_least"] for n in numbers):
             raise UserError(f"{key}={value}: give {_expected(str(f.type))}, at least {f.metadata['at_least']}")
+        if "below" in f.metadata and value >= f.metadata["below"]:
+            raise UserError(
+                f"{key}={value}: give a number from {f.metadata['at_least']} to below {f.metadata['below']}"
+            )
         if "above" in f.metadata and value <= f.metadata["above"]:
             raise UserError(f"{key}={value}: give {_expected(str(f.type))} above {f.metadata['above']}")
 
 
+def _refuse(*cases: tuple[bool, str]) -> None:
+    """UserError for the first that is the case."""
+    for wrong, message in cases:
+        if wrong:
+            raise UserError(message)
+
+
 def _check_gradient(gradient: GradientConfig, prefix: str) -> None:
     """Units and states that go together."""
-    whole = gradient.name == "dto_checkpoint"
-    if gradient.unit is not None and (gradient.unit == "block") != whole:
-        allowed = "block" if whole else "step or stage"
-        raise UserError(f"{prefix}unit={gradient.unit}: {gradient.name} takes {allowed}; unit block is dto_checkpoint")
-    if gradient.states is not None and (gradient.states == "input") != whole:
-        allowed = "input" if whole else "keep or rebuild"
-        raise UserError(f"{prefix}states={gradient.states}: {gradient.name} takes {allowed}")
+    mode, unit, states, whole = gradient.name, gradient.unit, gradient.states, gradient.name == "dto_checkpoint"
+    units, kinds = ("block", "input") if whole else ("step or stage", "keep or rebuild")
+    _refuse(
+        (unit is not None and (unit == "block") != whole,
+         f"{prefix}unit={unit}: {mode} takes {units}; unit block is dto_checkpoint"),
+        (states is not None and (states == "input") != whole, f"{prefix}states={states}: {mode} takes {kinds}"),
+    )  # fmt: skip
 
 
 def to_object(schema: type[T], config: DictConfig, prefix: str = "") -> T:
-    """The configuration as the schema's class.
-
-    Raises:
-        UserError: for a value of the wrong type, or out of range.
-    """
+    """The configuration as the schema's class; UserError for a value of the wrong type, or out of range."""
     try:
         plain = OmegaConf.create(OmegaConf.to_container(config, resolve=True))
     except OmegaConfBaseException as error:  # an interpolation that leads nowhere
@@ -145,11 +138,7 @@ def to_object(schema: type[T], config: DictConfig, prefix: str = "") -> T:
 
 
 def typed_study(config: DictConfig) -> StudyConfig:
-    """The settings of a study, checked.
-
-    Raises:
-        UserError: for a value of the wrong type, or out of range.
-    """
+    """The settings of a study, checked; UserError for a value of the wrong type, or out of range."""
     study = to_object(StudyConfig, config, "study.")
     if study.checkpoint not in ("best", "last", "every") and not study.checkpoint.isdecimal():
         raise UserError(f"checkpoint={study.checkpoint}: choose best, last, the number of an epoch, or every")
@@ -171,34 +160,25 @@ def solvers_that(can: str) -> list[str]:
 
 def _check_solver(config: TrainConfig) -> None:
     """What is asked of a solver must be among what it can do."""
-    name, gradient = config.solver.name, config.gradient
-    if name in SOLVERS and not SOLVERS[name].explicit:
-        if config.runtime.precision != "fp32":
-            raise UserError(
-                f"runtime.precision={config.runtime.precision}: Newton's method in {name} needs fp32; set it, or "
-                f"choose solver={', '.join(solvers_that('explicit'))}"
-            )
-        if config.runtime.compile:
-            raise UserError(f"runtime.compile=true: not with {name}, whose Jacobians are not compiled; leave it out")
+    name, mode, unit = config.solver.name, config.gradient.name, config.gradient.unit
+    no_stages = "has no stages with an adjoint of their own; choose gradient.unit=step, gradient=step_checkpoint"
+    explicit = "only explicit Runge–Kutta methods step a continuous adjoint"
+    _refuse(
+        (name in SOLVERS and not SOLVERS[name].explicit and config.runtime.precision != "fp32",
+         f"runtime.precision={config.runtime.precision}: Newton's method in {name} needs fp32; set it, or choose "
+         f"solver={', '.join(solvers_that('explicit'))}"),
+        (name in SOLVERS and not SOLVERS[name].explicit and config.runtime.compile,
+         f"runtime.compile=true: not with {name}, whose Jacobians are not compiled; leave it out"),
+    )  # fmt: skip
     needs = (
-        (config.solver.adaptive, "embedded", "solver.adaptive=true: {name} has no error estimate"),
-        (
-            gradient.name == "stage_checkpoint" or gradient.unit == "stage",
-            "stages",
-            "gradient={gradient}: {name} has no stages with an adjoint of their own; choose gradient.unit=step, "
-            "gradient=step_checkpoint",
-        ),
-        (
-            gradient.name in ("reverse_adjoint", "stored_adjoint"),
-            "explicit",
-            "gradient={gradient}: only explicit Runge–Kutta methods step a continuous adjoint, {name} is not one",
-        ),
-        (gradient.name == "budget", "static", "gradient=budget: {name} does not perform the same operations each step"),
+        (config.solver.adaptive, "embedded", f"solver.adaptive=true: {name} has no error estimate"),
+        (mode == "stage_checkpoint" or unit == "stage", "stages", f"gradient={mode}: {name} {no_stages}"),
+        (mode in ("reverse_adjoint", "stored_adjoint"), "explicit", f"gradient={mode}: {explicit}, {name} is not one"),
+        (mode == "budget", "static", f"gradient=budget: {name} does not perform the same operations each step"),
     )
     for asked, can, text in needs:
-        if asked and name in SOLVERS and not getattr(SOLVERS[name], can):
-            remedy = f"choose solver={', '.join(solvers_that(can))}"
-            raise UserError(f"{text.format(name=name, gradient=gradient.name)}; {remedy}")
+        able = solvers_that(can)
+        _refuse((asked and name in SOLVERS and name not in able, f"{text}; choose solver={', '.join(able)}"))
 
 
 def typed(config: DictConfig) -> TrainConfig:
@@ -211,64 +191,51 @@ def typed(config: DictConfig) -> TrainConfig:
         UserError: for a value of the wrong type, out of range, or against another setting.
     """
     checked = to_object(TrainConfig, config)
-    if len(checked.dataset.mean) != 3 or len(checked.dataset.std) != 3 or min(checked.dataset.std) <= 0:
-        raise UserError("dataset.mean and dataset.std: give three numbers each, one a channel, std above 0")
-    if checked.seed + checked.seeds > 2**31:
-        raise UserError(f"seed={checked.seed}: give a whole number below 2147483648")
-    if checked.model.width is not None and not (checked.model.width * 8).is_integer():
-        raise UserError(f"model.width={checked.model.width}: give a multiple of 1/8, such as 0.5, 1 or 2")
-    _check_gradient(checked.gradient, "gradient.")
-    for key, value in (
-        ("label_smoothing", checked.recipe.label_smoothing),
-        ("moving_average", checked.recipe.moving_average),
-    ):
-        if value >= 1:
-            raise UserError(f"recipe.{key}={value}: give a number from 0 to below 1")
-    if checked.recipe.nesterov and checked.recipe.momentum == 0:
-        raise UserError("recipe.nesterov=true: needs recipe.momentum above 0")
-    if checked.gradient.name != "dto_checkpoint":
-        checked.gradient.passes = None  # of a block's graph, which no other mode has
-    if checked.gradient.memory is not None:
-        parse_bytes(checked.gradient.memory)
-        if checked.seeds > 1:
-            raise UserError("gradient=budget: plans for one run on its device; set seeds=1")
-        if checked.solver.adaptive:
-            raise UserError("gradient=budget: plans for a known number of steps; set solver.adaptive=false")
+    model, solver, gradient, recipe = checked.model, checked.solver, checked.gradient, checked.recipe
+    mean, std = checked.dataset.mean, checked.dataset.std
+    _refuse(
+        (len(mean) != 3 or len(std) != 3 or min(std) <= 0,
+         "dataset.mean and dataset.std: give three numbers each, one a channel, std above 0"),
+        (checked.seed + checked.seeds > 2**31, f"seed={checked.seed}: give a whole number below 2147483648"),
+        (model.width is not None and not (model.width * 8).is_integer(),
+         f"model.width={model.width}: give a multiple of 1/8, such as 0.5, 1 or 2"),
+    )  # fmt: skip
+    _check_gradient(gradient, "gradient.")
+    if gradient.name != "dto_checkpoint":
+        gradient.passes = None  # of a block's graph, which no other mode has
+    planned, residual = gradient.memory is not None, model.block == "residual"
+    if gradient.memory is not None:
+        parse_bytes(gradient.memory)
+    _refuse(
+        (recipe.nesterov and recipe.momentum == 0, "recipe.nesterov=true: needs recipe.momentum above 0"),
+        (planned and checked.seeds > 1, "gradient=budget: plans for one run on its device; set seeds=1"),
+        (planned and solver.adaptive, "gradient=budget: plans for a known number of steps; set solver.adaptive=false"),
+    )
     _check_solver(checked)
-    if checked.model.norm_affine == "by_time":
-        if checked.model.field_norm != "batch":
-            raise UserError(
-                f"model.norm_affine=by_time: model.field_norm={checked.model.field_norm} has one weight for all times; "
-                "set model.field_norm=batch, or model.norm_affine=shared"
-            )
-        if checked.model.block == "residual":
-            raise UserError("model.norm_affine=by_time: a residual block has one time; set model.block=ode")
-    if checked.model.evolution != "none":
-        if checked.model.block == "residual":
-            raise UserError(f"model.evolution={checked.model.evolution}: a residual block has one step; use block=ode")
-        if checked.model.evolution_coupling == "joint" and (checked.solver.adaptive or checked.solver.n_steps == 1):
-            raise UserError(
-                "model.evolution_coupling=joint: every step has its own weights, the first the initial ones; use "
-                "solver.adaptive=false and solver.n_steps=2 or more, or model.evolution_coupling=first"
-            )
-    if checked.model.block == "residual":
+    timed, evolving = model.norm_affine == "by_time", model.evolution != "none"
+    joint = evolving and model.evolution_coupling == "joint"
+    _refuse(
+        (timed and model.field_norm != "batch",
+         f"model.norm_affine=by_time: model.field_norm={model.field_norm} has one weight for all times; "
+         "set model.field_norm=batch, or model.norm_affine=shared"),
+        (timed and residual, "model.norm_affine=by_time: a residual block has one time; set model.block=ode"),
+        (evolving and residual, f"model.evolution={model.evolution}: a residual block has one step; use block=ode"),
+        (joint and (solver.adaptive or solver.n_steps == 1),
+         "model.evolution_coupling=joint: every step has its own weights, the first the initial ones; use "
+         "solver.adaptive=false and solver.n_steps=2 or more, or model.evolution_coupling=first"),
+    )  # fmt: skip
+    if residual:
         checked.solver = SolverConfig(name="euler", n_steps=1)
         checked.gradient = GradientConfig(name="full_backprop")
     return checked
 
 
+_OF_SOLVES = ("solver*", "gradient*", "model.statistics")
+_OF_ADAPTIVE = ("solver.rtol", "solver.atol", "solver.max_evaluations", "solver.min_step")
 NEEDS: tuple[tuple[tuple[str, ...], str, Callable[[TrainConfig], bool]], ...] = (
-    (("solver*", "gradient*", "model.statistics"), "model.block=ode", lambda c: c.model.block == "ode"),
-    (
-        ("solver*", "gradient*", "model.statistics"),
-        "model.blocks_per_stage above 0",
-        lambda c: c.model.blocks_per_stage > 0,
-    ),
-    (
-        ("solver.rtol", "solver.atol", "solver.max_evaluations", "solver.min_step"),
-        "solver.adaptive=true",
-        lambda c: c.solver.adaptive,
-    ),
+    (_OF_SOLVES, "model.block=ode", lambda c: c.model.block == "ode"),
+    (_OF_SOLVES, "model.blocks_per_stage above 0", lambda c: c.model.blocks_per_stage > 0),
+    (_OF_ADAPTIVE, "solver.adaptive=true", lambda c: c.solver.adaptive),
     (("solver.n_steps",), "solver.adaptive=false", lambda c: not c.solver.adaptive),
     (
         ("solver.linear", "solver.newton_*"),
@@ -276,41 +243,26 @@ NEEDS: tuple[tuple[tuple[str, ...], str, Callable[[TrainConfig], bool]], ...] = 
         lambda c: c.solver.name in SOLVERS and not SOLVERS[c.solver.name].explicit,
     ),
     (("model.statistics",), "model.field_norm=batch", lambda c: c.model.field_norm == "batch"),
-    (
-        ("model.norm_intervals",),
-        "model.norm_affine=by_time, or solver.adaptive=true with model.statistics=by_time",
-        lambda c: (
-            c.model.norm_affine == "by_time"
-            or (c.solver.adaptive and c.model.statistics == "by_time" and c.model.field_norm == "batch")
-        ),
-    ),
+    (("model.norm_intervals",), "model.norm_affine=by_time, or solver.adaptive=true with model.statistics=by_time",
+     lambda c: c.model.norm_affine == "by_time" or (c.solver.adaptive and c.model.statistics == "by_time"
+                                                    and c.model.field_norm == "batch")),
     (("model.field_gain",), "model.field_norm other than none", lambda c: c.model.field_norm != "none"),
-    (
-        ("model.evolution_*", "recipe.evolution_lr"),
-        "model.evolution=reaction_diffusion_advection",
-        lambda c: c.model.evolution != "none",
-    ),
+    (("model.evolution_*", "recipe.evolution_lr"), "model.evolution=reaction_diffusion_advection",
+     lambda c: c.model.evolution != "none"),
     (("model.evolution_steps",), "model.evolution_activation=tanh", lambda c: c.model.evolution_activation != "none"),
     (("recipe.milestones", "recipe.gamma"), "recipe.schedule=steps", lambda c: c.recipe.schedule == "steps"),
     (("recipe.restart_momentum",), "recipe.momentum above 0", lambda c: c.recipe.momentum > 0),
     (("recipe.decay_all",), "recipe.weight_decay above 0", lambda c: c.recipe.weight_decay > 0),
-    (
-        ("dataset.root", "dataset.download"),
-        "dataset=cifar10 or cifar100",
-        lambda c: c.dataset.name in ("cifar10", "cifar100"),
-    ),
-)
+    (("dataset.root", "dataset.download"), "dataset=cifar10 or cifar100", lambda c: c.dataset.name.startswith("cifar")),
+)  # fmt: skip
 """Settings, what they need to have an effect, and whether a configuration has it."""
 
 
 def check_used(keys: Iterable[str], configs: list[TrainConfig]) -> None:
-    """Refuse settings that a user gave and that no run of the command line uses.
+    """Refuse settings that a user gave and that no run of the command line uses, with what the first needs.
 
     Args:
         keys: of the settings given, dotted; groups by their names.
-
-    Raises:
-        UserError: for the first that has no effect, with what it needs.
     """
     for key in keys:
         for patterns, need, holds in NEEDS:
@@ -319,16 +271,11 @@ def check_used(keys: Iterable[str], configs: list[TrainConfig]) -> None:
 
 
 def read_config(directory: Path) -> DictConfig:
-    """The resolved configuration of a recorded run.
-
-    Raises:
-        UserError: if the directory holds no run, or its configuration cannot be read.
-    """
+    """The resolved configuration of a recorded run; UserError if there is none, or it cannot be read."""
     path = directory / "config.yaml"
     if not path.is_file():
-        raise UserError(
-            f"{directory}: holds no run (no config.yaml); give the folder of one, such as outputs/DATE/TIME"
-        )
+        remedy = "give the folder of one, such as outputs/DATE/TIME"
+        raise UserError(f"{directory}: holds no run (no config.yaml); {remedy}")
     try:
         return cast(DictConfig, OmegaConf.load(path))
     except (yaml.YAMLError, OSError) as error:

@@ -1,7 +1,5 @@
 """Composing a command line's configurations before anything runs, so that every mistake gets one clear line."""
 
-from __future__ import annotations
-
 import re
 from dataclasses import dataclass
 from datetime import datetime
@@ -9,18 +7,19 @@ from pathlib import Path
 from typing import Any, cast
 
 from hydra import compose, initialize_config_dir
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from anode_exp.config.check import check_used, typed
-from anode_exp.config.describe import CONF, groups, options
-from anode_exp.config.overrides import check_folders, check_key, expanded, given_keys, parse, setting_names, values_of
+from anode_exp.config.describe import CONF, PRESETS, groups, near, options
 from anode_exp.config.schema import TrainConfig
 from anode_exp.errors import UserError
 
 _OCCUPIED = "already holds files; nothing is overwritten, choose another folder"
-
 
 LONGEST_NAME = 180
 """Characters of a job's folder name: file systems allow 255 bytes, and the job's number comes before."""
@@ -35,13 +34,97 @@ def path_safe(*parts: object) -> str:
 OmegaConf.register_new_resolver("path_safe", path_safe, replace=True)
 
 
-def composed_settings(overrides: list[str]) -> DictConfig:
-    """A configuration as composed, for its help.
+def key_of(override: Override) -> str:
+    return str(override.get_key_element()).lstrip("+~")
 
-    Raises:
-        UserError: for a setting that cannot be composed.
-    """
-    first = expanded(overrides, parse(overrides), True, "")[0]
+
+def given_keys(parsed: list[Override]) -> list[str]:
+    return [key_of(override) for override in parsed]
+
+
+def check_folders(parsed: list[Override], used: tuple[str, ...]) -> None:
+    """Refuse Hydra's folders where nothing is written to them."""
+    for key in given_keys(parsed):
+        if key in ("hydra.run.dir", "hydra.sweep.dir", "hydra.sweep.subdir") and key not in used:
+            raise UserError(f"{key}: not used here; {f'give {used[0]}=DIR' if used else 'leave it out'}")
+
+
+def check_hydra(parsed: list[Override], why: str) -> None:
+    for override in parsed:
+        if override.key_or_group.split(".")[0].split("/")[0] == "hydra":
+            raise UserError(f"{override.input_line}: {why}; leave it out")
+
+
+def expanded(parsed: list[Override], multirun: bool, advice: str) -> list[list[str]]:
+    """The overrides of every job: one, or the product of what lists several values."""
+    for override in parsed:
+        check_group(override)
+        if override.is_sweep_override() and not multirun:
+            raise UserError(f"{override.input_line}: names several values; {advice}")
+    if not multirun:
+        return [[override.input_line or "" for override in parsed]]
+    return [line for batch in BasicSweeper.split_arguments(parsed, None) for line in batch]
+
+
+def parse(overrides: list[str]) -> list[Override]:
+    parser = OverridesParser.create()
+    parsed = []
+    for text in overrides:
+        try:
+            parsed += parser.parse_overrides([text])
+        except HydraException as error:
+            why = "cannot be read as key=value; quote special characters, as in 'key=\"a value\"'"
+            if "=" not in text:
+                why = "not a setting; settings are key=value, such as solver.n_steps=4"
+            raise UserError(f"{text}: {why}") from error
+    return parsed
+
+
+def values_of(override: Override) -> list[str]:
+    if override.is_choice_sweep():
+        return [str(v) for v in override.sweep_string_iterator()]
+    return [] if override.is_sweep_override() or override.is_delete() else [str(override.value())]
+
+
+def check_group(override: Override) -> None:
+    group = override.key_or_group
+    if group not in groups():
+        return
+    if group in PRESETS and (override.is_delete() or override.value() is None):
+        raise UserError(f"{override.input_line}: {group} is a preset; leave it out for none")
+    if override.is_delete():
+        raise UserError(f"{override.input_line}: a run needs a {group}; choose one of {', '.join(options(group))}")
+    allowed = options(group)
+    for value in (v for v in values_of(override) if v not in allowed):
+        choice = f"choose one of {', '.join(allowed)}{near(value, allowed)}"
+        raise UserError(f"{group}={value}: there is no such {group}; {choice}")
+
+
+def setting_names(settings: dict[str, Any], prefix: str = "") -> list[str]:
+    found: list[str] = []
+    for key, value in settings.items():
+        found += [f"{prefix}{key}", *(setting_names(value, f"{prefix}{key}.") if isinstance(value, dict) else [])]
+    return found
+
+
+def check_key(override: Override, known: list[str]) -> None:
+    """Refuse a setting that the chosen groups do not have."""
+    key = key_of(override)
+    if key.startswith("study.gradients.") and override.is_add():
+        return  # the one place where users add entries of their own
+    if key.split(".")[0] == "hydra" or "/" in key or key in (*groups(), "study"):
+        return
+    if key not in known:
+        parent = key.rpartition(".")[0]
+        siblings = [k for k in known if parent and k.startswith(parent + ".")] or [k for k in known if "." not in k]
+        raise UserError(f"{key}: there is no such setting; there are {', '.join(siblings)}" + near(key, known))
+    if override.is_delete() or override.is_add():
+        raise UserError(f"{override.input_line}: settings can be changed, not added or removed; write {key}=VALUE")
+
+
+def composed_settings(overrides: list[str]) -> DictConfig:
+    """A configuration as composed, for its help; UserError for a setting that cannot be composed."""
+    first = expanded(parse(overrides), True, "")[0]
     with initialize_config_dir(str(CONF), version_base="1.3"):
         config = compose_line(first)
     return OmegaConf.masked_copy(config, [str(k) for k in config if k != "hydra"])
@@ -58,14 +141,10 @@ class Jobs:
 
 
 def jobs(overrides: list[str], multirun: bool) -> Jobs:
-    """Compose and check all of a command line before any of it runs.
-
-    Raises:
-        UserError: for the first thing wrong, in one line.
-    """
+    """Compose and check all of a command line before any of it runs; UserError for the first thing wrong."""
     parsed = parse(overrides)
     check_folders(parsed, ("hydra.sweep.dir", "hydra.sweep.subdir") if multirun else ("hydra.run.dir",))
-    lines = expanded(overrides, parsed, multirun, "add -m for a sweep over them")
+    lines = expanded(parsed, multirun, "add -m for a sweep over them")
     with initialize_config_dir(str(CONF), version_base="1.3"):
         composed = [compose_line(line) for line in lines]
     key = "hydra.sweep.dir" if multirun else "hydra.run.dir"
@@ -76,21 +155,15 @@ def jobs(overrides: list[str], multirun: bool) -> Jobs:
         raise UserError(f"{key}={directory}: {_OCCUPIED}")
     configs = [typed_line(config) for config in composed]
     check_used(given_keys(parsed), configs)
-    return Jobs(
-        configs=configs,
-        directory=directory,
-        given=any(override.get_key_element() == key for override in parsed),
-        fixed=sorted(
-            {o.get_key_element() for o in parsed} - {o.get_key_element() for o in parsed if o.is_sweep_override()}
-        ),
-    )
+    given = {o.get_key_element() for o in parsed}
+    varied = {o.get_key_element() for o in parsed if o.is_sweep_override()}
+    return Jobs(configs, directory, given=key in given, fixed=sorted(given - varied))
 
 
 def folder(overrides: list[str], verb: str) -> Path:
     """Where a study or a benchmark writes: ``hydra.run.dir`` if it is among the settings, else a new one.
 
-    Raises:
-        UserError: if it is not empty.
+    Raises UserError if it is not empty.
     """
     if "hydra.run.dir" not in given_keys(parse(overrides)):
         return Path("outputs") / f"{datetime.now():%Y-%m-%d/%H-%M-%S-%f}-{verb}"
@@ -112,15 +185,8 @@ def folder_of(config: DictConfig, key: str) -> Path:
 
 
 def composed(overrides: list[str], advice: str = "a run takes one") -> TrainConfig:
-    """The checked configuration of one run.
-
-    Args:
-        advice: for who lists several values.
-
-    Raises:
-        UserError: for the first thing wrong, in one line.
-    """
-    (line,) = expanded(overrides, parse(overrides), False, advice)
+    """The checked configuration of one run; UserError for the first thing wrong, with advice for several values."""
+    (line,) = expanded(parse(overrides), False, advice)
     with initialize_config_dir(str(CONF), version_base="1.3"):
         return typed_line(compose_line(line))
 

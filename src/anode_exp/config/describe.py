@@ -1,7 +1,5 @@
 """The words of conf/: its groups and options, and what its files say of them."""
 
-from __future__ import annotations
-
 import difflib
 import re
 import shutil
@@ -14,7 +12,6 @@ from typing import Any, cast
 from omegaconf import DictConfig, OmegaConf
 
 _PACKAGED = Path(__file__).parents[1] / "conf"
-
 
 CONF = _PACKAGED if _PACKAGED.is_dir() else Path(__file__).parents[3] / "conf"
 """conf/: inside the package when installed, at the top of the repository when editable."""
@@ -55,18 +52,15 @@ def about(group: str, option: str) -> About:
             break
         if "@package" not in line:
             head.append(line.removeprefix("#"))
-    return About(
-        [line.strip() for line in head if line.startswith("   ")],
-        " ".join(line.strip() for line in head if not line.startswith("   ")),
-    )
+    commands = [line.strip() for line in head if line.startswith("   ")]
+    return About(commands, " ".join(line.strip() for line in head if not line.startswith("   ")))
 
 
 def comments(path: Path) -> dict[str, str]:
     """What a configuration file says of each of its settings, by dotted key from the top of the configuration."""
     found: dict[str, str] = {}
     text = path.read_text()
-    group = path.relative_to(CONF).parts[:-1]
-    package = () if "@package _global_" in text else group
+    package = () if "@package _global_" in text else path.relative_to(CONF).parts[:-1]
     parents: list[tuple[int, str]] = []
     key = ""
     for line in text.splitlines():
@@ -106,8 +100,7 @@ def wrapped(text: str, indent: int = 0) -> str:
 def two_columns(rows: Iterable[tuple[str, str]], indent: int = 2) -> str:
     """Names, and what is said of each, in columns as wide as the terminal allows."""
     rows = list(rows)
-    wide = max((len(name) for name, _ in rows), default=0)
-    wide = min(wide, 44)
+    wide = min(44, max((len(name) for name, _ in rows), default=0))
     lines = []
     for name, text in rows:
         first, *others = wrapped(text, indent + wide + 2).split("\n")
@@ -131,17 +124,13 @@ def catalogue() -> str:
 def near(word: str, allowed: Iterable[str]) -> str:
     """A hint at the nearest allowed word, or nothing; ``lr`` is near ``recipe.lr``."""
     allowed = list(allowed)
-    found = [a for a in allowed if a.rpartition(".")[2] == word] or difflib.get_close_matches(
-        word, allowed, n=1, cutoff=0.6
-    )
+    found = [a for a in allowed if a.rpartition(".")[2] == word] or difflib.get_close_matches(word, allowed, n=1)
     return f"; did you mean {found[0]}?" if found else ""
 
 
 def flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    return {
-        path: leaf
-        for key, value in settings.items()
-        for path, leaf in (
-            flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-        ).items()
-    }
+    """Leaves by dotted key."""
+    found: dict[str, Any] = {}
+    for key, value in settings.items():
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return found

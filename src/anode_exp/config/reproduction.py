@@ -1,7 +1,5 @@
 """What a paper's reproduction consists of: figures, methods, seeds, and the run that each combination stands for."""
 
-from __future__ import annotations
-
 import json
 import shlex
 from dataclasses import dataclass
@@ -56,16 +54,9 @@ class Cell:
 
 
 def specification(paper: str) -> dict[str, Any]:
-    """A paper's methods, figures and published numbers, from ``conf/reproduce``.
-
-    Raises:
-        UserError: for a paper that is not there.
-    """
-    if paper not in options("reproduce"):
-        raise UserError(
-            f"{paper}: no such reproduction; choose one of {', '.join(options('reproduce'))}"
-            + near(paper, options("reproduce"))
-        )
+    """A paper's methods, figures and published numbers, from ``conf/reproduce``; UserError if it is not there."""
+    if paper not in (papers := options("reproduce")):
+        raise UserError(f"{paper}: no such reproduction; choose one of {', '.join(papers)}{near(paper, papers)}")
     text = (CONF / "reproduce" / f"{paper}.yaml").read_text()
     return {"name": paper, **cast(dict[str, Any], yaml.safe_load(text))}
 
@@ -91,10 +82,8 @@ def _seeds(given: str) -> list[int]:
     words = given.strip("[]").replace(" ", "").split(",")
     counted = all(word.isdecimal() for word in words) and (listed or len(words) == 1)
     if not counted or (not listed and not 1 <= int(words[0]) <= MOST_SEEDS):
-        raise UserError(
-            f"seeds={given}: give how many, such as 3 for 0, 1 and 2 (at most {MOST_SEEDS}), or "
-            "list them, such as [0,7]"
-        )
+        count = f"give how many, such as 3 for 0, 1 and 2 (at most {MOST_SEEDS})"
+        raise UserError(f"seeds={given}: {count}, or list them, such as [0,7]")
     return list(dict.fromkeys(int(word) for word in words)) if listed else list(range(int(words[0])))
 
 
@@ -105,8 +94,7 @@ def cells(paper: str, arguments: list[str]) -> list[Cell]:
         arguments: ``figure=``, ``method=`` (several separated by commas), ``seeds=``, ``length=``, ``directory=`` (runs
             go to directory/paper/length), and settings for every run.
 
-    Raises:
-        UserError: for the first thing wrong, in one line.
+    Raises UserError for the first thing wrong.
     """
     spec = specification(paper)
     asked, shared = split_settings(ReproduceSettings, arguments, "reproduce")
@@ -133,20 +121,12 @@ def cells(paper: str, arguments: list[str]) -> list[Cell]:
                 if asked.method is None and not any(cell.figure == name for cell in found):
                     found.append(Cell(paper, length, name, base / paper / length / name, [], study=figure["study"]))
                 continue
-            for method in figure["methods"]:
-                if method not in methods:
-                    continue
-                shares = figure.get("shares", {})
-                of, place = (
-                    (shares["paper"], shares["figure"]) if method in shares.get("methods", []) else (paper, name)
-                )
-                settings = [
-                    f"experiment={of}/{place}",
-                    f"length={length}",
-                    *spec["methods"][method]["settings"],
-                    *shared,
-                    f"seed={seed}",
-                ]
+            shares = figure.get("shares", {})
+            for method in (m for m in figure["methods"] if m in methods):
+                shared_run = method in shares.get("methods", [])
+                of, place = (shares["paper"], shares["figure"]) if shared_run else (paper, name)
+                recipe = [f"experiment={of}/{place}", f"length={length}", *spec["methods"][method]["settings"]]
+                settings = [*recipe, *shared, f"seed={seed}"]
                 directory = base / of / length / place / f"{method}_seed-{seed}"
                 config = composed(settings)
                 found.append(Cell(of, length, place, directory, settings, method, seed, config, shown_in=name))

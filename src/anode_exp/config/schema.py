@@ -2,75 +2,54 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field
 from typing import Any, TypeVar
 
 T = TypeVar("T")
 
 
-def _at_least(minimum: float) -> Any:
-    return field(metadata={"at_least": minimum})
-
-
-def _above(bound: float) -> Any:
-    return field(metadata={"above": bound})
-
-
-def _one_of(*allowed: str) -> Any:
-    return field(metadata={"one_of": allowed})
+def _setting(default: Any = MISSING, **said: Any) -> Any:
+    """A field and what is said of it: at_least, above, below, one_of, and the help of a setting of a verb itself."""
+    return field(default=default, metadata=said)
 
 
 NORM_NAMES = ("batch", "group", "layer", "none")
-
-
 ACTIVATION_NAMES = ("relu", "leaky_relu", "softplus", "gelu")
-
-
-EVOLUTION_NAMES = ("none", "reaction_diffusion_advection")
-
-
-COUPLING_NAMES = ("joint", "first")
-
-
-SHARING_NAMES = ("layer", "channel", "kernel")
-
-
-EVOLUTION_ACTIVATION_NAMES = ("none", "tanh")
 
 
 @dataclass(kw_only=True)
 class ModelConfig:
     name: str
-    block: str = _one_of("ode", "residual")
-    blocks_per_stage: int = _at_least(0)
-    norm: str = _one_of(*NORM_NAMES)
-    field_norm: str = _one_of(*NORM_NAMES)
-    activation: str = _one_of(*ACTIVATION_NAMES)
-    width: float | None = field(default=None, metadata={"above": 0})
+    block: str = _setting(one_of=("ode", "residual"))
+    blocks_per_stage: int = _setting(at_least=0)
+    norm: str = _setting(one_of=NORM_NAMES)
+    field_norm: str = _setting(one_of=NORM_NAMES)
+    activation: str = _setting(one_of=ACTIVATION_NAMES)
+    width: float | None = _setting(None, above=0)
     field_gain: float = 1.0
     # The default of a new run is in conf/model; this one is that of runs recorded before there was a choice.
-    statistics: str = field(default="forward", metadata={"one_of": ("forward", "every_evaluation", "by_time")})
-    norm_affine: str = field(default="shared", metadata={"one_of": ("shared", "by_time")})
-    norm_intervals: int = field(default=10, metadata={"at_least": 1})
-    evolution: str = field(default="none", metadata={"one_of": EVOLUTION_NAMES})
-    evolution_coupling: str = field(default="joint", metadata={"one_of": COUPLING_NAMES})
-    evolution_sharing: str = field(default="layer", metadata={"one_of": SHARING_NAMES})
-    evolution_activation: str = field(default="none", metadata={"one_of": EVOLUTION_ACTIVATION_NAMES})
-    evolution_steps: int = field(default=10, metadata={"at_least": 1})
+    statistics: str = _setting("forward", one_of=("forward", "every_evaluation", "by_time"))
+    norm_affine: str = _setting("shared", one_of=("shared", "by_time"))
+    norm_intervals: int = _setting(10, at_least=1)
+    evolution: str = _setting("none", one_of=("none", "reaction_diffusion_advection"))
+    evolution_coupling: str = _setting("joint", one_of=("joint", "first"))
+    evolution_sharing: str = _setting("layer", one_of=("layer", "channel", "kernel"))
+    evolution_activation: str = _setting("none", one_of=("none", "tanh"))
+    evolution_steps: int = _setting(10, at_least=1)
 
 
 @dataclass(kw_only=True)
 class SolverConfig:
     name: str
-    n_steps: int = _at_least(1)
+    n_steps: int = _setting(at_least=1)
     adaptive: bool = False
-    rtol: float = field(default=1e-3, metadata={"above": 0})
-    atol: float = field(default=1e-3, metadata={"above": 0})
-    max_evaluations: int = field(default=1000, metadata={"at_least": 1})
-    min_step: float = field(default=1e-6, metadata={"above": 0})
-    linear: str | None = field(default=None, metadata={"one_of": ("dense", "gmres")})
-    newton_rtol: float | None = field(default=None, metadata={"above": 0})
-    newton_max_iterations: int = field(default=50, metadata={"at_least": 1})
+    rtol: float = _setting(1e-3, above=0)
+    atol: float = _setting(1e-3, above=0)
+    max_evaluations: int = _setting(1000, at_least=1)
+    min_step: float = _setting(1e-6, above=0)
+    linear: str | None = _setting(None, one_of=("dense", "gmres"))
+    newton_rtol: float | None = _setting(None, above=0)
+    newton_max_iterations: int = _setting(50, at_least=1)
 
     def describe(self) -> str:
         if self.adaptive:
@@ -114,11 +93,11 @@ SOLVERS = {
 @dataclass(kw_only=True)
 class GradientConfig:
     name: str
-    unit: str | None = field(default=None, metadata={"one_of": ("block", "step", "stage")})
-    states: str | None = field(default=None, metadata={"one_of": ("input", "keep", "rebuild")})
-    slots: int | None = field(default=None, metadata={"at_least": 1})
+    unit: str | None = _setting(None, one_of=("block", "step", "stage"))
+    states: str | None = _setting(None, one_of=("input", "keep", "rebuild"))
+    slots: int | None = _setting(None, at_least=1)
     memory: str | None = None
-    passes: int | None = field(default=None, metadata={"at_least": 1})
+    passes: int | None = _setting(None, at_least=1)
 
 
 @dataclass(kw_only=True)
@@ -126,10 +105,10 @@ class DatasetConfig:
     name: str
     root: str
     download: bool
-    train_size: int | None = _at_least(1)
-    test_size: int | None = _at_least(1)
-    validation_size: int = _at_least(0)
-    crop_padding: int = _at_least(0)
+    train_size: int | None = _setting(at_least=1)
+    test_size: int | None = _setting(at_least=1)
+    validation_size: int = _setting(at_least=0)
+    crop_padding: int = _setting(at_least=0)
     flip: bool
     mean: list[float]
     std: list[float]
@@ -142,36 +121,36 @@ TEST_BATCH_SIZE = 128
 @dataclass(kw_only=True)
 class RecipeConfig:
     name: str
-    epochs: int = _at_least(1)
-    max_steps: int | None = _at_least(1)
-    batch_size: int = _at_least(1)
-    test_batch_size: int | None = _at_least(1)
-    lr: float = _at_least(0)
-    momentum: float = _at_least(0)
-    weight_decay: float = _at_least(0)
+    epochs: int = _setting(at_least=1)
+    max_steps: int | None = _setting(at_least=1)
+    batch_size: int = _setting(at_least=1)
+    test_batch_size: int | None = _setting(at_least=1)
+    lr: float = _setting(at_least=0)
+    momentum: float = _setting(at_least=0)
+    weight_decay: float = _setting(at_least=0)
     milestones: list[int]
-    gamma: float = _above(0)
+    gamma: float = _setting(above=0)
     nesterov: bool = False
     restart_momentum: bool = False
     decay_all: bool = True
-    schedule: str = field(default="steps", metadata={"one_of": ("steps", "cosine")})
-    warmup_epochs: int = field(default=0, metadata={"at_least": 0})
-    label_smoothing: float = field(default=0.0, metadata={"at_least": 0})
-    moving_average: float = field(default=0.0, metadata={"at_least": 0})
-    evolution_lr: float = field(default=1.0, metadata={"above": 0})
+    schedule: str = _setting("steps", one_of=("steps", "cosine"))
+    warmup_epochs: int = _setting(0, at_least=0)
+    label_smoothing: float = _setting(0.0, at_least=0, below=1)
+    moving_average: float = _setting(0.0, at_least=0, below=1)
+    evolution_lr: float = _setting(1.0, above=0)
 
 
 @dataclass(kw_only=True)
 class RuntimeConfig:
-    device: str = _one_of("auto", "cuda", "cpu")
-    precision: str = _one_of("fp32", "tf32", "bf16")
+    device: str = _setting(one_of=("auto", "cuda", "cpu"))
+    precision: str = _setting(one_of=("fp32", "tf32", "bf16"))
     channels_last: bool
-    check_every: int = _at_least(1)
+    check_every: int = _setting(at_least=1)
     compile: bool = False
     cudnn_benchmark: bool = False
     cuda_graph: bool = True
     sync_debug: bool = False
-    keep_every: int | None = field(default=None, metadata={"at_least": 1})
+    keep_every: int | None = _setting(None, at_least=1)
 
 
 @dataclass(kw_only=True)
@@ -182,8 +161,8 @@ class TrainConfig:
     dataset: DatasetConfig
     recipe: RecipeConfig
     runtime: RuntimeConfig
-    seed: int = _at_least(0)
-    seeds: int = field(default=1, metadata={"at_least": 1})
+    seed: int = _setting(at_least=0)
+    seeds: int = _setting(1, at_least=1)
 
 
 @dataclass(kw_only=True)
@@ -191,43 +170,38 @@ class StudyConfig:
     """A study's own settings; which of them it has is in its file."""
 
     name: str
-    batch_size: int | None = field(default=None, metadata={"at_least": 1})
+    batch_size: int | None = _setting(None, at_least=1)
     n_steps: list[int] = field(default_factory=list, metadata={"at_least": 1})
     gradients: dict[str, GradientConfig] = field(default_factory=dict)
     blocks_per_stage: list[int] = field(default_factory=list, metadata={"at_least": 1})
-    repeats: int = field(default=0, metadata={"at_least": 0})
+    repeats: int = _setting(0, at_least=0)
     solvers: list[str] = field(default_factory=list)
     adaptive_solvers: list[str] = field(default_factory=list)
     tolerances: list[float] = field(default_factory=list, metadata={"at_least": 1e-14})
     cases: bool = True
     budgets: list[str] = field(default_factory=list)
-    weight_std: float = field(default=1.0, metadata={"above": 0})
+    weight_std: float = _setting(1.0, above=0)
     run: str | None = None
     checkpoint: str = "best"
-    calibrate: int = field(default=50, metadata={"at_least": 1})
-
-
-def _own(default: Any, text: str, **limits: Any) -> Any:
-    """A setting of a verb itself, with its line of help."""
-    return field(default=default, metadata={"help": text, **limits})
+    calibrate: int = _setting(50, at_least=1)
 
 
 @dataclass(kw_only=True)
 class ResumeSettings:
     """Of ``train resume=DIR``."""
 
-    resume: str | None = _own(None, "folder of a run that was interrupted, or that is to have more epochs")
+    resume: str | None = _setting(None, help="folder of a run that was interrupted, or that is to have more epochs")
 
 
 @dataclass(kw_only=True)
 class EvaluateSettings:
     """Of ``evaluate``."""
 
-    run: str | None = _own(None, "folder of a trained run, such as outputs/DATE/TIME")
-    checkpoint: str = _own("best", "best | last | the number of a kept epoch | 0, the untrained network")
-    calibrate: int = _own(
+    run: str | None = _setting(None, help="folder of a trained run, such as outputs/DATE/TIME")
+    checkpoint: str = _setting("best", help="best | last | the number of a kept epoch | 0, the untrained network")
+    calibrate: int = _setting(
         0,
-        "training batches from which BatchNorm's running statistics are estimated anew; 0 keeps the run's",
+        help="training batches from which BatchNorm's running statistics are estimated anew; 0 keeps the run's",
         at_least=0,
     )
 
@@ -236,45 +210,41 @@ class EvaluateSettings:
 class StudySettings:
     """Of every ``study``; ``run`` and ``checkpoint`` only of those that look at a run."""
 
-    thorough: bool = _own(False, "the fine grid of the documented tables; without it a study takes minutes")
-    run: str | None = _own(None, "folder of a trained run: its weights, model, data set and seed")
-    checkpoint: str | None = _own(None, "best | last | the number of a kept epoch | 0, the untrained network")
+    thorough: bool = _setting(False, help="the fine grid of the documented tables; without it a study takes minutes")
+    run: str | None = _setting(None, help="folder of a trained run: its weights, model, data set and seed")
+    checkpoint: str | None = _setting(None, help="best | last | the number of a kept epoch | 0, the untrained network")
 
 
 @dataclass(kw_only=True)
 class BenchSettings:
     """Of ``bench``."""
 
-    compare: str = _own("[]", "list of entries, each some settings separated by spaces; baseline=NAME is one of them")
-    rounds: int = _own(15, "timed turns of each entry", at_least=1)
+    compare: str = _setting(
+        "[]", help="list of entries, each some settings separated by spaces; baseline=NAME is one of them"
+    )
+    rounds: int = _setting(15, help="timed turns of each entry", at_least=1)
 
 
 @dataclass(kw_only=True)
 class PaperSettings:
     """Of ``reproduce`` and ``report``."""
 
-    length: str = _own("paper", "paper | short: which recipe's runs")
-    seeds: str = _own("3", "how many, from seed 0 on, or a list such as [0,7]")
-    directory: str = _own("outputs", "runs lie in DIRECTORY/PAPER/LENGTH")
+    length: str = _setting("paper", help="paper | short: which recipe's runs")
+    seeds: str = _setting("3", help="how many, from seed 0 on, or a list such as [0,7]")
+    directory: str = _setting("outputs", help="runs lie in DIRECTORY/PAPER/LENGTH")
 
 
 @dataclass(kw_only=True)
 class ReportSettings(PaperSettings):
     """Of ``report``: what is read, and where the page goes."""
 
-    seeds: str = _own("3", "seeds expected: for those that have no run, the page shows the command")
-
-    to: str | None = _own(None, "folder of the page and copies of its records; by default next to the runs")
+    seeds: str = _setting("3", help="seeds expected: for those that have no run, the page shows the command")
+    to: str | None = _setting(None, help="folder of the page and copies of its records; by default next to the runs")
 
 
 @dataclass(kw_only=True)
 class ReproduceSettings(PaperSettings):
     """Of ``reproduce``: which cells."""
 
-    figure: str | None = _own(None, "figures of the paper, separated by commas; by default all")
-    method: str | None = _own(None, "methods, separated by commas; by default all")
-
-
-@dataclass(kw_only=True)
-class ListSettings:
-    """Of ``list``: none."""
+    figure: str | None = _setting(None, help="figures of the paper, separated by commas; by default all")
+    method: str | None = _setting(None, help="methods, separated by commas; by default all")

@@ -1,7 +1,5 @@
 """Composing a study's settings."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -9,23 +7,18 @@ from pathlib import Path
 from hydra import initialize_config_dir
 
 from anode_exp.config.check import check_used, read_config, solvers_that, typed, typed_study
-from anode_exp.config.compose import compose_line, typed_line
+from anode_exp.config.compose import check_folders, compose_line, expanded, given_keys, parse, typed_line
 from anode_exp.config.describe import CONF, near, options
-from anode_exp.config.overrides import check_folders, expanded, given_keys, key_of, parse
-from anode_exp.config.schema import SOLVERS, StudyConfig, TrainConfig
+from anode_exp.config.schema import StudyConfig, TrainConfig
 from anode_exp.errors import UserError
 
 _DATA = ("dataset", "dataset.root", "dataset.download", "dataset.train_size", "dataset.validation_size",
          "dataset.mean", "dataset.std")  # fmt: skip
-
-
+_STEPS = ("experiment", "model", "model.*", "solver", "solver.n_steps", *_DATA, "seed", "runtime.device",
+          "runtime.precision", "runtime.channels_last", "runtime.cuda_graph", "runtime.cudnn_benchmark")  # fmt: skip
 STUDY_READS: dict[str, tuple[str, ...]] = {
-    "memory": ("experiment", "model", "model.*", "solver", "solver.n_steps", *_DATA, "seed",
-               "runtime.device", "runtime.precision", "runtime.channels_last", "runtime.cuda_graph",
-               "runtime.cudnn_benchmark"),
-    "budget": ("experiment", "model", "model.*", "solver", "solver.n_steps", *_DATA, "seed",
-               "runtime.device", "runtime.precision", "runtime.channels_last", "runtime.cuda_graph",
-               "runtime.cudnn_benchmark"),
+    "memory": _STEPS,
+    "budget": _STEPS,
     "gradient_error": ("experiment", "model", "model.*", "solver.max_evaluations", "solver.min_step", *_DATA, "seed",
                        "runtime.device"),
     "reversibility": ("experiment", "solver", "solver.n_steps", *_DATA[:-2], "seed", "runtime.device"),
@@ -36,22 +29,18 @@ STUDY_READS: dict[str, tuple[str, ...]] = {
 
 
 def study(name: str, overrides: list[str], thorough: bool = False) -> tuple[TrainConfig, StudyConfig]:
-    """The checked settings of a study, and of the networks and data it measures.
+    """The checked settings of a study, and of the networks and data it measures; UserError for the first thing wrong.
 
     Args:
         thorough: the values of ``conf/study/thorough`` in place of the defaults.
-
-    Raises:
-        UserError: for the first thing wrong, in one line.
     """
     if name not in options("study"):
-        raise UserError(
-            f"study {name}: there is no such study; choose one of {', '.join(options('study'))}"
-            + near(name, options("study"))
-        )
+        choice = f"choose one of {', '.join(options('study'))}{near(name, options('study'))}"
+        raise UserError(f"study {name}: there is no such study; {choice}")
     parsed = parse(overrides)
+    given = given_keys(parsed)
     check_folders(parsed, ("hydra.run.dir",))
-    expanded(overrides, parsed, False, "a study takes one; its own lists are written [1,2]")
+    expanded(parsed, False, "a study takes one; its own lists are written [1,2]")
     grid = [f"+study/thorough={name}"] if thorough else []
     if thorough and not (CONF / "study" / "thorough" / f"{name}.yaml").exists():
         raise UserError(f"thorough=true: study {name} has one grid; leave it out")
@@ -63,34 +52,27 @@ def study(name: str, overrides: list[str], thorough: bool = False) -> tuple[Trai
         for unknown in set(names) - set(options(group)):
             raise UserError(f"study {name}: {unknown} is no {group}; choose from {', '.join(options(group))}")
     compared = checked.solvers or ([config.solver.name] if name in ("memory", "budget", "reversibility") else [])
-    for solver in compared:
-        if not SOLVERS[solver].explicit:
-            raise UserError(
-                f"study {name}: {solver} is implicit, and the study compares explicit methods; choose from "
-                f"{', '.join(solvers_that('explicit'))}"
-            )
-    if "run" in composed.study and checked.run is None and any(k == "study.checkpoint" for k in given_keys(parsed)):
+    for solver in set(compared) - set(solvers_that("explicit")):
+        choice = f"choose from {', '.join(solvers_that('explicit'))}"
+        raise UserError(f"study {name}: {solver} is implicit, and the study compares explicit methods; {choice}")
+    if "run" in composed.study and checked.run is None and "study.checkpoint" in given:
         raise UserError(f"checkpoint={checked.checkpoint}: needs run=DIR, the folder of a trained run")
-    if "study.name" in given_keys(parsed):
+    if "study.name" in given:
         raise UserError("study.name: chosen by the word after study; leave it out")
     if "batch_size" in composed.study and checked.batch_size is None:
         raise UserError("study.batch_size=null: give a whole number, at least 1")
-    for grids in (
-        ("gradients",),
-        ("n_steps", "blocks_per_stage") if name == "memory" else ("solvers", "adaptive_solvers"),
-    ):
+    axes = ("n_steps", "blocks_per_stage") if name == "memory" else ("solvers", "adaptive_solvers")
+    for grids in (("gradients",), axes):
         if grids[0] in composed.study and not any(composed.study.get(grid) for grid in grids):
             raise UserError(f"study.{grids[0]}: is empty, so there is nothing to measure; list some")
     if thorough and checked.checkpoint == "every":
         raise UserError("thorough=true: checkpoint=every takes the run's own solver; leave one of them out")
     reads = STUDY_READS[name]
     if checked.run is not None:
-        reads = tuple(
-            r for r in reads if r.startswith(("solver", "runtime")) or r in ("dataset.root", "dataset.download")
-        )
+        kept = ("solver", "runtime", "dataset.root", "dataset.download")
+        reads = tuple(r for r in reads if r.startswith(kept))
     of_run = ("study.solvers", "study.n_steps", "study.adaptive_solvers", "study.tolerances", "solver.*")
-    for override in parsed:
-        key = key_of(override)
+    for key in given:
         if checked.checkpoint == "every" and any(fnmatchcase(key, pattern) for pattern in of_run):
             raise UserError(f"{key}: checkpoint=every takes the run's own solver; leave it out")
         if not any(fnmatchcase(key, pattern) for pattern in (*reads, "study.*", "hydra.run.dir")):
@@ -101,7 +83,7 @@ def study(name: str, overrides: list[str], thorough: bool = False) -> tuple[Trai
         folders = checked.run.split(",") if name == "batchnorm" else [checked.run]
         recorded, *_ = [typed(read_config(Path(f))) for f in folders]
         for key in ("root", "download"):
-            if f"dataset.{key}" in given_keys(parsed):
+            if f"dataset.{key}" in given:
                 setattr(recorded.dataset, key, getattr(config.dataset, key))
         config = replace(config, model=recorded.model, dataset=recorded.dataset, seed=recorded.seed)
         if checked.checkpoint == "every" or name == "batchnorm":
@@ -110,7 +92,6 @@ def study(name: str, overrides: list[str], thorough: bool = False) -> tuple[Trai
         raise UserError("study batchnorm: needs run=DIR, or run=DIR,DIR for several trained with runtime.keep_every=1")
     if name == "evolution" and (checked.run is None or config.model.evolution == "none"):
         raise UserError("study evolution: needs run=DIR, a run with model.evolution=reaction_diffusion_advection")
-    given = given_keys(parsed)
     adaptive = ("study.tolerances", "study.adaptive_solvers", "solver.max_evaluations", "solver.min_step")
     if name == "gradient_error":  # which names its solvers itself
         joint = config.model.evolution != "none" and config.model.evolution_coupling == "joint"

@@ -1,7 +1,5 @@
 """The runs of a paper's reproduction as recorded."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from dataclasses import dataclass
@@ -10,7 +8,7 @@ from typing import Any
 
 from anode_exp.config.check import read_config, typed
 from anode_exp.config.schema import TrainConfig
-from anode_exp.records.reading import read_lines
+from anode_exp.records.reading import read_lines, read_metrics, read_results
 
 CALIBRATION_BATCHES = 50
 
@@ -26,14 +24,9 @@ def is_calibrated(row: dict[str, Any], config: TrainConfig, epochs: int) -> bool
     Training does not depend on running statistics, so the same weights serve: this is what a run with the other
     ``model.statistics`` would have reached.
     """
-    same = {
-        "checkpoint": "last",
-        "epoch": epochs,
-        "dataset": config.dataset.name,
-        "solver": config.solver.name,
-        "n_steps": config.solver.n_steps,
-        "statistics": f"{other_statistics(config)}, {CALIBRATION_BATCHES} batches anew",
-    }
+    statistics = f"{other_statistics(config)}, {CALIBRATION_BATCHES} batches anew"
+    same = {"checkpoint": "last", "epoch": epochs, "dataset": config.dataset.name, "statistics": statistics}
+    same |= {"solver": config.solver.name, "n_steps": config.solver.n_steps}
     return row.items() >= same.items()
 
 
@@ -71,22 +64,14 @@ class Record:
 def read_records(*directories: Path) -> list[Record]:
     """All records below the folders, by seed; what ``copy_records`` made of them there is none."""
     found = []
-    paths = [
-        path
-        for place in directories
-        for path in place.rglob("cell.json")
-        if COPIES not in path.relative_to(place).parts
-    ]
-    for path in paths:
-        folder, cell = path.parent, json.loads(path.read_text())
-        results = folder / "results.json"
-        epochs = [
-            {k: v for k, v in line.items() if k != "step_losses"} for line in read_lines(folder / "metrics.jsonl")
-        ]
-        ended = json.loads(results.read_text()) if results.exists() else None
+    paths = [(place, path) for place in directories for path in place.rglob("cell.json")]
+    for folder in (path.parent for place, path in paths if COPIES not in path.relative_to(place).parts):
+        cell = json.loads((folder / "cell.json").read_text())
+        epochs = [{k: v for k, v in line.items() if k != "step_losses"} for line in read_metrics(folder)]
         begun = cell["method"] is not None and (folder / "config.yaml").exists()
         config = typed(read_config(folder)) if begun else None
-        found.append(Record(folder, cell, epochs, ended, read_lines(folder / "evaluations.jsonl"), config))
+        evaluations = read_lines(folder / "evaluations.jsonl")
+        found.append(Record(folder, cell, epochs, read_results(folder), evaluations, config))
     return sorted(found, key=lambda r: (r.cell["seed"] or 0, str(r.directory)))
 
 

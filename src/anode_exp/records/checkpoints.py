@@ -1,11 +1,8 @@
 """Checkpoints of a run: replaced atomically, read without running code."""
 
-from __future__ import annotations
-
 import logging
 import pickle
 from io import BytesIO
-from operator import methodcaller
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +37,7 @@ class Checkpoints:
         Args:
             epoch: keep the network under this number too, without what only a resumed run needs.
 
-        Raises:
-            UserError: if it cannot be written; the checkpoints there before are still there.
+        Raises UserError if it cannot be written; the checkpoints there before are still there.
         """
         to_save = {"best": state} if best else {}
         if epoch is not None:
@@ -51,35 +47,28 @@ class Checkpoints:
             data = BytesIO()  # torch's own file writer answers a full disk with an internal assertion
             torch.save(content, data)
             try:
-                write_atomically(self.path(name), methodcaller("write_bytes", data.getvalue()), keep)
+                write_atomically(self.path(name), data.getvalue(), keep)
             except OSError as error:
-                raise UserError(
-                    f"{self.path(name)}: cannot be written ({error.strerror}); make room, then go on with train resume="
-                    f"{self.directory.parent}"
-                ) from error
+                remedy = f"make room, then go on with train resume={self.directory.parent}"
+                raise UserError(f"{self.path(name)}: cannot be written ({error.strerror}); {remedy}") from error
 
     def load(self, name: str = "last") -> dict[str, Any] | None:
         """The named checkpoint on the CPU, or for ``last`` the one before it where it is truncated; None without any.
 
-        Raises:
-            UserError: if files are there and none can be read.
+        Raises UserError if files are there and none can be read.
         """
         names = ["last", "previous"] if name == "last" else [name]
-        unreadable = []
-        for candidate in names:
-            path = self.path(candidate)
-            if not path.exists():
-                continue
+        paths = [path for path in map(self.path, names) if path.exists()]
+        for path in paths:
             try:
                 state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
                 state["progress"]
             except (OSError, RuntimeError, EOFError, KeyError, pickle.UnpicklingError) as error:
                 log.warning(f"{path}: truncated or not a checkpoint ({type(error).__name__})")
-                unreadable.append(str(path))
                 continue
-            if unreadable:
+            if path != paths[0]:
                 log.warning(f"using {path} instead")
             return state
-        if unreadable:
-            raise UserError(f"{', '.join(unreadable)}: truncated or not a checkpoint; nothing to go on from")
+        if paths:
+            raise UserError(f"{', '.join(map(str, paths))}: truncated or not a checkpoint; nothing to go on from")
         return None

@@ -1,27 +1,29 @@
 """Where a run was made: versions, commit, device."""
 
-from __future__ import annotations
-
 import platform
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import torch
 
 
-def versions() -> dict[str, str | None]:
-    def of(package: str) -> str | None:
-        try:
-            return version(package)
-        except PackageNotFoundError:
-            return None
+def environment(device: torch.device) -> dict[str, Any]:
+    """What every record says of the device, the versions and the commit that it was made with."""
+    return {"device": device_name(device), "versions": versions(), "commit": commit()}
 
-    packages = ("anode_exp", "torch", "torchvision", "hydra-core", "omegaconf")
-    cuda = (
-        {"cuda": torch.version.cuda, "cudnn": str(torch.backends.cudnn.version())} if torch.cuda.is_available() else {}
-    )
-    return {"python": platform.python_version(), **{p: of(p) for p in packages}, **cuda}
+
+def versions() -> dict[str, str | None]:
+    found: dict[str, str | None] = {"python": platform.python_version()}
+    for package in ("anode_exp", "torch", "torchvision", "hydra-core", "omegaconf"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = None
+    if torch.cuda.is_available():
+        found |= {"cuda": torch.version.cuda, "cudnn": str(torch.backends.cudnn.version())}
+    return found
 
 
 def commit() -> str | None:
@@ -33,9 +35,7 @@ def commit() -> str | None:
         return subprocess.run(command, check=True, capture_output=True, text=True, timeout=10).stdout.strip()
 
     try:
-        git(
-            "ls-files", "--error-unmatch", here.name
-        )  # an installed copy inside another repository is not of its commit
+        git("ls-files", "--error-unmatch", here.name)  # an installed copy in another repository is not of its commit
         return git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain", "--untracked-files=no") else "")
     except (OSError, subprocess.SubprocessError):
         return None

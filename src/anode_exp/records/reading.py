@@ -1,16 +1,16 @@
 """Reading and writing records: JSON lines, results, and files replaced atomically."""
 
-from __future__ import annotations
-
 import json
 import os
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+Row = dict[str, Any]
+"""A record, or a line of several: values by name."""
 
-def read_lines(path: Path) -> list[dict[str, Any]]:
+
+def read_lines(path: Path) -> list[Row]:
     """JSON lines; what a killed process or a full disk left unfinished is no line."""
     lines = []
     for line in path.read_text().splitlines(keepends=True) if path.exists() else []:
@@ -20,15 +20,15 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def append_line(path: Path, line: dict[str, Any]) -> None:
+def append_line(path: Path, line: Row) -> None:
     """Add a JSON line, on a line of its own also after one that was left unfinished."""
     torn = path.exists() and not path.read_text().endswith("\n")
     with path.open("a") as file:
         file.write("\n" * torn + json.dumps(line) + "\n")
 
 
-def write_atomically(path: Path, write: Callable[[Path], object], keep: Path | None = None) -> None:
-    """Calls ``write(partial_path)``, then moves the file into place: readers see the old one or the new one.
+def write_atomically(path: Path, content: str | bytes, keep: Path | None = None) -> None:
+    """Write next to the file, then move it into place: readers see the old one or the new one.
 
     File and folder are synced, so that neither is lost with the power.
 
@@ -37,7 +37,7 @@ def write_atomically(path: Path, write: Callable[[Path], object], keep: Path | N
     """
     partial = path.with_name(path.name + ".partial")
     try:
-        write(partial)
+        partial.write_bytes(content.encode() if isinstance(content, str) else content)
         with partial.open("rb") as file:
             os.fsync(file.fileno())
     except BaseException:
@@ -53,12 +53,17 @@ def write_atomically(path: Path, write: Callable[[Path], object], keep: Path | N
         os.close(folder)
 
 
-def read_metrics(directory: Path) -> list[dict[str, Any]]:
+def write_json(path: Path, record: Any) -> None:
+    """Atomically, for people to read too."""
+    write_atomically(path, json.dumps(record, indent=2) + "\n")
+
+
+def read_metrics(directory: Path) -> list[Row]:
     """The lines of ``metrics.jsonl``."""
     return read_lines(directory / "metrics.jsonl")
 
 
-def read_results(directory: Path) -> dict[str, Any] | None:
+def read_results(directory: Path) -> Row | None:
     """``results.json``; None before the run has ended."""
     path = directory / "results.json"
     return json.loads(path.read_text()) if path.exists() else None

@@ -9,8 +9,6 @@ A run directory holds
     events.out.tfevents… TensorBoard
 """
 
-from __future__ import annotations
-
 import fcntl
 import json
 import math
@@ -26,9 +24,10 @@ from omegaconf import OmegaConf
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
+from anode_exp.config.describe import flat
 from anode_exp.config.schema import TrainConfig
 from anode_exp.errors import InUse, UserError
-from anode_exp.records.reading import read_metrics, write_atomically
+from anode_exp.records.reading import read_metrics, write_atomically, write_json
 
 
 def _finite(value: Any) -> Any:
@@ -54,6 +53,15 @@ def _metric_tags(line: dict[str, Any]) -> list[tuple[str, str]]:
     return tags
 
 
+TAGS = (
+    ("epoch", "epoch"), ("learning_rate", "lr"), ("peak_memory_bytes", "peak_memory_bytes"),
+    ("epoch_time_s/train", "train_time_s"), ("epoch_time_s/evaluation", "evaluation_time_s"),
+    ("nfe_per_step/forward", "nfe_forward"), ("nfe_per_step/backward", "nfe_backward"),
+    ("adaptive_steps_per_step/accepted", "nfe_accepted"), ("adaptive_steps_per_step/rejected", "nfe_rejected"),
+)  # fmt: skip
+"""TensorBoard's name for each value of an epoch's line that is not a metric."""
+
+
 class RunRecord:
     """The open records of one run.
 
@@ -75,11 +83,11 @@ class RunRecord:
             self._lock = (directory / ".lock").open("w")
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # gone with the process, however it ends
             metrics = directory / "metrics.jsonl"
-            write_atomically(directory / "config.yaml", lambda path: path.write_text(text))
+            write_atomically(directory / "config.yaml", text)
             if resume_after is not None:
                 (directory / "results.json").unlink(missing_ok=True)
                 kept = [json.dumps(line) + "\n" for line in read_metrics(directory) if line["epoch"] <= resume_after[0]]
-                write_atomically(metrics, lambda path: path.write_text("".join(kept)))
+                write_atomically(metrics, "".join(kept))
             self._metrics = metrics.open("a")
         except FileExistsError as error:
             raise UserError(f"{directory}: already holds a run; choose another hydra.run.dir") from error
@@ -99,67 +107,37 @@ class RunRecord:
         try:
             yield
         except OSError as error:
-            raise UserError(
-                f"{self.directory}: cannot be written ({error.strerror}); make room, then go on with train resume="
-                f"{self.directory}"
-            ) from error
+            remedy = f"make room, then go on with train resume={self.directory}"
+            raise UserError(f"{self.directory}: cannot be written ({error.strerror}); {remedy}") from error
 
     def epoch(self, line: dict[str, Any]) -> None:
         """Append one epoch to ``metrics.jsonl`` and to TensorBoard, there over training steps.
 
         ``line`` has at least epoch, steps and step_losses. One scale of steps for all curves, because resuming purges
-        by step.
-
-        Raises:
-            UserError: if it cannot be written.
+        by step. UserError if it cannot be written.
         """
         with self._writing():
             self._metrics.write(json.dumps(_finite(line)) + "\n")
             self._metrics.flush()
             os.fsync(self._metrics.fileno())
         losses = line["step_losses"]
-        first = line["steps"] - len(losses) + 1
-        for i, loss in enumerate(losses):
-            self._events.add_scalar("train_step/loss", loss, first + i)
-        for tag, key in (
-            ("epoch", "epoch"),
-            ("learning_rate", "lr"),
-            ("peak_memory_bytes", "peak_memory_bytes"),
-            ("epoch_time_s/train", "train_time_s"),
-            ("epoch_time_s/evaluation", "evaluation_time_s"),
-            ("nfe_per_step/forward", "nfe_forward"),
-            ("nfe_per_step/backward", "nfe_backward"),
-            ("adaptive_steps_per_step/accepted", "nfe_accepted"),
-            ("adaptive_steps_per_step/rejected", "nfe_rejected"),
-            *_metric_tags(line),
-        ):
+        for step, loss in enumerate(losses, line["steps"] - len(losses) + 1):
+            self._events.add_scalar("train_step/loss", loss, step)
+        for tag, key in (*TAGS, *_metric_tags(line)):
             if line.get(key) is not None:
                 self._events.add_scalar(tag, line[key], line["steps"])
         self._events.flush()
 
     def finish(self, results: dict[str, Any]) -> None:
-        """Write ``results.json`` and the hyperparameters, and close.
-
-        Raises:
-            UserError: if they cannot be written.
-        """
-        text = json.dumps(_finite(results), indent=2) + "\n"
+        """Write ``results.json`` and the hyperparameters, and close; UserError if they cannot be written."""
         with self._writing():
-            write_atomically(self.directory / "results.json", lambda path: path.write_text(text))
-        flat = {
-            f"{group}.{key}": value if isinstance(value, int | float | str | bool) else str(value)
-            for group, settings in asdict(self.config).items()
-            if isinstance(settings, dict)
-            for key, value in settings.items()
-        }
-        numbers = {
-            f"hparam/{k}": float(results[k])
-            for k in results
-            if k.startswith(("test_", "best_test_")) or k in ("train_loss", "peak_memory_bytes")
-            if results[k] is not None
-        }
+            write_json(self.directory / "results.json", _finite(results))
+        settings = {k: v for k, v in flat(asdict(self.config)).items() if k != "seeds"}
+        shown = {k: v if isinstance(v, int | float | str | bool) else str(v) for k, v in settings.items()}
+        measures = [k for k in results if k.startswith(("test_", "best_test_"))] + ["train_loss", "peak_memory_bytes"]
+        numbers = {f"hparam/{k}": float(results[k]) for k in measures if results.get(k) is not None}
         # SummaryWriter.add_hparams would open a directory of its own; the same three summaries belong in this one.
-        for summary in hparams({**flat, "seed": self.config.seed}, numbers):
+        for summary in hparams(shown, numbers):
             self._events._get_file_writer().add_summary(summary)
         for tag, value in numbers.items():
             self._events.add_scalar(tag, value, results["steps"])

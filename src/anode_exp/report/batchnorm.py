@@ -1,19 +1,15 @@
 """Table and plot of the BatchNorm study."""
 
-from __future__ import annotations
-
-import json
 from pathlib import Path
 from typing import Any
 
 from tabulate import tabulate
 
-from anode_exp.report.drawing import plt
+from anode_exp.report.drawing import plt, save
 
 
-def report(directory: Path) -> str:
-    """Writes ``study.png``; returns the table of ``study.jsonl``."""
-    rows = [json.loads(line) for line in (directory / "study.jsonl").read_text().splitlines()]
+def report(rows: list[dict[str, Any]], directory: Path) -> str:
+    """Writes ``study.png``; returns the table of the rows of ``study.jsonl``."""
     runs = list(dict.fromkeys(row["run"] for row in rows))
     columns = min(3, len(runs))
     lines = -(-len(runs) // columns)
@@ -34,22 +30,14 @@ def report(directory: Path) -> str:
             if points:
                 ax.plot(*zip(*points, strict=True), line, marker=marker, markersize=4, linewidth=1.2, label=label)
         ax.set(title=f"{part[0]['model']}, {part[0]['solver']}", xlabel="epoch")
-        ax.grid(alpha=0.3)
         gaps = [row["by_time"] - row["one_set_anew"] for row in part]
         last = part[-1]
-        table.append(
-            {
-                "model": last["model"],
-                "solver": last["solver"],
-                "epoch": last["epoch"],
-                "training loss": f"{last['train_loss']:.3f}",
-                "by time, %": f"{100 * last['by_time']:.2f}",
-                "one set, %": "–" if last["one_set_kept"] is None else f"{100 * last['one_set_kept']:.2f}",
-                "one set anew, %": f"{100 * last['one_set_anew']:.2f}",
-                "gap, points": f"{100 * gaps[-1]:.1f}",
-                "least to largest gap": f"{100 * min(gaps):.1f} to {100 * max(gaps):.1f}",
-            }
-        )
+        row = {key: last[key] for key in ("model", "solver", "epoch")}
+        row |= {"training loss": f"{last['train_loss']:.3f}"}
+        for title, key in (("by time", "by_time"), ("one set", "one_set_kept"), ("one set anew", "one_set_anew")):
+            row[f"{title}, %"] = "–" if last[key] is None else f"{100 * last[key]:.2f}"
+        row |= {"gap, points": f"{100 * gaps[-1]:.1f}"}
+        table.append({**row, "least to largest gap": f"{100 * min(gaps):.1f} to {100 * max(gaps):.1f}"})
     for ax in list(axes.flat)[len(runs) :]:
         ax.axis("off")
     for ax in axes[:, 0]:
@@ -58,6 +46,5 @@ def report(directory: Path) -> str:
     for ax in axes.flat:
         handles |= {label: handle for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=2, fontsize=9)
-    figure.savefig(directory / "study.png", dpi=110)
-    plt.close(figure)
+    save(figure, directory / "study.png")
     return tabulate(table, headers="keys", disable_numparse=True)

@@ -1,18 +1,15 @@
 """Table and plot of the budget study."""
 
-from __future__ import annotations
-
-import json
 from pathlib import Path
+from typing import Any
 
 from tabulate import tabulate
 
-from anode_exp.report.drawing import peak_of, plt
+from anode_exp.report.drawing import peak_of, plt, save
 
 
-def report(directory: Path) -> str:
-    """Writes ``study.png``; returns the table of ``study.jsonl``."""
-    rows = [json.loads(line) for line in (directory / "study.jsonl").read_text().splitlines()]
+def report(rows: list[dict[str, Any]], directory: Path) -> str:
+    """Writes ``study.png``; returns the table of the rows of ``study.jsonl``."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
     budgets = [r["budget_bytes"] / 1e6 for r in rows]
     left.plot(budgets, budgets, color="grey", linestyle=":", label="budget")
@@ -21,20 +18,13 @@ def report(directory: Path) -> str:
     left.set(xlabel="budget, MB", ylabel="peak, MB", xscale="log", yscale="log")
     right.plot(budgets, [r["step_time_s"] / rows[-1]["step_time_s"] for r in rows], marker="s", linewidth=1.2)
     right.set(xlabel="budget, MB", ylabel="time of a step over the largest budget's", xscale="log")
-    for ax in (left, right):
-        ax.grid(alpha=0.3)
     left.legend()
-    figure.savefig(directory / "study.png", dpi=110)
-    plt.close(figure)
-    table = [
-        {
-            "budget": f"{r['budget_bytes'] / 1e6:,.1f} MB",
-            "predicted": f"{r['predicted_bytes'] / 1e6:,.1f} MB",
-            "measured": f"{peak_of(r) / 1e6:,.1f} MB",
-            "step, ms": f"{r['step_time_s'] * 1e3:,.0f}",
-            "over the last": f"×{r['step_time_s'] / rows[-1]['step_time_s']:.2f}",
-            "policies of the blocks": ", ".join(r["policies"]),
-        }
-        for r in rows
-    ]
+    save(figure, directory / "study.png")
+    table = []
+    for r in rows:
+        sizes = {"budget": r["budget_bytes"], "predicted": r["predicted_bytes"], "measured": peak_of(r)}
+        line = {name: f"{size / 1e6:,.1f} MB" for name, size in sizes.items()}
+        line |= {"step, ms": f"{r['step_time_s'] * 1e3:,.0f}"}
+        line |= {"over the last": f"×{r['step_time_s'] / rows[-1]['step_time_s']:.2f}"}
+        table.append({**line, "policies of the blocks": ", ".join(r["policies"])})
     return tabulate(table, headers="keys")

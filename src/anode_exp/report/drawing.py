@@ -1,7 +1,5 @@
 """Curves: of a paper's runs, and of studies."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +10,15 @@ from anode_exp.report.statistics import Group, curves_of
 matplotlib.use("Agg")  # files, whatever display there is
 import matplotlib.pyplot as plt
 
+plt.rcParams |= {"axes.grid": True, "grid.alpha": 0.3}
+
 STYLES = (("-", "o"), ("--", "s"), (":", "^"), ("-.", "v"), ((0, (6, 1, 1, 1, 1, 1)), "D"), ((0, (3, 1)), "P"))
 """Line and marker of each method: curves are told apart without colour."""
+
+
+def save(figure: Any, path: Path) -> None:
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
 
 
 def draw(groups: list[Group], title: str, path: Path) -> None:
@@ -40,14 +45,11 @@ def draw(groups: list[Group], title: str, path: Path) -> None:
                     x, y = (last[0]["epoch"], scale * last[0][key]) if last else (run.epochs[-1]["epoch"], mean[-1])
                     axes.plot(x, y, marker="x", markersize=10, markeredgewidth=2.5, color="black", zorder=5)
     for axes, name in zip(panels, ("training loss", "test accuracy, %"), strict=True):
-        axes.set_xlabel("epoch")
-        axes.set_ylabel(name)
-        axes.grid(alpha=0.3)
+        axes.set(xlabel="epoch", ylabel=name)
     if drawn:
         panels[0].legend(fontsize=8)
     figure.suptitle(title, fontsize=11)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    save(figure, path)
 
 
 MARKERS = "os^vD<>Px*"  # curves are told apart without colour too
@@ -68,4 +70,3 @@ def draw_lines(axes: Any, rows: list[dict[str, Any]], x: str, y: Any) -> None:
     ticks = sorted({row[x] for row in rows})
     axes.set_xscale("log", base=2)
     axes.set_xticks(ticks, [str(t) for t in ticks])
-    axes.grid(alpha=0.3)

@@ -1,15 +1,12 @@
 """Table, orders and plot of the gradient error study."""
 
-from __future__ import annotations
-
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tabulate import tabulate
 
-from anode_exp.report.drawing import draw_lines, labels_of, plt
+from anode_exp.report.drawing import draw_lines, labels_of, plt, save
 
 
 def _with_parts(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -17,11 +14,8 @@ def _with_parts(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     found = []
     for row in rows:
         found.append(row)
-        found += [
-            {**row, "gradient": f"{row['gradient']}: {part}", "relative_error": row[f"{part}_error"]}
-            for part in ("reversal", "inconsistency")
-            if f"{part}_error" in row
-        ]
+        for part in (p for p in ("reversal", "inconsistency") if f"{p}_error" in row):
+            found.append({**row, "gradient": f"{row['gradient']}: {part}", "relative_error": row[f"{part}_error"]})
     return found
 
 
@@ -34,9 +28,9 @@ def order_in_dt(rows: list[dict[str, Any]]) -> float | None:
     return float(-np.polyfit(np.log([p[0] for p in points]), np.log([p[1] for p in points]), 1)[0])
 
 
-def report(directory: Path) -> str:
-    """Writes ``study.png``; returns the tables of ``study.jsonl``."""
-    rows = _with_parts([json.loads(line) for line in (directory / "study.jsonl").read_text().splitlines()])
+def report(rows: list[dict[str, Any]], directory: Path) -> str:
+    """Writes ``study.png``; returns the tables of the rows of ``study.jsonl``."""
+    rows = _with_parts(rows)
     over_training = len({row["epoch"] for row in rows}) > 1
     panels: list[tuple[str, str, list[dict[str, Any]]]] = []
     for solver, adaptive in dict.fromkeys((row["solver"], row["n_steps"] is None) for row in rows):
@@ -70,6 +64,5 @@ def report(directory: Path) -> str:
     if exact:
         most = max(worst[label] for label in exact)
         figure.suptitle(f"not drawn, at most {most:.0e}: {', '.join(exact)}", fontsize=9)
-    figure.savefig(directory / "study.png", dpi=110)
-    plt.close(figure)
+    save(figure, directory / "study.png")
     return "\n\n".join(text)

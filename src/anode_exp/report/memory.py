@@ -1,15 +1,12 @@
 """Table, fits and plot of the memory study."""
 
-from __future__ import annotations
-
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tabulate import tabulate
 
-from anode_exp.report.drawing import draw_lines, labels_of, peak_of, plt
+from anode_exp.report.drawing import draw_lines, labels_of, peak_of, plt, save
 
 ORDER = {  # growth that the papers state, for N steps of s stages in L blocks
     "full_backprop": "O(L N)",
@@ -35,12 +32,10 @@ def growth(rows: list[dict[str, Any]], x: str) -> dict[str, tuple[float, float]]
     return found
 
 
-def report(directory: Path) -> str:
-    """Writes ``study.png``; returns the tables of ``study.jsonl``."""
-    rows = [json.loads(line) for line in (directory / "study.jsonl").read_text().splitlines()]
-    steps = [row for row in rows if row["varied"] == "n_steps"]
-    blocks = [row for row in rows if row["varied"] == "blocks_per_stage"]
-    panels = [("n_steps", steps), ("blocks_per_stage", blocks)]
+def report(rows: list[dict[str, Any]], directory: Path) -> str:
+    """Writes ``study.png``; returns the tables of the rows of ``study.jsonl``."""
+    panels = [(x, [row for row in rows if row["varied"] == x]) for x in ("n_steps", "blocks_per_stage")]
+    steps = panels[0][1]
     figure, axes = plt.subplots(1, 3, figsize=(15, 4.5), layout="constrained")
     for ax, (x, part) in zip(axes, panels, strict=False):
         draw_lines(ax, part, x, lambda row: peak_of(row) / 1e6)
@@ -48,8 +43,7 @@ def report(directory: Path) -> str:
     draw_lines(axes[2], steps, "n_steps", lambda row: row["time_ratio"])
     axes[2].set(xlabel="n_steps", ylabel=f"time of a step over {labels_of(steps)[0]}")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5)
-    figure.savefig(directory / "study.png", dpi=110)
-    plt.close(figure)
+    save(figure, directory / "study.png")
     text = []
     for x, part in panels:
         table = []
@@ -57,10 +51,7 @@ def report(directory: Path) -> str:
         for label in labels_of(part):
             mine = {row[x]: row for row in part if row["gradient"] == label}
             fit = f"{fits[label][0] / 1e6:,.0f} + {fits[label][1] / 1e6:,.1f} {x}" if label in fits else ""
-            table.append(
-                {"gradient": label}
-                | {f"{x}={k}": f"{peak_of(r) / 1e6:,.0f} MB ×{r['time_ratio']:.2f}" for k, r in mine.items()}
-                | {"fit, MB": fit, "stated": ORDER.get(label, "")}
-            )
+            cells = {f"{x}={k}": f"{peak_of(r) / 1e6:,.0f} MB ×{r['time_ratio']:.2f}" for k, r in mine.items()}
+            table.append({"gradient": label, **cells, "fit, MB": fit, "stated": ORDER.get(label, "")})
         text.append(tabulate(table, headers="keys"))
     return "\n\n".join(text)

@@ -4,10 +4,7 @@ Reads run records alone (``cell.json``, ``config.yaml``, ``metrics.jsonl``, ``re
 folder.
 """
 
-from __future__ import annotations
-
 import base64
-import csv
 import html
 import shutil
 from collections.abc import Iterator
@@ -20,10 +17,9 @@ from tabulate import tabulate
 from anode_exp.records.cells import Record
 from anode_exp.report.drawing import draw
 from anode_exp.report.statistics import accuracy_rows, command_rows, cost_rows, groups_of, overview_rows
+from anode_exp.report.sweep import write_csv
 
 ACCURACY = "Test accuracy in percent, min / max / mean over seeds"
-
-
 COMMANDS = "Commands"
 
 
@@ -40,27 +36,25 @@ class Section:
 
 def _sections(spec: dict[str, Any], records: list[Record], expected: dict[Any, str], target: Path) -> Iterator[Section]:
     for name, figure in spec["figures"].items():
-        picture = target / f"{name}.png"
+        title, shown, picture = figure["title"], figure.get("shown", ""), target / f"{name}.png"
         if "study" in figure:
-            folders = [
-                r.directory for r in records if r.cell["figure"] == name and (r.directory / "study.png").exists()
-            ]
-            text = (folders[0] / "table.txt").read_text() if folders else "not run"
-            if folders and (folders[0] / "study.png").resolve() != picture.resolve():
-                shutil.copyfile(folders[0] / "study.png", picture)
-            yield Section(figure["title"], figure.get("shown", ""), [], picture if folders else None, text)
+            folders = [r.directory for r in records if r.cell["figure"] == name]
+            folder = next((f for f in folders if (f / "study.png").exists()), None)
+            if folder is None:
+                yield Section(title, shown, [], None, "not run")
+                continue
+            if (folder / "study.png").resolve() != picture.resolve():
+                shutil.copyfile(folder / "study.png", picture)
+            yield Section(title, shown, [], picture, (folder / "table.txt").read_text())
             continue
         groups = groups_of(spec, name, records, expected)
+        tables = [(ACCURACY, accuracy_rows(groups))]
         if not any(run.epochs for group in groups for run in group.runs):
-            yield Section(figure["title"], figure.get("shown", ""), [(ACCURACY, accuracy_rows(groups))], None)
+            yield Section(title, shown, tables, None)
             continue
-        draw(groups, figure["title"], picture)
-        tables = [
-            (ACCURACY, accuracy_rows(groups)),
-            ("Cost of a run", cost_rows(groups)),
-            (COMMANDS, command_rows(groups)),
-        ]
-        yield Section(figure["title"], figure.get("shown", ""), tables, picture)
+        draw(groups, title, picture)
+        tables += [("Cost of a run", cost_rows(groups)), (COMMANDS, command_rows(groups))]
+        yield Section(title, shown, tables, picture)
 
 
 def write_report(
@@ -80,9 +74,8 @@ def write_report(
     columns = [spec["figures"][name]["title"].removeprefix("Table, ") for name in named]
     overview = overview_rows([groups_of(spec, name, records, expected) for name in named], columns)
     if overview:
-        sections.insert(
-            0, Section("The table", "", [("Mean test accuracy in percent at the last epoch", overview)], None)
-        )
+        caption = "Mean test accuracy in percent at the last epoch"
+        sections.insert(0, Section("The table", "", [(caption, overview)], None))
     head = f"{spec['paper']} reproduced: {length}, {epochs}"
     about = (
         f"Published: {spec['source']}; {spec['published_kind']}. Ours: the weights of the last epoch with BatchNorm "
@@ -96,17 +89,8 @@ def write_report(
         about += " A run this short is no measurement of the published accuracies: it shows an ordering at best."
     (target / "index.html").write_text(_page(head, about, sections))
     (target / "README.md").write_text(_markdown(head, about, sections, target))
-    rows = [
-        {"figure": section.title, **row}
-        for section in sections
-        for caption, table in section.tables
-        if caption == ACCURACY
-        for row in table
-    ]
-    with (target / "accuracy.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(dict.fromkeys(k for row in rows for k in row)), restval="")
-        writer.writeheader()
-        writer.writerows(rows)
+    shown = [(s.title, table) for s in sections for caption, table in s.tables if caption == ACCURACY]
+    write_csv(target / "accuracy.csv", [{"figure": title, **row} for title, table in shown for row in table])
     return target / "index.html"
 
 
@@ -158,9 +142,8 @@ def _markdown(head: str, about: str, sections: list[Section], target: Path) -> s
                 lines = "\n".join(f"# {row['method']}: {row['run']}\n{row['command']}" for row in rows)
                 parts.append(f"```\n{lines}\n```")
             elif rows:
-                parts.append(
-                    f"{caption}:\n\n{tabulate(rows, headers='keys', tablefmt='github', disable_numparse=True)}"
-                )
+                table = tabulate(rows, headers="keys", tablefmt="github", disable_numparse=True)
+                parts.append(f"{caption}:\n\n{table}")
         if section.text:
             parts.append(f"```\n{section.text.rstrip()}\n```")
     return "\n\n".join(parts) + "\n"

@@ -1,28 +1,23 @@
 """Table and plot of the reversibility study."""
 
-from __future__ import annotations
-
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tabulate import tabulate
 
-from anode_exp.report.drawing import plt
+from anode_exp.report.drawing import plt, save
 
 
-def report(directory: Path) -> str:
-    """Writes ``study.png`` from ``images.npz``; returns the tables of ``study.jsonl``."""
-    rows = [json.loads(line) for line in (directory / "study.jsonl").read_text().splitlines()]
+def report(rows: list[dict[str, Any]], directory: Path) -> str:
+    """Writes ``study.png`` from ``images.npz``; returns the tables of the rows of ``study.jsonl``."""
     images = np.load(directory / "images.npz")
     of_images = [r for r in rows if r["kind"] == "image"]
     solvers = list(dict.fromkeys(r["solver"] for r in of_images))
     activations = list(dict.fromkeys(r["activation"] for r in of_images))
     columns = [("input", None)] + [(what, solver) for solver in solvers for what in ("output", "reversed")]
-    figure, axes = plt.subplots(
-        len(activations), len(columns), figsize=(2.1 * len(columns), 2.4 * len(activations)), layout="constrained"
-    )
+    size = (2.1 * len(columns), 2.4 * len(activations))
+    figure, axes = plt.subplots(len(activations), len(columns), figsize=size, layout="constrained")
     for row_axes, activation in zip(axes, activations, strict=True):
         for ax, (what, solver) in zip(row_axes, columns, strict=True):
             ax.set(xticks=[], yticks=[])
@@ -42,8 +37,7 @@ def report(directory: Path) -> str:
             if what == "reversed":
                 (row,) = [r for r in of_images if r["activation"] == activation and r["solver"] == solver]
                 ax.set_xlabel(f"ρ = {row['rho_of_images'][0]:.2g}", fontsize=9)
-    figure.savefig(directory / "study.png", dpi=110)
-    plt.close(figure)
+    save(figure, directory / "study.png")
 
     def shown(value: Any) -> str:
         return "more than tried" if value is None else f"{value:.3g}" if isinstance(value, float) else str(value)

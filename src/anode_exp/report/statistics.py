@@ -1,10 +1,9 @@
 """Tables of a paper's reproduction: means and ranges over seeds, next to the published numbers."""
 
-from __future__ import annotations
-
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from anode_exp.records.cells import Record, is_calibrated
@@ -42,9 +41,9 @@ def groups_of(spec: dict[str, Any], name: str, records: list[Record], expected: 
     shares = figure.get("shares", {})
     groups = []
     for method in figure.get("methods", []):
-        place = shares["figure"] if method in shares.get("methods", []) else name
-        of = shares["paper"] if method in shares.get("methods", []) else spec["name"]
-        runs = [r for r in records if (r.cell["paper"], r.cell["figure"], r.cell["method"]) == (of, place, method)]
+        shared = method in shares.get("methods", [])
+        place = (shares["paper"], shares["figure"], method) if shared else (spec["name"], name, method)
+        runs = [r for r in records if (r.cell["paper"], r.cell["figure"], r.cell["method"]) == place]
         there = {r.cell["seed"] for r in runs}
         missing = [c for (f, m, seed), c in expected.items() if (f, m) == (name, method) and seed not in there]
         published = figure.get("published", {}).get(method)
@@ -53,9 +52,7 @@ def groups_of(spec: dict[str, Any], name: str, records: list[Record], expected: 
 
 
 def _three(values: list[float]) -> str:
-    if not values:
-        return MISSING
-    return f"{min(values):.2f} / {max(values):.2f} / {statistics.fmean(values):.2f}"
+    return " / ".join(f"{f(values):.2f}" for f in (min, max, statistics.fmean)) if values else MISSING
 
 
 def _spread(values: list[float], form: str) -> str:
@@ -64,10 +61,6 @@ def _spread(values: list[float], form: str) -> str:
         return MISSING
     low, high, mean = (format(x, form) for x in (min(values), max(values), statistics.fmean(values)))
     return mean if low == high else f"{mean} ({low}–{high})"
-
-
-def _final(run: Record) -> float | None:
-    return run.last("test_accuracy")
 
 
 def _best(run: Record) -> float | None:
@@ -84,17 +77,13 @@ def _with_statistics(run: Record, by_time: bool) -> float | None:
         return None
     model = run.config.model
     if model.block == "residual" or model.field_norm != "batch" or (model.statistics == "by_time") == by_time:
-        return _final(run)
+        return run.last("test_accuracy")
     found = [e for e in run.evaluations if is_calibrated(e, run.config, run.results["epochs"])]
     return found[0]["test_accuracy"] if found else None
 
 
-def _by_time(run: Record) -> float | None:
-    return _with_statistics(run, True)
-
-
-def _one_set(run: Record) -> float | None:
-    return _with_statistics(run, False)
+_by_time = partial(_with_statistics, by_time=True)
+_one_set = partial(_with_statistics, by_time=False)
 
 
 def _statistics(group: Group) -> str:
@@ -111,27 +100,22 @@ def _runs(group: Group) -> str:
 
 
 def accuracy_rows(groups: list[Group]) -> list[dict[str, str]]:
-    """Test accuracy in percent, min / max / mean over seeds, beside the published one."""
+    """Test accuracy in percent, min / max / mean over seeds, next to the published one."""
     rows = []
     for group in groups:
-        by_time, best = group.percents(_by_time), group.percents(_best)
-        published = group.published
-        difference = f"{statistics.fmean(by_time) - published[2]:+.2f}" if published and by_time else MISSING
-        rows.append(
-            {
-                "method": group.label,
-                "runs": _runs(group),
-                **({"published": " / ".join(f"{x:.2f}" for x in published)} if published else {}),
-                "last epoch, statistics by time": _three(by_time),
-                **({"difference of means": difference} if published else {}),
-                "last epoch, one set": _three(group.percents(_one_set)),
-                "best epoch": _three(best),
-                "statistics in training": _statistics(group),
-                "training loss": _spread(
-                    [x for r in group.completed if (x := r.last("train_loss")) is not None], ".4f"
-                ),
-            }
-        )
+        row = {"method": group.label, "runs": _runs(group)}
+        by_time, published = group.percents(_by_time), group.published
+        if published:
+            row["published"] = " / ".join(f"{x:.2f}" for x in published)
+        row["last epoch, statistics by time"] = _three(by_time)
+        if published:
+            difference = f"{statistics.fmean(by_time) - published[2]:+.2f}" if by_time else MISSING
+            row["difference of means"] = difference
+        row["last epoch, one set"] = _three(group.percents(_one_set))
+        row["best epoch"] = _three(group.percents(_best))
+        row["statistics in training"] = _statistics(group)
+        losses = [x for run in group.completed if (x := run.last("train_loss")) is not None]
+        rows.append({**row, "training loss": _spread(losses, ".4f")})
     return rows
 
 
@@ -143,26 +127,20 @@ def cost_rows(groups: list[Group]) -> list[dict[str, str]]:
         if not results:
             continue
         nfe = [r["nfe"] for r in results if r["nfe"]]
-        commits = dict.fromkeys(
-            (r["commit"] or "unknown")[:10] + ("-dirty" * str(r["commit"]).endswith("-dirty")) for r in results
-        )
+        evaluations = [_spread([n[k] for n in nfe], ".3g") for k in ("forward", "backward")] if nfe else [MISSING]
+        commits = [(r["commit"] or "unknown")[:10] + "-dirty" * str(r["commit"]).endswith("-dirty") for r in results]
         # A diverged run's last epoch is none, an interrupted one's time is not that of a run.
-        whole = [run.results for run in group.completed if run.results]
-        seconds = [r["wall_time_s"]["train"] / r["epochs"] for r in whole]
+        seconds = [(r["wall_time_s"]["train"], r["epochs"]) for run in group.completed if (r := run.results)]
         rows.append(
             {
                 "method": group.label,
                 "peak memory, MB": _spread([r["peak_memory_bytes"] / 1e6 for r in results], ",.1f"),
-                "training, s an epoch": _spread(seconds, ",.1f"),
-                "training, min a run": _spread([r["wall_time_s"]["train"] / 60 for r in whole], ",.1f"),
-                "evaluations of f a step": " + ".join(
-                    _spread([n[k] for n in nfe], ".3g") for k in ("forward", "backward")
-                )
-                if nfe
-                else MISSING,
+                "training, s an epoch": _spread([s / epochs for s, epochs in seconds], ",.1f"),
+                "training, min a run": _spread([s / 60 for s, _ in seconds], ",.1f"),
+                "evaluations of f a step": " + ".join(evaluations),
                 "runs at once": ", ".join(dict.fromkeys(str(r.get("runs_at_once", 1)) for r in results)),
                 "device": ", ".join(dict.fromkeys(r["device"] for r in results)),
-                "commit": ", ".join(commits),
+                "commit": ", ".join(dict.fromkeys(commits)),
             }
         )
     return rows
@@ -172,10 +150,8 @@ def command_rows(groups: list[Group]) -> list[dict[str, str]]:
     """The command of every run, recorded or missing."""
     rows = []
     for group in groups:
-        for run in group.runs:
-            rows.append({"method": group.label, "run": run.status, "command": run.cell["command"]})
-        for command in group.missing:
-            rows.append({"method": group.label, "run": "not run", "command": command})
+        commands = [(run.status, run.cell["command"]) for run in group.runs] + [("not run", c) for c in group.missing]
+        rows += [{"method": group.label, "run": status, "command": command} for status, command in commands]
     return rows
 
 
@@ -195,11 +171,9 @@ def overview_rows(groups: list[list[Group]], titles: list[str]) -> list[dict[str
     """A row a method, a column a figure with published numbers: our mean at the last epoch, and the paper's."""
     rows: dict[str, dict[str, str]] = {}
     for title, of_figure in zip(titles, groups, strict=True):
-        for group in of_figure:
-            if group.published:
-                by_time = group.percents(_by_time)
-                ours = f"{statistics.fmean(by_time):.2f}" if by_time else MISSING
-                rows.setdefault(group.label, {"method": group.label})[title] = (
-                    f"{ours} (paper {group.published[2]:.2f})"
-                )
+        for group, published in ((g, g.published) for g in of_figure if g.published):
+            by_time = group.percents(_by_time)
+            ours = f"{statistics.fmean(by_time):.2f}" if by_time else MISSING
+            row = rows.setdefault(group.label, {"method": group.label})
+            row[title] = f"{ours} (paper {published[2]:.2f})"
     return list(rows.values())

@@ -1,15 +1,14 @@
 """The table of a sweep: one row a job, and mean and spread over seeds."""
 
-from __future__ import annotations
-
 import csv
-import json
 import statistics
 from pathlib import Path
 from typing import Any, cast
 
 from omegaconf import OmegaConf
 from tabulate import tabulate
+
+from anode_exp.records.reading import read_results
 
 MEASURES = ("test_accuracy", "best_test_accuracy", "train_loss", "peak_memory_bytes", "train_time_s")
 
@@ -20,10 +19,7 @@ def _job(directory: Path, given: Path) -> tuple[dict[str, str], dict[str, Any]]:
     settings = dict(str(line).lstrip("+").split("=", 1) for line in cast(list[str], overrides))
     if directory != given:  # one of several seeds at once
         settings["seed"] = directory.name.rpartition("-")[2]
-    results = directory / "results.json"
-    found: dict[str, Any] = {"status": "failed", "error": "ended unrecorded"}
-    if results.exists():
-        found = json.loads(results.read_text())
+    found = read_results(directory) or {"status": "failed", "error": "ended unrecorded"}
     found["train_time_s"] = found.get("wall_time_s", {}).get("train")
     return settings, found
 
@@ -50,17 +46,13 @@ def sweep_rows(directory: Path) -> list[dict[str, Any]]:
     jobs = [_job(*place) for place in places]
     keys = dict.fromkeys(key for settings, _ in jobs for key in settings)
     varied = [k for k in keys if len({settings.get(k) for settings, _ in jobs}) > 1]
-    return [
-        {
-            "job": ".".join(part.partition("_")[0] for part in run.relative_to(directory).parts),
-            **{k: settings.get(k) for k in varied},
-            "status": results["status"],
-            **{m: results.get(m) for m in MEASURES},
-            "error": results.get("error"),
-            "mistake": results.get("mistake", False),
-        }
-        for (run, _), (settings, results) in zip(places, jobs, strict=True)
-    ]
+    rows = []
+    for (run, _), (settings, results) in zip(places, jobs, strict=True):
+        job = ".".join(part.partition("_")[0] for part in run.relative_to(directory).parts)
+        row = {"job": job, **{k: settings.get(k) for k in varied}, "status": results["status"]}
+        row |= {m: results.get(m) for m in MEASURES}
+        rows.append({**row, "error": results.get("error"), "mistake": results.get("mistake", False)})
+    return rows
 
 
 def over_seeds(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -81,9 +73,10 @@ def over_seeds(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return table
 
 
-def _write(path: Path, rows: list[dict[str, Any]]) -> None:
+def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
+    """A column for each key of any row."""
     with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0].keys())
+        writer = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)), restval="")
         writer.writeheader()
         writer.writerows(rows)
 
@@ -100,20 +93,16 @@ def sweep_table(directory: Path, rows: list[dict[str, Any]]) -> str:
     """Write a sweep's rows to ``sweep.csv`` and, where seeds vary, ``sweep_over_seeds.csv``; return both as text."""
     if not rows:
         return f"no job of {directory} began"
-    _write(directory / "sweep.csv", rows)
-    shown = [
-        {k: _number(v, k) if k in MEASURES else v for k, v in row.items() if k not in ("error", "mistake")}
-        for row in rows
-    ]
+    write_csv(directory / "sweep.csv", rows)
+    columns = [key for key in rows[0] if key not in ("error", "mistake")]
+    shown = [{k: _number(row[k], k) if k in MEASURES else row[k] for k in columns} for row in rows]
     text = tabulate(shown, headers="keys", disable_numparse=True)
     if "seed" in rows[0]:
         means = over_seeds(rows)
-        _write(directory / "sweep_over_seeds.csv", means)
+        write_csv(directory / "sweep_over_seeds.csv", means)
         fixed = [k for k in means[0] if not k.endswith(("_mean", "_std"))]
-        shown = [
-            {k: m[k] for k in fixed}
-            | {x: f"{_number(m[f'{x}_mean'], x)} ± {_number(m[f'{x}_std'], x)}" for x in MEASURES}
-            for m in means
-        ]
+        shown = [{k: m[k] for k in fixed} for m in means]
+        for row, m in zip(shown, means, strict=True):
+            row |= {x: f"{_number(m[f'{x}_mean'], x)} ± {_number(m[f'{x}_std'], x)}" for x in MEASURES}
         text += "\n\n" + tabulate(shown, headers="keys", disable_numparse=True)
     return f"{text}\n{directory / 'sweep.csv'}"

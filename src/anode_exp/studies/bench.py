@@ -1,7 +1,5 @@
 """The verb ``bench``: training steps of several compositions, and of usual ways to train, timed in turn."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -15,13 +13,14 @@ from tabulate import tabulate
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from anode_exp.build import Assembly, assemble, build_augmentation, build_data, build_device, set_backends
+from anode_exp.build import Assembly, assemble, build_data, build_device, set_backends
 from anode_exp.config.schema import TrainConfig
-from anode_exp.data import ImageData
+from anode_exp.data import Augmentation, ImageData
 from anode_exp.data.torchvision_loader import torchvision_loader
 from anode_exp.models import ode_blocks
 from anode_exp.ode import Solver, Theta, TimeGrid, Tolerance, VectorField, solve_forward
-from anode_exp.records.environment import commit, device_name, versions
+from anode_exp.records.environment import device_name, environment
+from anode_exp.records.reading import write_json
 from anode_exp.studies.throughput import Contestant, time_in_turn
 from anode_exp.tasks.task import Batch
 from anode_exp.training.graphed_step import training_step
@@ -62,12 +61,10 @@ def run_bench(entries: list[tuple[str, TrainConfig, str | None]], rounds: int, d
     with bar(len(contestants) * (1 + rounds), "bench") as progress:
         rows, bandwidth, rates = time_in_turn(contestants, device, rounds, progress.update)
     limits = {"copy_bytes_per_s": bandwidth, "matrix_flops_per_s": {str(d)[6:]: rate for d, rate in rates.items()}}
-    facts = {"device": device_name(device), "limits": limits, "versions": versions(), "commit": commit()}
-    (directory / "bench.json").write_text(json.dumps({**facts, "rounds": rounds, "rows": rows}, indent=2) + "\n")
+    write_json(directory / "bench.json", {**environment(device), "limits": limits, "rounds": rounds, "rows": rows})
     products = ", ".join(f"{rate / 1e12:,.3f} TFLOP/s in {str(d)[6:]}" for d, rate in rates.items())
-    text = (
-        f"{device_name(device)}: copies {bandwidth / 1e9:,.1f} GB/s, matrix products {products}\n\n{bench_table(rows)}"
-    )
+    head = f"{device_name(device)}: copies {bandwidth / 1e9:,.1f} GB/s, matrix products {products}"
+    text = f"{head}\n\n{bench_table(rows)}"
     (directory / "table.txt").write_text(text + "\n")
     print(f"{text}\n\n{directory}")
     return directory
@@ -84,22 +81,18 @@ def _contestant(
             networks.append(_steps(replace(config, seed=seed), baseline, images))
     size = min(config.recipe.batch_size, len(images.train))
 
-    def step() -> None:
-        for stream, (take, _, _) in zip(streams, networks, strict=True):
+    def take(which: int) -> None:
+        for stream, of_network in zip(streams, networks, strict=True):
             with torch.cuda.stream(stream):
-                take()
-
-    def eagerly() -> None:
-        for stream, (_, take, _) in zip(streams, networks, strict=True):
-            with torch.cuda.stream(stream):
-                take()
+                of_network[which]()
 
     def own() -> list[Tensor]:
         return [x for _, _, tensors in networks for x in tensors()]
 
     epoch_steps = -(-len(images.train) // size)
     dtype = torch.bfloat16 if config.runtime.precision == "bf16" else torch.float32
-    return Contestant(label, step, eagerly, config.seeds * size, epoch_steps, own, dtype, baseline == "dataloader")
+    step, eagerly, alone = partial(take, 0), partial(take, 1), baseline == "dataloader"
+    return Contestant(label, step, eagerly, config.seeds * size, epoch_steps, own, dtype, alone)
 
 
 def _steps(
@@ -134,7 +127,8 @@ def _on_device(assembly: Assembly) -> Iterator[Batch]:
 
 def _loaded(assembly: Assembly, images: ImageData) -> Iterator[Batch]:
     data, device = assembly.config.dataset, assembly.device
-    loader = torchvision_loader(images.train, assembly.batch_size, build_augmentation(data), data.mean, data.std)
+    augment = Augmentation(data.crop_padding, data.flip)
+    loader = torchvision_loader(images.train, assembly.batch_size, augment, data.mean, data.std)
     while True:
         for batch, labels in loader:
             yield batch.to(device, non_blocking=True), labels.to(device, non_blocking=True)
@@ -146,19 +140,11 @@ def bench_table(rows: list[dict[str, Any]]) -> str:
     for r in rows:
         low, high = r["step_s_quartiles"]
         launched = {} if r["kernels_per_step"] is None else {"kernels": r["kernels_per_step"]}
-        table.append(
-            {
-                "": r["label"],
-                "ms a step": f"{r['step_s'] * 1e3:,.1f} ({low * 1e3:,.1f}–{high * 1e3:,.1f})",
-                "over the first": f"×{r['ratio']:.3f}",
-                "images/s": f"{r['images_per_s']:,.0f}",
-                "epoch, s": f"{r['epoch_s']:,.1f}",
-                "peak, MB": f"{r['peak_bytes'] / 1e6:,.0f}",
-                "operators": r["operators_per_step"],
-                **launched,
-                "copy rate": f"{r['bandwidth_share']:.0%}",
-                "matrix rate": f"{r['matrix_share']:.0%}",
-                "floor, ms": f"{r['floor_s'] * 1e3:,.1f}",
-            }
-        )
+        table.append({
+            "": r["label"], "ms a step": f"{r['step_s'] * 1e3:,.1f} ({low * 1e3:,.1f}–{high * 1e3:,.1f})",
+            "over the first": f"×{r['ratio']:.3f}", "images/s": f"{r['images_per_s']:,.0f}",
+            "epoch, s": f"{r['epoch_s']:,.1f}", "peak, MB": f"{r['peak_bytes'] / 1e6:,.0f}",
+            "operators": r["operators_per_step"], **launched, "copy rate": f"{r['bandwidth_share']:.0%}",
+            "matrix rate": f"{r['matrix_share']:.0%}", "floor, ms": f"{r['floor_s'] * 1e3:,.1f}",
+        })  # fmt: skip
     return tabulate(table, headers="keys", disable_numparse=True)

@@ -1,30 +1,26 @@
 """Step time and peak memory of the plans for several byte budgets."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from anode_exp.budget.measure import Planner
 from anode_exp.budget.plan import RESERVE
-from anode_exp.build import autocast_for, build_optimizer
+from anode_exp.build import autocast_for, build_optimizer, placed, varied
 from anode_exp.config.check import parse_bytes
 from anode_exp.config.schema import GradientConfig, StudyConfig, TrainConfig
 from anode_exp.models import ode_blocks
+from anode_exp.records.reading import Row
 from anode_exp.studies.memory import peaks_and_times
-from anode_exp.studies.networks import placed, varied
 from anode_exp.tasks.classification import Classification
+from anode_exp.tasks.task import Batch
 from anode_exp.training.graphed_step import capture_of
 from anode_exp.training.progress import bar
 
 
-def rows(
-    config: TrainConfig, study: StudyConfig, num_classes: int, batch: tuple[Tensor, Tensor], directory: Path
-) -> Iterator[dict[str, Any]]:
+def rows(config: TrainConfig, study: StudyConfig, num_classes: int, batch: Batch, directory: Path) -> Iterator[Row]:
     n_steps, precision = config.solver.n_steps, config.runtime.precision
 
     def network() -> tuple[nn.Module, torch.memory_format]:
@@ -33,17 +29,13 @@ def rows(
 
     measured_network, layout = network()
     images, labels = batch[0].contiguous(memory_format=layout), batch[1].clone()
-    count = len(study.budgets) or 8
+    count, new_capture = len(study.budgets) or 8, capture_of(config, images.device)
     with bar(Planner.dry_runs(n_steps) + count * (1 + study.repeats), study.name) as progress:
         planner = Planner(
-            measured_network.train(),
-            lambda n: build_optimizer(n, config.recipe),
-            autocast_for(precision, batch[0].device),
-            Classification(),
-            (images, labels),
-            progress.update,
-            new_capture=capture_of(config, images.device),
-        )
+            measured_network.train(), lambda n: build_optimizer(n, config.recipe),
+            autocast_for(precision, images.device), Classification(), (images, labels), progress.update,
+            new_capture=new_capture,
+        )  # fmt: skip
         most = planner.predict(["full_backprop"] * len(planner.blocks)) + RESERVE
         least = planner.least() + RESERVE
         budgets = [parse_bytes(b) for b in study.budgets]
@@ -56,7 +48,6 @@ def rows(
             networks[str(i)], _ = network()
             for block, name in zip(ode_blocks(networks[str(i)]), plan.policies, strict=True):
                 block.gradient = planner.choices[name]
-        new_capture = capture_of(config, images.device)
         for row in peaks_and_times(networks, (images, labels), precision, study.repeats, progress.update, new_capture):
             budget, plan, dry = plans[int(row.pop("gradient"))]
             facts = {"budget_bytes": budget, "predicted_bytes": plan.predicted_bytes, "dry_step_bytes": dry}

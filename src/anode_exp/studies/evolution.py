@@ -1,10 +1,7 @@
 """How far evolving weights move, and where to."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -12,6 +9,7 @@ from torch import Tensor, nn
 
 from anode_exp.config.schema import StudyConfig, TrainConfig
 from anode_exp.models import Evolution, ReactionDiffusionAdvection, ode_blocks
+from anode_exp.records.reading import Row
 from anode_exp.runs import load_run
 
 TIMES = 6
@@ -19,7 +17,7 @@ TIMES = 6
 
 
 @torch.no_grad()
-def kernels_over_time(network: nn.Module) -> Iterator[tuple[dict[str, Any], Tensor]]:
+def kernels_over_time(network: nn.Module) -> Iterator[tuple[Row, Tensor]]:
     """For every evolving convolution its coefficients and movement, and its most moving kernel.
 
     Yields:
@@ -39,20 +37,13 @@ def kernels_over_time(network: nn.Module) -> Iterator[tuple[dict[str, Any], Tens
             moved = (w - w0).flatten(1).norm(dim=1) / w0.norm()
             cosine = torch.nn.functional.cosine_similarity(w.flatten(1), w0.flatten()[None], dim=1)
             most = (w[-1] - w0).flatten(2).norm(dim=2).argmax()
-            row = {
-                "block": i,
-                "convolution": j,
-                "kernel": list(w0.shape[2:]),
-                **{name: p.square().mean().sqrt().item() for name, p in flow.named_parameters()},
-                "moved": moved.tolist(),
-                "cosine": cosine.tolist(),
-            }
+            row = {"block": i, "convolution": j, "kernel": list(w0.shape[2:])}
+            row |= {name: p.square().mean().sqrt().item() for name, p in flow.named_parameters()}
+            row |= {"moved": moved.tolist(), "cosine": cosine.tolist()}
             yield row, w.flatten(1, 2)[:, most]
 
 
-def rows(
-    config: TrainConfig, study: StudyConfig, num_classes: int, batch: None, directory: Path
-) -> Iterator[dict[str, Any]]:
+def rows(config: TrainConfig, study: StudyConfig, num_classes: int, batch: None, directory: Path) -> Iterator[Row]:
     assert study.run is not None
     kernels = {}
     for row, kernel in kernels_over_time(load_run(study.run, study.checkpoint).network):

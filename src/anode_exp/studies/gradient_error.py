@@ -1,7 +1,5 @@
 """Gradients of a network as one vector, and how far one is from another."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,11 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from anode_exp.build import varied
 from anode_exp.config.schema import GradientConfig, StudyConfig, TrainConfig
 from anode_exp.ode import SolveFailed
 from anode_exp.records.checkpoints import Checkpoints
+from anode_exp.records.reading import Row
 from anode_exp.runs import load_run
-from anode_exp.studies.networks import varied
+from anode_exp.tasks.task import Batch
 from anode_exp.training.progress import bar
 
 
@@ -40,16 +40,11 @@ def split_error(reverse: Tensor, stored: Tensor, exact: Tensor) -> dict[str, flo
 
     Source: the two faults of ANODE (arXiv 1902.10298), Sec. III and IV.
     """
-    norm = exact.norm()
-    return {
-        "reversal_error": float((reverse - stored).norm() / norm),
-        "inconsistency_error": float((stored - exact).norm() / norm),
-    }
+    reversal = float((reverse - stored).norm() / exact.norm())
+    return {"reversal_error": reversal, "inconsistency_error": relative_error(stored, exact)}
 
 
-def rows(
-    config: TrainConfig, study: StudyConfig, num_classes: int, batch: tuple[Tensor, Tensor], directory: Path
-) -> Iterator[dict[str, Any]]:
+def rows(config: TrainConfig, study: StudyConfig, num_classes: int, batch: Batch, directory: Path) -> Iterator[Row]:
     images, labels = batch[0].double(), batch[1]
     settings: list[dict[str, Any]] = [{"solver": s, "n_steps": n} for s in study.solvers for n in study.n_steps]
     each_its_own = config.model.evolution != "none" and config.model.evolution_coupling == "joint"
@@ -69,10 +64,7 @@ def rows(
                 settings = [{"solver": own.name, "adaptive": True, "rtol": own.rtol, "atol": own.atol}]
         runs = [load_run(study.run, name) for name in names]
         states = {run.epoch: run.network.state_dict() for run in runs}
-    modes = {
-        "full_backprop": GradientConfig(name="full_backprop"),
-        "stored_adjoint": GradientConfig(name="stored_adjoint"),
-    }
+    modes = {name: GradientConfig(name=name) for name in ("full_backprop", "stored_adjoint")}
     with bar(len(states) * len(settings) * len(study.gradients), study.name) as progress:
         for epoch, weights in states.items():
             for setting in settings:
@@ -83,12 +75,8 @@ def rows(
                         network.load_state_dict(weights)
                     return flat_gradient(network.to(images.device).double(), images, labels)
 
-                row = {
-                    "epoch": epoch,
-                    "solver": setting["solver"],
-                    "n_steps": setting.get("n_steps"),
-                    "tolerance": setting.get("rtol"),
-                }
+                chosen = {"n_steps": setting.get("n_steps"), "tolerance": setting.get("rtol")}
+                row = {"epoch": epoch, "solver": setting["solver"], **chosen}
                 try:
                     exact, stored = (gradient(modes[name]) for name in modes)
                 except SolveFailed as error:

@@ -1,12 +1,9 @@
 """Whether a solve can be undone: ρ of ANODE Eq. 6 for the paper's own cases, and for images."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -14,27 +11,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from anode_exp.config.schema import StudyConfig, TrainConfig
-from anode_exp.ode import (
-    TABLEAUX,
-    ExplicitRungeKutta,
-    SolveFailed,
-    TimeGrid,
-    Tolerance,
-    VectorField,
-    solve_forward,
-)
+from anode_exp.ode import TABLEAUX, ExplicitRungeKutta, SolveFailed, TimeGrid, Tolerance, VectorField, solve_forward
+from anode_exp.records.reading import Row
+from anode_exp.tasks.task import Batch
 from anode_exp.training.progress import bar
 
+Grid = TimeGrid | Tolerance
 CASE_ROWS = 25
 SINGLE = torch.finfo(torch.float32).eps
-
-
-def _relu_of(w: Tensor, y: Tensor) -> Tensor:
-    return F.relu(w @ y)
-
-
-def _relu_times(a: float, y: Tensor) -> Tensor:
-    return a * F.relu(y)
 
 
 class Flow(nn.Module):
@@ -49,9 +33,7 @@ class Flow(nn.Module):
 
 
 @torch.no_grad()
-def there_and_back(
-    f: nn.Module, y0: Tensor, there: TimeGrid | Tolerance, back: TimeGrid | Tolerance, solver: str
-) -> tuple[Tensor, Tensor, int, int]:
+def there_and_back(f: nn.Module, y0: Tensor, there: Grid, back: Grid, solver: str) -> tuple[Tensor, Tensor, int, int]:
     """φ(y0, t), φ(φ(y0, t), −t), and the steps taken each way.
 
     Raises:
@@ -82,18 +64,14 @@ def to_tolerance(f: nn.Module, y0: Tensor, rtol: float, solver: str = "dopri5") 
 
 def steps_for(f: nn.Module, y0: Tensor, target: float, solver: str, most: int) -> int | None:
     """The least power of two of equal steps with ρ ≤ target; None if even ``most`` are too few."""
-    n = 2
-    while n <= most:
-        if fixed(f, y0, n, solver) <= target:
-            return n
-        n *= 2
-    return None
+    powers = (2**k for k in range(1, most.bit_length()))
+    return next((n for n in powers if fixed(f, y0, n, solver) <= target), None)
 
 
-def cases(tick: Callable[[], object]) -> Iterator[dict[str, Any]]:
+def cases(tick: Callable[[], object]) -> Iterator[Row]:
     """A row for each case of ANODE Sec. III: what is stated, and what is measured, in float64 on the CPU."""
 
-    def row(case: str, solver: str, quantity: str, stated: str, measured: float | str | None) -> dict[str, Any]:
+    def row(case: str, solver: str, quantity: str, stated: str, measured: float | str | None) -> Row:
         tick()
         return {"kind": "case", "case": case, "solver": solver, "quantity": quantity, "stated": stated,
                 "measured": measured}  # fmt: skip
@@ -123,7 +101,7 @@ def cases(tick: Callable[[], object]) -> Iterator[dict[str, Any]]:
     w = torch.randn(n, n, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     y0 = torch.randn(n, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     for name, matrix in (("Gaussian", w), ("Gaussian, ‖W‖₂ = 1", w / torch.linalg.matrix_norm(w, 2))):
-        flow = Flow(partial(_relu_of, matrix))
+        flow = Flow(partial(lambda w, y: F.relu(w @ y), matrix))
         case = f"dz/dt = max(0, W z), W {name}, n = 100"
         said = "about 10,000 steps for single precision" if matrix is w else "reversible"
         for solver in ("euler", "rk4"):
@@ -150,22 +128,9 @@ def cases(tick: Callable[[], object]) -> Iterator[dict[str, Any]]:
 
     for a in (0.1, 0.5, 0.9):
         z = 1.7 * one
-        flow = Flow(partial(_relu_times, a))
+        flow = Flow(partial(lambda a, y: a * F.relu(y), a))
         yield row(f"F(z) = z + {a} max(0, z), z0 = 1.7", "euler, 1 step", "error", f"a² z0 = {a * a * 1.7:.4g}",
                   fixed(flow, z, 1, "euler") * 1.7)  # fmt: skip
-
-
-class ConvField(nn.Module):
-    """dy/dt = act(K ∗ y): one 3×3 convolution with a Gaussian kernel, as in ANODE's Figs. 1 and 7. y: [B, C, H, W]."""
-
-    def __init__(self, channels: int, std: float, activation: str, generator: torch.Generator) -> None:
-        super().__init__()
-        kernel = std * torch.randn(channels, channels, 3, 3, generator=generator)
-        self.kernel = nn.Parameter(kernel, requires_grad=False)
-        self.activation = FIELD_ACTIVATIONS[activation]
-
-    def forward(self, t: float, y: Tensor) -> Tensor:
-        return self.activation(F.conv2d(y, self.kernel, padding=1))
 
 
 FIELD_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -176,9 +141,16 @@ FIELD_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+def conv_flow(channels: int, std: float, activation: str, seed: int, device: torch.device) -> Flow:
+    """dy/dt = act(K ∗ y): one 3×3 convolution with a Gaussian kernel, as in ANODE's Figs. 1 and 7. y: [B, C, H, W]."""
+    kernel = torch.randn(channels, channels, 3, 3, generator=torch.Generator().manual_seed(seed))
+    kernel = (std * kernel).to(device)
+    return Flow(lambda y: FIELD_ACTIVATIONS[activation](F.conv2d(y, kernel, padding=1)))
+
+
 def images_there_and_back(
-    images: Tensor, std: float, seed: int, grids: dict[str, tuple[str, TimeGrid | Tolerance, TimeGrid | Tolerance]]
-) -> Iterator[tuple[dict[str, Any], dict[str, Tensor]]]:
+    images: Tensor, std: float, seed: int, grids: dict[str, tuple[str, Grid, Grid]]
+) -> Iterator[tuple[Row, dict[str, Tensor]]]:
     """A row with ρ of all images, and output and reversed images, for each activation and each (solver, there, back).
 
     Args:
@@ -186,7 +158,7 @@ def images_there_and_back(
         std: of the Gaussian kernel, the same for every activation.
     """
     for activation in FIELD_ACTIVATIONS:
-        f = ConvField(images.shape[1], std, activation, torch.Generator().manual_seed(seed)).to(images.device)
+        f = conv_flow(images.shape[1], std, activation, seed, images.device)
         for label, (solver, there, back) in grids.items():
             row = {"kind": "image", "activation": activation, "solver": label, "weight_std": std}
             try:
@@ -195,20 +167,15 @@ def images_there_and_back(
                 yield {**row, "rho": None, "rho_of_images": None, "reason": str(error)}, {}
                 continue
             each = [rho(y0, y) for y0, y in zip(images, again, strict=True)]
-            yield (
-                {**row, "rho": rho(images, again), "rho_of_images": each, "steps": forward, "steps_back": backward},
-                {"output": y1, "reversed": again},
-            )
+            row |= {"rho": rho(images, again), "rho_of_images": each, "steps": forward, "steps_back": backward}
+            yield row, {"output": y1, "reversed": again}
 
 
-def rows(
-    config: TrainConfig, study: StudyConfig, num_classes: int, batch: tuple[Tensor, Tensor], directory: Path
-) -> Iterator[dict[str, Any]]:
+def rows(config: TrainConfig, study: StudyConfig, num_classes: int, batch: Batch, directory: Path) -> Iterator[Row]:
     images = batch[0]
     n = config.solver.n_steps
-    grids: dict[str, tuple[str, TimeGrid | Tolerance, TimeGrid | Tolerance]] = {
-        f"{config.solver.name}, {n} steps": (config.solver.name, TimeGrid(n), TimeGrid(n, 1.0, 0.0))
-    }
+    grids: dict[str, tuple[str, Grid, Grid]] = {}
+    grids[f"{config.solver.name}, {n} steps"] = (config.solver.name, TimeGrid(n), TimeGrid(n, 1.0, 0.0))
     limits = {"max_evaluations": 100_000, "min_step": 1e-9}
     for solver in study.adaptive_solvers:
         for tol in study.tolerances:

@@ -1,7 +1,5 @@
 """One study: its JSON lines, its table and its plot."""
 
-from __future__ import annotations
-
 import json
 from importlib import import_module
 from pathlib import Path
@@ -9,10 +7,11 @@ from pathlib import Path
 import torch
 from omegaconf import OmegaConf
 
-from anode_exp.build import build_data, build_device, build_normalisation, set_backends
+from anode_exp.build import build_data, build_device, set_backends
 from anode_exp.config.schema import StudyConfig, TrainConfig
 from anode_exp.data import DATASETS, Normalisation, evaluation_batches
-from anode_exp.records.environment import commit, device_name, versions
+from anode_exp.records.environment import environment
+from anode_exp.records.reading import read_lines, write_json
 from anode_exp.training.streams import run_streams
 
 
@@ -27,7 +26,7 @@ def run_study(config: TrainConfig, study: StudyConfig, directory: Path) -> Path:
     of = config.model.name
     batch = None
     if study.batch_size is not None:
-        normalise = build_normalisation(config.dataset, device, torch.contiguous_format)
+        normalise = Normalisation(config.dataset.mean, config.dataset.std, device, torch.contiguous_format)
         if study.name == "reversibility":  # pictures, to be looked at
             normalise = Normalisation([0.0] * 3, [1.0] * 3, device)
         batch = next(evaluation_batches(build_data(config.dataset, device).train, study.batch_size, normalise))
@@ -36,15 +35,15 @@ def run_study(config: TrainConfig, study: StudyConfig, directory: Path) -> Path:
     setting = {"train": config, "study": study}
     text = "".join(OmegaConf.to_yaml({k: OmegaConf.structured(v)}) for k, v in setting.items())
     (directory / "config.yaml").write_text(text)
-    facts = {"device": device_name(device), "versions": versions(), "commit": commit()}
-    (directory / "environment.json").write_text(json.dumps(facts, indent=2) + "\n")
+    facts = environment(device)
+    write_json(directory / "environment.json", facts)
     rows = import_module(f"anode_exp.studies.{study.name}").rows
     (stream,) = run_streams(device, 1)
     with torch.cuda.stream(stream), (directory / "study.jsonl").open("w") as file:
         for row in rows(config, study, num_classes, batch, directory):
             file.write(json.dumps(row) + "\n")
             file.flush()
-    table = import_module(f"anode_exp.report.{study.name}").report(directory)
+    table = import_module(f"anode_exp.report.{study.name}").report(read_lines(directory / "study.jsonl"), directory)
     (directory / "table.txt").write_text(table + "\n")
     print(f"{of}, {facts['device']}\n\n{table}\n\n{directory}")
     return directory

@@ -1,10 +1,7 @@
 """Training steps of several contestants in turn, and what the device could do at best, measured in the same run."""
 
-from __future__ import annotations
-
 import gc
 import statistics
-import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
@@ -16,7 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from anode_exp.training.peak_memory import LiveTensorBytes, allocator_of
+from anode_exp.training.peak_memory import allocator_of, peak_while
+from anode_exp.training.streams import seconds_of, wait
 
 LEAST_ROUND_S = 0.05
 """A contestant's turn takes as many steps as fill this time, so that waiting for a device at its end weighs little."""
@@ -68,21 +66,9 @@ class Traffic(TorchDispatchMode):
         return out
 
 
-def wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def _best_seconds(run: Callable[[], object], device: torch.device, repeats: int = 7) -> float:
+def _best_seconds(run: Callable[[], object], device: torch.device) -> float:
     run()
-    best = float("inf")
-    for _ in range(repeats):
-        wait(device)
-        started = time.perf_counter()
-        run()
-        wait(device)
-        best = min(best, time.perf_counter() - started)
-    return best
+    return min(seconds_of(run, device) for _ in range(7))
 
 
 def device_limits(device: torch.device, dtypes: Iterable[torch.dtype]) -> tuple[float, dict[torch.dtype, float]]:
@@ -115,31 +101,12 @@ def _inspect(c: Contestant, device: torch.device) -> tuple[dict[str, Any], int]:
     traffic = Traffic()
     with traffic:
         c.counted()
-    allocator = allocator_of(device)
-    if allocator is not None:
-        allocator.reset_peaks()
-        others = allocator.allocated() - sum(x.nbytes for x in c.own())
-        c.counted()
-        peak = allocator.most_allocated() - others
-    else:
-        with LiveTensorBytes(c.own()) as live:
-            c.counted()
-        peak = live.peak
+    peak = peak_while(c.counted, c.own, allocator_of(device))
     for _ in range(2):
         c.step()  # the second of these records, where a graph is recorded
-    wait(device)
-    started = time.perf_counter()
-    c.step()
-    wait(device)
-    turn = max(1, round(LEAST_ROUND_S / (time.perf_counter() - started)))
-    counts = {
-        "label": c.label,
-        "peak_bytes": peak,
-        "operators_per_step": traffic.operators,
-        "bytes_per_step": traffic.bytes,
-        "flops_per_step": traffic.flops,
-    }
-    return counts, turn
+    turn = max(1, round(LEAST_ROUND_S / seconds_of(c.step, device)))
+    counts = {f"{name}_per_step": getattr(traffic, name) for name in ("operators", "bytes", "flops")}
+    return {"label": c.label, "peak_bytes": peak, **counts}, turn
 
 
 def time_in_turn(
@@ -163,31 +130,20 @@ def time_in_turn(
             tick()
         for _ in range(rounds):
             for c in group:
-                wait(device)
-                started = time.perf_counter()
-                for _ in range(turn[c.label]):
-                    c.step()
-                wait(device)
-                seconds[c.label].append((time.perf_counter() - started) / turn[c.label])
+                seconds[c.label].append(seconds_of(c.step, device, turn[c.label]) / turn[c.label])
                 tick()
     first = seconds[contestants[0].label]
     for c in contestants:
         row, mine = rows[c.label], seconds[c.label]
         row["kernels_per_step"] = kernels_per_step(c, device)  # after all that is timed, which a profiler may slow
-        quartiles = statistics.quantiles(mine, n=4) if len(mine) > 1 else [mine[0]] * 3
+        low, _, high = statistics.quantiles(mine, n=4) if len(mine) > 1 else mine * 3
         median = statistics.median(mine)
-        floor = max(row["bytes_per_step"] / bandwidth, row["flops_per_step"] / rates[c.dtype])
-        row |= {
-            "step_s": median,
-            "step_s_quartiles": [quartiles[0], quartiles[2]],
-            "ratio": median / statistics.median(first)
-            if c.alone
-            else statistics.median(a / b for a, b in zip(mine, first, strict=True)),
-            "images_per_s": c.images / median,
-            "epoch_s": c.epoch_steps * median,
-            "bandwidth_share": row["bytes_per_step"] / median / bandwidth,
-            "matrix_share": row["flops_per_step"] / median / rates[c.dtype],
-            "floor_s": floor,
-            "of_floor": floor / median,
-        }
+        ratio = median / statistics.median(first)
+        if not c.alone:
+            ratio = statistics.median(a / b for a, b in zip(mine, first, strict=True))
+        row |= {"step_s": median, "step_s_quartiles": [low, high], "ratio": ratio}
+        row |= {"images_per_s": c.images / median, "epoch_s": c.epoch_steps * median}
+        copying, computing = row["bytes_per_step"] / bandwidth, row["flops_per_step"] / rates[c.dtype]
+        row |= {"bandwidth_share": copying / median, "matrix_share": computing / median}
+        row |= {"floor_s": max(copying, computing), "of_floor": max(copying, computing) / median}
     return [rows[c.label] for c in contestants], bandwidth, rates

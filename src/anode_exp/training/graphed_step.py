@@ -1,14 +1,12 @@
 """A training step captured once as a CUDA graph and replayed: no launches from the host, whatever the gradient mode."""
 
-from __future__ import annotations
-
 import gc
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,20 +21,6 @@ from anode_exp.training.step import Step, state_tensors, train_step
 log = logging.getLogger(__name__)
 
 WARM_UP_STEPS = 3
-
-
-class Capture(Protocol):
-    """What records a function's work on a device, to be repeated on the same memory."""
-
-    def warm_up(self, work: Callable[[], object]) -> None:
-        """Run it as often as libraries need to settle, outside of the recording."""
-        ...
-
-    def record(self, work: Callable[[], Any]) -> Any:
-        """Record it, without running it on the device; what it returns is filled by every replay."""
-        ...
-
-    def replay(self) -> None: ...
 
 
 class CudaCapture:
@@ -54,6 +38,7 @@ class CudaCapture:
         self.stream = torch.cuda.Stream() if current == torch.cuda.default_stream() else current
 
     def warm_up(self, work: Callable[[], object]) -> None:
+        """Run it as often as libraries need to settle, outside of the recording."""
         self.stream.wait_stream(torch.cuda.current_stream())
         try:
             with torch.cuda.stream(self.stream):
@@ -63,6 +48,7 @@ class CudaCapture:
             torch.cuda.current_stream().wait_stream(self.stream)
 
     def record(self, work: Callable[[], Any]) -> Any:
+        """Record it, without running it on the device; what it returns is filled by every replay."""
         # torch's context waits for the device and empties the allocator's cache before it records. Where it fails, it
         # leaves its stream current: the outer context puts the one before back.
         with torch.cuda.stream(self.stream):
@@ -106,7 +92,7 @@ class GraphedStep:
         optimizer: torch.optim.Optimizer,
         autocast: Callable[[], torch.autocast],
         task: Task,
-        new_capture: Callable[[], Capture] = CudaCapture,
+        new_capture: Callable[[], CudaCapture] = CudaCapture,
         batch_size: int | None = None,
     ) -> None:
         self.network, self.optimizer, self.autocast, self.task = network, optimizer, autocast, task
@@ -116,7 +102,7 @@ class GraphedStep:
 
     def forget(self) -> None:
         """Drop the recording: the next step is a first one again. That recording has failed is not forgotten."""
-        self._capture: Capture | None = None
+        self._capture: CudaCapture | None = None
         self._ran_eagerly = False
         self._batch: Batch = ()
         self._results: tuple[Tensor, Sums] | None = None
@@ -127,7 +113,7 @@ class GraphedStep:
             if not self._ran_eagerly or self.batch_size not in (None, len(batch[0])):
                 self._ran_eagerly = True
                 return self._eager(batch)
-            with _syncing_allowed():
+            with sync_debug("default"):  # recording waits for the device, once
                 self._record(batch)
         if self._capture is None or batch[0].shape != self._batch[0].shape:
             return self._eager(batch)
@@ -176,11 +162,7 @@ class GraphedStep:
 
     def _capture_step(self, batch: Batch) -> None:
         self._batch = tuple(x.clone() for x in batch)
-        capture = self.new_capture()
-
-        def work() -> tuple[Tensor, Sums]:
-            return self._eager(self._batch)
-
+        capture, work = self.new_capture(), partial(self._eager, self._batch)
         capture.warm_up(work)
         self.optimizer.zero_grad(set_to_none=True)  # the recording then makes gradients of its own
         start = self._counters()
@@ -199,17 +181,17 @@ def _root(error: BaseException) -> str:
 
 
 @contextmanager
-def _syncing_allowed() -> Iterator[None]:
-    """Recording waits for the device, once; ``runtime.sync_debug`` is about the steps after it."""
+def sync_debug(mode: int | str) -> Iterator[None]:
+    """CUDA's answer to an operation that waits for the device: ``default`` allows it, ``error`` refuses it."""
     if not torch.cuda.is_available():
         yield
         return
-    mode = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode("default")
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode(mode)
     try:
         yield
     finally:
-        torch.cuda.set_sync_debug_mode(mode)
+        torch.cuda.set_sync_debug_mode(before)
 
 
 def training_step(assembly: Assembly) -> Step:
@@ -228,6 +210,6 @@ def training_step(assembly: Assembly) -> Step:
     return partial(train_step, *assembly.stepped)
 
 
-def capture_of(config: TrainConfig, device: torch.device) -> Callable[[], Capture] | None:
+def capture_of(config: TrainConfig, device: torch.device) -> Callable[[], CudaCapture] | None:
     """What records the steps to be timed where runs replay them."""
     return CudaCapture if device.type == "cuda" and config.runtime.cuda_graph else None

@@ -1,11 +1,10 @@
 """Peak memory of training steps: the allocator's own figure on CUDA, counted tensor bytes elsewhere."""
 
-from __future__ import annotations
-
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,8 +29,7 @@ class LiveTensorBytes(TorchDispatchMode):
 
     def __init__(self, tensors: Iterable[Tensor] = ()) -> None:
         super().__init__()
-        self.now = 0
-        self.peak = 0
+        self.now = self.peak = 0
         self._alive: dict[int, int] = {}
         for t in tensors:
             self._add(t)
@@ -57,49 +55,35 @@ class LiveTensorBytes(TorchDispatchMode):
         return out
 
 
-class Allocator(Protocol):
-    """A device's caching allocator: bytes of tensors there (allocated), and those with free blocks kept (reserved)."""
-
-    def allocated(self) -> int: ...
-
-    def most_allocated(self) -> int:
-        """Since the last reset."""
-        ...
-
-    def most_reserved(self) -> int:
-        """Since the last reset."""
-        ...
-
-    def reset_peaks(self) -> None: ...
-
-    def empty_cache(self) -> None: ...
-
-
 class CudaAllocator:
-    """Torch's, on CUDA."""
+    """Torch's caching allocator of a CUDA device. The most there was counts from the last reset."""
 
     def __init__(self, device: torch.device) -> None:
-        self.device = device
-
-    def allocated(self) -> int:
-        return torch.cuda.memory_allocated(self.device)
-
-    def most_allocated(self) -> int:
-        return torch.cuda.max_memory_allocated(self.device)
-
-    def most_reserved(self) -> int:
-        return torch.cuda.max_memory_reserved(self.device)
-
-    def reset_peaks(self) -> None:
-        torch.cuda.reset_peak_memory_stats(self.device)
-
-    def empty_cache(self) -> None:
-        torch.cuda.empty_cache()
+        self.allocated = partial(torch.cuda.memory_allocated, device)
+        self.most_allocated = partial(torch.cuda.max_memory_allocated, device)
+        self.most_reserved = partial(torch.cuda.max_memory_reserved, device)
+        self.reset_peaks = partial(torch.cuda.reset_peak_memory_stats, device)
+        self.empty_cache = torch.cuda.empty_cache
 
 
-def allocator_of(device: torch.device) -> Allocator | None:
+def allocator_of(device: torch.device) -> CudaAllocator | None:
     """None where there is none that counts."""
     return CudaAllocator(device) if device.type == "cuda" else None
+
+
+def peak_while(work: Callable[[], object], own: Callable[[], Iterable[Tensor]], allocator: CudaAllocator | None) -> int:
+    """Peak bytes while it works: of its own tensors, there before, and what it allocates; nothing of others.
+
+    The allocator's figure, or live tensor bytes without one. ``own`` is called once: a list kept would hold gradients.
+    """
+    if allocator is None:
+        with LiveTensorBytes(own()) as live:
+            work()
+        return live.peak
+    allocator.reset_peaks()
+    others = allocator.allocated() - sum(x.nbytes for x in own())
+    work()
+    return allocator.most_allocated() - others
 
 
 class PeakMemory:

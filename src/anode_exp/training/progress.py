@@ -1,13 +1,10 @@
 """Progress on a terminal: bars that vanish when done, and log lines that do not break them."""
 
-from __future__ import annotations
-
 import logging
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,21 +12,14 @@ from tqdm import tqdm
 
 
 class BarSafeHandler(logging.Handler):
-    """Writes log records above any progress bar, to standard output."""
+    """Writes messages above any progress bar, to standard output; a traceback belongs in the file, not there."""
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
-            tqdm.write(self.format(record), file=sys.stdout)
+            tqdm.write(record.getMessage(), file=sys.stdout)
             sys.stdout.flush()
         except Exception:
             self.handleError(record)
-
-
-class OneLine(logging.Formatter):
-    """The message alone: a traceback belongs in the file, not on the terminal."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        return record.getMessage()
 
 
 _run: ContextVar[Path | None] = ContextVar("run", default=None)
@@ -40,20 +30,14 @@ def log_to(*directories: Path) -> None:
 
     Of several runs each file gets the lines logged under ``logging_for`` its own, and those outside of any.
     """
-    terminal = BarSafeHandler()
-    terminal.setFormatter(OneLine())
-    handlers: list[logging.Handler] = [terminal]
+    handlers: list[logging.Handler] = [BarSafeHandler()]
     for directory in directories:
         directory.mkdir(parents=True, exist_ok=True)
         file = logging.FileHandler(directory / "train.log")
         file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-        file.addFilter(partial(_is_of, directory))
+        file.addFilter(lambda record, directory=directory: _run.get() in (None, directory))  # type: ignore[misc]
         handlers.append(file)
     logging.basicConfig(level=logging.INFO, handlers=handlers, force=True)
-
-
-def _is_of(directory: Path, record: logging.LogRecord) -> bool:
-    return _run.get() in (None, directory)
 
 
 @contextmanager
@@ -66,15 +50,7 @@ def logging_for(directory: Path) -> Iterator[None]:
         _run.reset(token)
 
 
-def bar(total: int, description: str, done: int = 0, iterable: Iterable[Any] | None = None) -> tqdm[Any]:
+def bar(total: int, description: str, done: int = 0, iterable: Iterable[Any] | None = None) -> "tqdm[Any]":
     """A progress bar of steps on standard error, around an iterable if one is given; silent without a terminal."""
-    return tqdm(
-        iterable,
-        total=total,
-        initial=done,
-        desc=description,
-        unit="step",
-        leave=False,
-        dynamic_ncols=True,
-        disable=None,
-    )
+    look: dict[str, Any] = {"unit": "step", "leave": False, "dynamic_ncols": True, "disable": None}
+    return tqdm(iterable, total=total, initial=done, desc=description, **look)

@@ -1,8 +1,8 @@
-"""One training step, and the evaluation of a split. Neither reads a tensor on the host inside its loop."""
-
-from __future__ import annotations
+"""A training step, a moving average of its weights, an evaluation: none reads a tensor on the host inside its loop."""
 
 from collections.abc import Callable, Iterable
+from copy import deepcopy
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -75,3 +75,39 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
             group["lr"].fill_(rate)
         else:
             group["lr"] = rate
+
+
+def _values(network: nn.Module) -> list[Tensor]:
+    return [x for x in (*network.parameters(), *network.buffers()) if x.is_floating_point()]
+
+
+class MovingAverage:
+    """w̄ ← decay·w̄ + (1 − decay)·w after every step, from the first step's w on.
+
+    ``torch.optim.swa_utils.AveragedModel`` does the same, but waits for the device in every step, and averages index
+    buffers too.
+
+    Attributes:
+        network: a copy that holds w̄.
+    """
+
+    def __init__(self, network: nn.Module, decay: float) -> None:
+        self.network, self.decay, self.steps = deepcopy(network).requires_grad_(False), decay, 0
+
+    @torch.no_grad()
+    def update(self, network: nn.Module) -> None:
+        if self.steps:
+            torch._foreach_lerp_(self.tensors(), _values(network), 1 - self.decay)
+        else:
+            torch._foreach_copy_(self.tensors(), _values(network))
+        self.steps += 1
+
+    def tensors(self) -> list[Tensor]:
+        return _values(self.network)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"steps": self.steps, "network": self.network.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.steps = state["steps"]
+        self.network.load_state_dict(state["network"])

@@ -1,8 +1,8 @@
-"""A CUDA stream for each run, and the workspaces that libraries keep for every stream."""
-
-from __future__ import annotations
+"""A CUDA stream for each run, the workspaces that libraries keep for every stream, and waiting for the device."""
 
 import gc
+import time
+from collections.abc import Callable
 
 import torch
 
@@ -24,10 +24,8 @@ def run_streams(device: torch.device, count: int) -> list[torch.cuda.Stream | No
     if device.type != "cuda":
         return [None] * count
     if count > MOST_STREAMS:
-        raise UserError(
-            f"{count} runs at once: a GPU takes {MOST_STREAMS}, a stream each; give seeds={MOST_STREAMS} or fewer, "
-            "and the others afterwards"
-        )
+        remedy = f"give seeds={MOST_STREAMS} or fewer, and the others afterwards"
+        raise UserError(f"{count} runs at once: a GPU takes {MOST_STREAMS}, a stream each; {remedy}")
     streams = [torch.cuda.Stream(device) for _ in range(count)]
     for stream in streams:
         stream.wait_stream(torch.cuda.current_stream(device))
@@ -44,3 +42,19 @@ def clear_workspaces(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch._C._cuda_clearCublasWorkspaces()
+
+
+def wait(device: torch.device) -> None:
+    """Until the device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def seconds_of(work: Callable[[], object], device: torch.device, repeats: int = 1) -> float:
+    """How long it takes so often, from an idle device to an idle one."""
+    wait(device)
+    started = time.perf_counter()
+    for _ in range(repeats):
+        work()
+    wait(device)
+    return time.perf_counter() - started

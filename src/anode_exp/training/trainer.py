@@ -1,16 +1,14 @@
 """The one training loop."""
 
-from __future__ import annotations
-
 import logging
 import math
 import time
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from itertools import chain
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -24,12 +22,12 @@ from anode_exp.ode import SolveFailed
 from anode_exp.records.checkpoints import Checkpoints
 from anode_exp.records.run_record import RunRecord
 from anode_exp.tasks.task import Batch, Sums
-from anode_exp.training.averaging import MovingAverage
-from anode_exp.training.graphed_step import GraphedStep, training_step
+from anode_exp.training.graphed_step import GraphedStep, sync_debug, training_step
 from anode_exp.training.peak_memory import PeakMemory
 from anode_exp.training.progress import bar
 from anode_exp.training.signals import StopRequest
-from anode_exp.training.step import evaluate, restart_momentum, set_learning_rate
+from anode_exp.training.step import MovingAverage, evaluate, restart_momentum, set_learning_rate
+from anode_exp.training.streams import wait
 from anode_exp.training.world import ALONE
 
 log = logging.getLogger(__name__)
@@ -57,7 +55,7 @@ class Progress:
     peak_memory_bytes: int = 0
 
     @classmethod
-    def of(cls, saved: dict[str, Any]) -> Progress:
+    def of(cls, saved: dict[str, Any]) -> Self:
         """From a checkpoint, also of the time when all runs were classifications."""
         return cls(**{_renamed(name): value for name, value in saved.items()})
 
@@ -81,7 +79,7 @@ class EpochPart:
     settling_samples: int = 0
 
     @classmethod
-    def of(cls, saved: dict[str, Any]) -> EpochPart:
+    def of(cls, saved: dict[str, Any]) -> Self:
         """From a checkpoint, also of the time when all runs were classifications."""
         if "correct" in saved:
             saved = {**saved, "sums": {"correct": saved["correct"]}}
@@ -107,7 +105,6 @@ def memory_for(what: str, remedy: str) -> Iterator[None]:
 REHEARSED_STEPS = 3
 """One eager, one that records and replays a graph, and one more where an epoch's smaller batch comes between."""
 
-
 SMALLER_STEP = (
     "give a smaller recipe.batch_size, a gradient mode that keeps less (gradient=step_checkpoint, gradient=revolve), "
     "or a budget (gradient=budget gradient.memory=…)"
@@ -131,7 +128,7 @@ class _Epoch:
     end: int
     started: float
     since: float
-    shown: tqdm[Any]
+    shown: "tqdm[Any]"
 
     @property
     def done(self) -> bool:
@@ -246,9 +243,8 @@ class Trainer:
         part = EpochPart(torch.full((n_steps,), math.nan, device=self.device), self.task.zeros(self.device))
         if before is not None:
             part.losses[:taken] = before.losses.to(self.device)
-            part = replace(
-                before, losses=part.losses, sums={name: x.to(self.device) for name, x in before.sums.items()}
-            )
+            sums = {name: x.to(self.device) for name, x in before.sums.items()}
+            part = replace(before, losses=part.losses, sums=sums)
         now = self._clock()
         shown = bar(n_steps, f"epoch {progress.epochs + 1}/{self.recipe.epochs}", taken)
         size, n = self.recipe.batch_size, self.data.size("train")
@@ -280,18 +276,12 @@ class Trainer:
         if check or self.device.type == "cpu":  # a read makes the host wait for a GPU, so seldom there
             metrics = self.task.metrics({name: float(x) for name, x in part.sums.items()}, epoch.count())
             rate = epoch.count(epoch.first) / (self._clock() - epoch.started)
-            epoch.shown.set_postfix(
-                {
-                    "loss": f"{float(part.losses[i]):.3f}",
-                    **{name: f"{x:.3g}" for name, x in metrics.items()},
-                    f"{self.task.unit}_per_s": f"{rate:.0f}",
-                }
-            )
+            shown = {"loss": f"{float(part.losses[i]):.3f}", **{name: f"{x:.3g}" for name, x in metrics.items()}}
+            epoch.shown.set_postfix({**shown, f"{self.task.unit}_per_s": f"{rate:.0f}"})
 
     def _settle(self, epoch: _Epoch, i: int) -> None:
         """Time one of the first steps, which pay for more than themselves."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+        wait(self.device)
         now = self._clock()
         if self.progress.first_step_s is None:
             self.progress.first_step_s = now - epoch.since
@@ -327,17 +317,11 @@ class Trainer:
         progress.settling_samples += part.settling_samples
         progress.peak_memory_bytes = max(progress.peak_memory_bytes, self.memory.peak_bytes)
         metrics = self.task.metrics({name: float(x) for name, x in part.sums.items()}, samples)
-        line: dict[str, Any] = {
-            "epoch": progress.epochs,
-            "steps": progress.steps,
-            "lr": epoch.lr,
-            "train_loss": progress.train_loss,
-            **{f"train_{name}": x for name, x in metrics.items()},
-            "train_time_s": part.train_time_s,
-            f"{self.task.unit}_per_s": samples / part.train_time_s,
-            "peak_memory_bytes": progress.peak_memory_bytes,
-            **{f"nfe_{k}": n for k, n in progress.nfe.items() if k != "blocks"},
-        }
+        line: dict[str, Any] = {"epoch": progress.epochs, "steps": progress.steps, "lr": epoch.lr}
+        line |= {"train_loss": progress.train_loss, **{f"train_{name}": x for name, x in metrics.items()}}
+        line |= {"train_time_s": part.train_time_s, f"{self.task.unit}_per_s": samples / part.train_time_s}
+        line |= {"peak_memory_bytes": progress.peak_memory_bytes}
+        line |= {f"nfe_{k}": n for k, n in progress.nfe.items() if k != "blocks"}
         if self.status == "completed":
             try:
                 with self.memory.paused():
@@ -378,17 +362,6 @@ class Trainer:
     def _better(self, score: float, other: float | None) -> float:
         return score if other is None else max(score, other) if self.task.higher_is_better else min(score, other)
 
-    @contextmanager
-    def _sync_debug(self) -> Iterator[None]:
-        if not self.runtime.sync_debug or self.device.type != "cuda":
-            yield
-            return
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            yield
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-
     def _clock(self) -> float:
         return time.perf_counter() - self.waited_s
 
@@ -398,7 +371,7 @@ class Trainer:
         with (
             memory_for("a training step", SMALLER_STEP),
             self.memory.step(self.network, self.optimizer, averaged),
-            self._sync_debug(),
+            sync_debug("error") if self.runtime.sync_debug and self.device.type == "cuda" else nullcontext(),
         ):
             batch = next(source)
             losses[i], sums = self.step(batch)

@@ -1,7 +1,5 @@
 """The processes that train one network together."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 
 from torch import Tensor
