@@ -11,6 +11,8 @@ from anode_exp.config.describe import two_columns, wrapped
 from anode_exp.errors import UserError
 
 PROGRAM = "python -m anode_exp"
+Tables = Iterable[tuple[str, list[tuple[str, str]]]]
+"""Rows of two columns under their titles."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -40,13 +42,7 @@ def _shown(value: Any) -> str:
     return "" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def help_text(
-    usage: str,
-    about: str,
-    parts: Iterable[tuple[str, list[tuple[str, str]]]] = (),
-    examples: Iterable[str] = (),
-    notes: str = "",
-) -> str:
+def help_text(usage: str, about: str, parts: Tables = (), examples: Iterable[str] = (), notes: str = "") -> str:
     """A page of help: usage, what the verb does, tables of settings, notes, and commands to copy."""
     text = [f"usage: {PROGRAM} {usage}", wrapped(about)]
     text += [f"{title}\n{two_columns(rows)}" for title, rows in parts if rows]

@@ -125,8 +125,7 @@ def check_key(override: Override, known: list[str]) -> None:
 def composed_settings(overrides: list[str]) -> DictConfig:
     """A configuration as composed, for its help; UserError for a setting that cannot be composed."""
     first = expanded(parse(overrides), True, "")[0]
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        config = compose_line(first)
+    config = compose_line(first)
     return OmegaConf.masked_copy(config, [str(k) for k in config if k != "hydra"])
 
 
@@ -145,8 +144,7 @@ def jobs(overrides: list[str], multirun: bool) -> Jobs:
     parsed = parse(overrides)
     check_folders(parsed, ("hydra.sweep.dir", "hydra.sweep.subdir") if multirun else ("hydra.run.dir",))
     lines = expanded(parsed, multirun, "add -m for a sweep over them")
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        composed = [compose_line(line) for line in lines]
+    composed = [compose_line(line) for line in lines]
     key = "hydra.sweep.dir" if multirun else "hydra.run.dir"
     directory = folder_of(composed[0], key)
     # What a start that failed leaves behind, such as one without its data, may be started over.
@@ -167,8 +165,7 @@ def folder(overrides: list[str], verb: str) -> Path:
     """
     if "hydra.run.dir" not in given_keys(parse(overrides)):
         return Path("outputs") / f"{datetime.now():%Y-%m-%d/%H-%M-%S-%f}-{verb}"
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        config = compose_line([*([f"+study={verb}"] if verb in options("study") else []), *overrides])
+    config = compose_line([*([f"+study={verb}"] if verb in options("study") else []), *overrides])
     directory = folder_of(config, "hydra.run.dir")
     # What a start that failed leaves behind, its settings and no results, may be started over.
     left = (f for f in directory.rglob("*") if f.is_file() and f.name not in ("config.yaml", "environment.json"))
@@ -187,21 +184,21 @@ def folder_of(config: DictConfig, key: str) -> Path:
 def composed(overrides: list[str], advice: str = "a run takes one") -> TrainConfig:
     """The checked configuration of one run; UserError for the first thing wrong, with advice for several values."""
     (line,) = expanded(parse(overrides), False, advice)
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        return typed_line(compose_line(line))
+    return typed_line(compose_line(line))
 
 
 def compose_line(overrides: list[str]) -> DictConfig:
     parsed = parse(overrides)
     chosen = [o.input_line or "" for o in parsed if o.key_or_group in (*groups(), "study") and values_of(o)]
-    known = setting_names(cast(dict[str, Any], OmegaConf.to_container(compose("train", chosen))))
-    for override in parsed:
-        check_key(override, known)
-    try:
-        return compose("train", overrides, return_hydra_config=True)
-    except (HydraException, OmegaConfBaseException) as error:
-        cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
-        raise UserError(" ".join(str(cause).partition("Config search path")[0].split())) from error
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        known = setting_names(cast(dict[str, Any], OmegaConf.to_container(compose("train", chosen))))
+        for override in parsed:
+            check_key(override, known)
+        try:
+            return compose("train", overrides, return_hydra_config=True)
+        except (HydraException, OmegaConfBaseException) as error:
+            cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
+            raise UserError(" ".join(str(cause).partition("Config search path")[0].split())) from error
 
 
 def typed_line(config: DictConfig, without: tuple[str, ...] = ("hydra",)) -> TrainConfig:

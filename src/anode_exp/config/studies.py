@@ -4,8 +4,6 @@ from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from hydra import initialize_config_dir
-
 from anode_exp.config.check import check_used, read_config, solvers_that, typed, typed_study
 from anode_exp.config.compose import check_folders, compose_line, expanded, given_keys, parse, typed_line
 from anode_exp.config.describe import CONF, near, options
@@ -44,8 +42,7 @@ def study(name: str, overrides: list[str], thorough: bool = False) -> tuple[Trai
     grid = [f"+study/thorough={name}"] if thorough else []
     if thorough and not (CONF / "study" / "thorough" / f"{name}.yaml").exists():
         raise UserError(f"thorough=true: study {name} has one grid; leave it out")
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        composed = compose_line([f"+study={name}", *grid, *overrides])
+    composed = compose_line([f"+study={name}", *grid, *overrides])
     config = typed_line(composed, without=("hydra", "study"))
     checked = typed_study(composed.study)
     for group, names in (("solver", checked.solvers), ("gradient", [g.name for g in checked.gradients.values()])):
