@@ -161,7 +161,7 @@ def solvers_that(can: str) -> list[str]:
 def _check_solver(config: TrainConfig) -> None:
     """What is asked of a solver must be among what it can do."""
     name, mode, unit = config.solver.name, config.gradient.name, config.gradient.unit
-    no_stages = "has no stages with an adjoint of their own; choose gradient.unit=step, gradient=step_checkpoint"
+    no_stages = "has no stages with an adjoint of their own; use gradient.unit=step or gradient=step_checkpoint"
     explicit = "only explicit Runge–Kutta methods step a continuous adjoint"
     _refuse(
         (name in SOLVERS and not SOLVERS[name].explicit and config.runtime.precision != "fp32",
@@ -175,6 +175,7 @@ def _check_solver(config: TrainConfig) -> None:
         (mode == "stage_checkpoint" or unit == "stage", "stages", f"gradient={mode}: {name} {no_stages}"),
         (mode in ("reverse_adjoint", "stored_adjoint"), "explicit", f"gradient={mode}: {explicit}, {name} is not one"),
         (mode == "budget", "static", f"gradient=budget: {name} does not perform the same operations each step"),
+        (mode == "budget", "stages", f"gradient=budget: {name} has no stages, which are among its policies"),
     )
     for asked, can, text in needs:
         able = solvers_that(can)
