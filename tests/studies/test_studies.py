@@ -219,7 +219,7 @@ def test_a_gradient_mode_of_ones_own():
         ("memory", ["+study.gradients.a={name: budget, memory: 1GiB}"], "see study budget"),
         ("gradient_error", ["study.adaptive_solvers=[rk4]"], "rk4 is none; choose from heun, bosh3, dopri5"),
         ("gradient_error", ["study.checkpoint=first"], "choose best, last, the number of an epoch, or every"),
-        ("gradient_error", ["study.solvers=[rk5]"], "rk5 is no solver; choose from bosh3"),
+        ("gradient_error", ["study.solvers=[rk5]"], "rk5 is no solver; choose from backward_euler, bosh3"),
         ("gradient_error", ["+study.gradients.a={name: sorcery}"], "sorcery is no gradient"),
     ],
 )
