@@ -65,7 +65,7 @@ def test_a_given_run_directory_is_used_once(tmp_path):
             ["train", "--help"],
             0,
             "stdout",
-            "  solver:      backward_euler, bosh3, crank_nicolson, dopri5, euler, heun, kvaerno3, rk2, rk4, sdirk2, tr_bdf2\n",
+            "  solver:      backward_euler, bosh3, crank_nicolson, dopri5, euler, heun, kvaerno3, rk2, rk4",
         ),
         (["train", "--cfg", "job"], 0, "stdout", "n_steps: 2"),
         ([], 2, "stderr", "no verb given; verbs are train"),
