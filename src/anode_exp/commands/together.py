@@ -91,7 +91,8 @@ def train_together(
             run.go_on(run.begin)
             # Its first steps alone: warm-up, recording, and memory are then what they are without the others.
             for _ in range(0 if alone else ALONE_STEPS):
-                run.go_on(run.advance)
+                if run.go_on(run.advance):
+                    tick()
             run.pause(alone)
         for run in todo:
             run.wake()

@@ -26,6 +26,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import torch
@@ -172,8 +173,8 @@ class _Solve(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_y1: Tensor) -> tuple[Any, ...]:
-        saved = list(ctx.saved_tensors)
-        kept = [tuple(saved.pop(0) for _ in range(size)) for size in ctx.sizes]
+        saved = iter(ctx.saved_tensors)
+        kept = [tuple(islice(saved, size)) for size in ctx.sizes]
         backward = _block_adjoint if ctx.mode.unit == "block" else _adjoint
         with ctx.autocast(), ctx.field.re_evaluation():
             grads = backward(ctx, kept, tuple(saved), grad_y1)
@@ -219,13 +220,13 @@ def _adjoint(ctx: Any, kept: list[State], theta: Theta, grad_y1: Tensor) -> list
     start = partial(solver.start, field, per_step[0], grid.time(0))
     if mode.states != "keep":
         kept = [start(*y0)]
+    by_stages = with_stages(solver) if mode.unit == "stage" else None
     a: State = (grad_y1,)
     for n, state in reversed_steps(mode.states, mode.slots, kept, grid.n_steps, advance):
         t, h, theta_n, add = grid.time(n), grid.step_size(n), per_step[n], partial(gradient.add, n)
-        if mode.unit == "step":
+        if by_stages is None:
             a = _vjp(partial(solver.step, field, theta_n, t, h), state, theta_n, a, add)
             continue
-        by_stages = with_stages(solver)
         stages = list(state) if mode.states == "keep" else by_stages.stage_states(field, theta_n, t, h, state)
         del state  # the list alone holds the stage states: each is freed when it was used
         a = by_stages.adjoint_step(field, theta_n, t, h, stages, a, add)

@@ -8,7 +8,7 @@ SAFETY, SHRINK_AT_MOST, GROW_AT_MOST = 0.9, 0.2, 10.0
 
 
 class SolveFailed(RuntimeError):
-    """An adaptive solve that would not end: too many evaluations of f, or too small a step."""
+    """A solve that did not reach its end: too many evaluations of f, too small a step, or a stage without solution."""
 
 
 class NewtonFailed(SolveFailed):

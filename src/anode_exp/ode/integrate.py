@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import suppress
 
 import torch
@@ -37,18 +38,34 @@ def integrate(
         y(t1), of y0's shape and dtype. Nothing is read on the host, so a CUDA graph can capture the solve.
     """
     per_step = field.theta_per_step(theta, grid.n_steps)
+    step = _keeping(solver, kept, keep_stages)
     state = solver.start(field, per_step[0], grid.time(0), y0)
     for n, theta_n in enumerate(per_step):
-        t, h = grid.time(n), grid.step_size(n)
-        if kept is not None and keep_stages:
-            stages: list[Tensor] = []
-            state = with_stages(solver).step(field, theta_n, t, h, state, stages)
-            kept.append(tuple(stages))
-            continue
-        if kept is not None:
-            kept.append(state)
-        state = solver.step(field, theta_n, t, h, state)
+        state = step(field, theta_n, grid.time(n), grid.step_size(n), state)
     return state[0]
+
+
+def _keeping(solver: Solver, kept: list[State] | None, keep_stages: bool) -> Callable[..., State]:
+    """The solver's step; of each that succeeds ``kept`` receives the state it began from, or its stage states."""
+    if kept is None:
+        return solver.step
+
+    def step(field: VectorField, theta: Theta, t: float, h: float, state: State) -> State:
+        after = solver.step(field, theta, t, h, state)
+        kept.append(state)
+        return after
+
+    if not keep_stages:
+        return step
+    staged = with_stages(solver)
+
+    def step_by_stages(field: VectorField, theta: Theta, t: float, h: float, state: State) -> State:
+        stages: list[Tensor] = []
+        after = staged.step(field, theta, t, h, state, stages)
+        kept.append(tuple(stages))
+        return after
+
+    return step_by_stages
 
 
 @torch.no_grad()
@@ -98,7 +115,9 @@ def integrate_adaptive(
         raise ValueError("adaptive steps need a θ constant in time: how many steps there will be is not known")
     order = solver.error_order if isinstance(solver, EmbeddedSolver) else None
     if not isinstance(solver, EmbeddedSolver) or order is None:
-        raise ValueError(f"{solver.name} has no error estimate; adaptive steps need one: heun, bosh3 or dopri5")
+        raise ValueError(
+            f"{solver.name} has no error estimate; adaptive steps need one: heun, bosh3, dopri5 or kvaerno3"
+        )
     before = field.evaluations.total
     y, t = y0, tolerance.t0
     first = field(t, y, theta)
@@ -148,27 +167,21 @@ def integrate_halving(
     """
     per_step = field.theta_per_step(theta, grid.n_steps)
     constant = all(entry.shape == p.shape for entry, p in zip(theta, field.theta, strict=True))
+    step = _keeping(solver, kept, keep_stages)
     state = solver.start(field, per_step[0], grid.time(0), y0)
     times, sizes = [grid.time(0)], []
     for n, theta_n in enumerate(per_step):
         left = [(grid.time(n), grid.step_size(n), 0)]
         while left:
             t, h, halvings = left.pop()
-            stages: list[Tensor] = []
             try:
-                if keep_stages:
-                    after = with_stages(solver).step(field, theta_n, t, h, state, stages)
-                else:
-                    after = solver.step(field, theta_n, t, h, state)
+                state = step(field, theta_n, t, h, state)
             except NewtonFailed:
                 if halvings == MOST_HALVINGS or not constant:
                     raise
                 field.count_step(False)
                 left += [(t + h / 2, h / 2, halvings + 1), (t, h / 2, halvings + 1)]
                 continue
-            if kept is not None:
-                kept.append(tuple(stages) if keep_stages else state)
-            state = after
             times.append(t + h)
             sizes.append(h)
     return state[0], grid if len(sizes) == grid.n_steps else Steps(tuple(times), tuple(sizes))
@@ -183,7 +196,10 @@ def solve_forward(
     kept: list[State] | None = None,
     keep_stages: bool = False,
 ) -> tuple[Tensor, TimeGrid | Steps]:
-    """``integrate`` over a given grid, or ``integrate_adaptive`` to a tolerance: y(t1) and the steps taken."""
+    """y(t1) and the steps taken.
+
+    ``integrate_adaptive`` to a tolerance; over a grid ``integrate``, or ``integrate_halving`` for a method not static.
+    """
     if isinstance(grid, Tolerance):
         return integrate_adaptive(field, y0, theta, grid, solver, kept, keep_stages)
     if not solver.static:

@@ -74,14 +74,14 @@ class NewtonKrylov:
             y = y + update
             change = _ratio(update, y)
             if not change < float("inf"):
-                raise NewtonFailed(f"Newton's method at t = {t:.6g}: the iterates are not finite")
+                raise NewtonFailed(f"Newton's method at t = {t:.6g}: the iterates are not finite; take more steps")
             # At the limit of rounding updates stop shrinking before they are below the tolerance.
             if change <= self.tolerance(y) or (change >= before and change <= self.tolerance(y) ** 0.75):
                 return y
             before = change
         raise NewtonFailed(
             f"Newton's method at t = {t:.6g} did not converge in {self.max_iterations} iterations (last update "
-            f"{before:.2g} of the state)"
+            f"{before:.2g} of the state); take more steps, or raise max_iterations"
         )
 
     def _direction(self, field: VectorField, theta: Theta, t: float, c: float, y: Tensor, right: Tensor) -> Tensor:

@@ -4,10 +4,50 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 
 @dataclass(frozen=True)
-class ButcherTableau:
+class _Tableau:
+    """What explicit and diagonally implicit tableaux share: their fields, and the checks of them."""
+
+    diagonal: ClassVar[int]  # coefficients of row i beyond i
+    kind: ClassVar[str]
+
+    name: str
+    a: tuple[tuple[float, ...], ...]
+    b: tuple[float, ...]
+    c: tuple[float, ...]
+    order: int
+    reference: str
+    b_error: tuple[float, ...] | None = None
+
+    def __post_init__(self) -> None:
+        s = len(self.b)
+        if (
+            len(self.a) != s
+            or len(self.c) != s
+            or [len(row) for row in self.a] != [i + self.diagonal for i in range(s)]
+        ):
+            raise ValueError(f"tableau {self.name}: a, b and c must describe the same {s} {self.kind}")
+        for i, row in enumerate(self.a):
+            if not math.isclose(math.fsum(row), self.c[i], abs_tol=1e-14):
+                raise ValueError(f"tableau {self.name}: row {i} of a sums to {math.fsum(row)}, c is {self.c[i]}")
+        if not math.isclose(math.fsum(self.b), 1.0, abs_tol=1e-14):
+            raise ValueError(f"tableau {self.name}: b sums to {math.fsum(self.b)}, not 1")
+        if self.b_error is not None:
+            if len(self.b_error) != s:
+                raise ValueError(f"tableau {self.name}: b_error has {len(self.b_error)} weights for {s} stages")
+            if not math.isclose(math.fsum(self.b_error), 0.0, abs_tol=1e-14):
+                raise ValueError(f"tableau {self.name}: b_error sums to {math.fsum(self.b_error)}, not 0")
+
+    @property
+    def stages(self) -> int:
+        return len(self.b)
+
+
+@dataclass(frozen=True)
+class ButcherTableau(_Tableau):
     """Coefficients of an explicit Runge–Kutta method for dy/dt = f(t, y).
 
     k_i = f(t + c_i h, y + h Σ_{j<i} a_ij k_j),   y(t + h) ≈ y + h Σ_i b_i k_i
@@ -24,32 +64,7 @@ class ButcherTableau:
         ValueError: if the sizes disagree, or Σ_j a_ij ≠ c_i, Σ b ≠ 1 or Σ b_error ≠ 0.
     """
 
-    name: str
-    a: tuple[tuple[float, ...], ...]
-    b: tuple[float, ...]
-    c: tuple[float, ...]
-    order: int
-    reference: str
-    b_error: tuple[float, ...] | None = None
-
-    def __post_init__(self) -> None:
-        s = len(self.b)
-        if len(self.a) != s or len(self.c) != s or [len(row) for row in self.a] != list(range(s)):
-            raise ValueError(f"tableau {self.name}: a, b and c must describe the same {s} explicit stages")
-        for i, row in enumerate(self.a):
-            if not math.isclose(math.fsum(row), self.c[i], abs_tol=1e-14):
-                raise ValueError(f"tableau {self.name}: row {i} of a sums to {math.fsum(row)}, c is {self.c[i]}")
-        if not math.isclose(math.fsum(self.b), 1.0, abs_tol=1e-14):
-            raise ValueError(f"tableau {self.name}: b sums to {math.fsum(self.b)}, not 1")
-        if self.b_error is not None:
-            if len(self.b_error) != s:
-                raise ValueError(f"tableau {self.name}: b_error has {len(self.b_error)} weights for {s} stages")
-            if not math.isclose(math.fsum(self.b_error), 0.0, abs_tol=1e-14):
-                raise ValueError(f"tableau {self.name}: b_error sums to {math.fsum(self.b_error)}, not 0")
-
-    @property
-    def stages(self) -> int:
-        return len(self.b)
+    diagonal, kind = 0, "explicit stages"
 
     @property
     def first_same_as_last(self) -> bool:
@@ -134,7 +149,7 @@ TABLEAUX: dict[str, ButcherTableau] = {t.name: t for t in (EULER, RK2, HEUN, BOS
 
 
 @dataclass(frozen=True)
-class ImplicitTableau:
+class ImplicitTableau(_Tableau):
     """Coefficients of a diagonally implicit Runge–Kutta method for dy/dt = f(t, y).
 
     k_i = f(t + c_i h, y + h Σ_{j≤i} a_ij k_j),   y(t + h) ≈ y + h Σ_i b_i k_i
@@ -144,30 +159,10 @@ class ImplicitTableau:
         b, c, order, reference, b_error: as in ``ButcherTableau``. With b_error the first stage is explicit.
 
     Raises:
-        ValueError: if the sizes disagree, or Σ_j a_ij ≠ c_i or Σ b ≠ 1.
+        ValueError: if the sizes disagree, or Σ_j a_ij ≠ c_i, Σ b ≠ 1 or Σ b_error ≠ 0.
     """
 
-    name: str
-    a: tuple[tuple[float, ...], ...]
-    b: tuple[float, ...]
-    c: tuple[float, ...]
-    order: int
-    reference: str
-    b_error: tuple[float, ...] | None = None
-
-    def __post_init__(self) -> None:
-        s = len(self.b)
-        if len(self.a) != s or len(self.c) != s or [len(row) for row in self.a] != list(range(1, s + 1)):
-            raise ValueError(f"tableau {self.name}: a, b and c must describe the same {s} stages, with a diagonal")
-        for i, row in enumerate(self.a):
-            if not math.isclose(math.fsum(row), self.c[i], abs_tol=1e-14):
-                raise ValueError(f"tableau {self.name}: row {i} of a sums to {math.fsum(row)}, c is {self.c[i]}")
-        if not math.isclose(math.fsum(self.b), 1.0, abs_tol=1e-14):
-            raise ValueError(f"tableau {self.name}: b sums to {math.fsum(self.b)}, not 1")
-
-    @property
-    def stages(self) -> int:
-        return len(self.b)
+    diagonal, kind = 1, "stages, with a diagonal"
 
     @property
     def stiffly_accurate(self) -> bool:

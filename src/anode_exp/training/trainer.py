@@ -139,10 +139,6 @@ class _Epoch:
         return sum(self.sizes[start : self.end])
 
 
-IMPLICIT = ("newton", "linear", "jacobians", "rejected")
-"""Counts of implicit methods, recorded where there are any."""
-
-
 class Trainer:
     """Trains until the recipe ends, the loss is no longer finite, or a signal asks to stop.
 
@@ -337,13 +333,10 @@ class Trainer:
 
     def _evaluations_per_step(self, steps: int) -> dict[str, Any]:
         blocks = [{k: n / steps for k, n in asdict(e).items()} for e in take_evaluations(self.network)]
-        if not any(block["accepted"] for block in blocks):  # fixed grids have nothing to accept
-            blocks = [
-                {k: n for k, n in block.items() if k in ("forward", "backward") or (n and k in IMPLICIT)}
-                for block in blocks
-            ]
-        else:
-            blocks = [{k: n for k, n in block.items() if n or k not in IMPLICIT[:3]} for block in blocks]
+        kept = {"forward", "backward"}
+        if any(block["accepted"] for block in blocks):  # fixed grids have nothing to accept
+            kept |= {"accepted", "rejected", "backward_accepted", "backward_rejected"}
+        blocks = [{k: n for k, n in block.items() if n or k in kept} for block in blocks]
         names = dict.fromkeys(("forward", "backward", *(k for block in blocks for k in block)))
         total = {k: sum(block.get(k, 0.0) for block in blocks) for k in names}
         return {**total, "blocks": blocks}
