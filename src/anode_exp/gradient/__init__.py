@@ -2,7 +2,8 @@
 
 from collections.abc import Callable
 
-from anode_exp.gradient.base import GradientMode
+from anode_exp.gradient.base import GradientMode, WarmStart, solve_through
+from anode_exp.gradient.batched_adjoint import BatchedAdjoint
 from anode_exp.gradient.discrete_adjoint import (
     DiscreteAdjoint,
     DtoCheckpoint,
@@ -20,6 +21,7 @@ GRADIENT_MODES: dict[str, Callable[..., GradientMode]] = {
     "dto_checkpoint": DtoCheckpoint,
     "step_checkpoint": StepCheckpoint,
     "stage_checkpoint": StageCheckpoint,
+    "batched_adjoint": BatchedAdjoint,
     "revolve": Revolve,
     "equispaced": Equispaced,
     "reverse_adjoint": ReverseAdjoint,
@@ -28,6 +30,7 @@ GRADIENT_MODES: dict[str, Callable[..., GradientMode]] = {
 
 __all__ = [
     "GRADIENT_MODES",
+    "BatchedAdjoint",
     "DiscreteAdjoint",
     "DtoCheckpoint",
     "Equispaced",
@@ -38,4 +41,6 @@ __all__ = [
     "StageCheckpoint",
     "StepCheckpoint",
     "StoredAdjoint",
+    "WarmStart",
+    "solve_through",
 ]

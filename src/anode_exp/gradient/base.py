@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
-from anode_exp.ode import ExplicitRungeKutta, Solver, Theta, TimeGrid, Tolerance, VectorField
+from anode_exp.ode import ExplicitRungeKutta, Solver, Theta, TimeGrid, Tolerance, Trajectory, VectorField
 
 
 class GradientMode(Protocol):
@@ -25,6 +26,50 @@ class GradientMode(Protocol):
             grid: fixed steps, or a tolerance that steps are chosen for. Their sizes are constants of the gradient.
         """
         ...
+
+
+@dataclass
+class WarmStart:
+    """What an iterative solve begins from next time: the last trajectory, and the numbers of its outputs' steps."""
+
+    trajectory: Trajectory | None = None
+    ends: tuple[int, ...] = ()
+
+
+@runtime_checkable
+class ThroughMode(GradientMode, Protocol):
+    """A mode that solves through several grids, one after another, in one piece."""
+
+    def solve_through(
+        self,
+        field: VectorField,
+        y0: Tensor,
+        theta: Theta,
+        grids: Sequence[TimeGrid | Tolerance],
+        solver: Solver,
+        warm_start: WarmStart | None = None,
+    ) -> Tensor:
+        """y at the end of every grid, [K, …], each of which begins where the one before ends."""
+        ...
+
+
+def solve_through(
+    mode: GradientMode,
+    field: VectorField,
+    y0: Tensor,
+    theta: Theta,
+    grids: Sequence[TimeGrid | Tolerance],
+    solver: Solver,
+    warm_start: WarmStart | None = None,
+) -> Tensor:
+    """y at the end of every grid, [K, …]: in one piece if the mode can, else by a chain of solves."""
+    if isinstance(mode, ThroughMode):
+        return mode.solve_through(field, y0, theta, grids, solver, warm_start)
+    outputs = []
+    for grid in grids:
+        y0 = mode.solve(field, y0, theta, grid, solver)
+        outputs.append(y0)
+    return torch.stack(outputs)
 
 
 def explicit(solver: Solver) -> ExplicitRungeKutta:

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from functools import partial
 
+from anode_exp.ode.at_once import Trajectory, adjoint_at_once, newton_at_once
 from anode_exp.ode.controller import NewtonFailed, SolveFailed, StepController, check_evaluations
 from anode_exp.ode.explicit import ExplicitRungeKutta, weighted_sum
 from anode_exp.ode.grid import Steps, TimeGrid, Tolerance
@@ -40,10 +41,13 @@ __all__ = [
     "Theta",
     "TimeGrid",
     "Tolerance",
+    "Trajectory",
     "VectorField",
+    "adjoint_at_once",
     "check_evaluations",
     "integrate",
     "integrate_adaptive",
+    "newton_at_once",
     "solve_forward",
     "weighted_sum",
     "with_stages",

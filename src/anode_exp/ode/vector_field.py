@@ -78,7 +78,7 @@ class VectorField:
         """Evaluate f once.
 
         Args:
-            t: time.
+            t: time; where several steps are evaluated at once, a tensor of the time of each row of y, [rows, 1].
             y: state, any shape.
             theta: parameters at time t, each of the module's own shape.
 
@@ -88,10 +88,7 @@ class VectorField:
         Raises:
             ValueError: if the module returns another shape than y's.
         """
-        if self._re_evaluating:
-            self.evaluations.backward += 1
-        else:
-            self.evaluations.forward += 1
+        self.count(1)
         places = [(m._parameters, name, p) for m in self.module.modules() for name, p in m._parameters.items()]
         own = list(dict.fromkeys(p for *_, p in places if p is not None))
         if len(own) != len(theta):
@@ -177,6 +174,11 @@ class VectorField:
                     f"(constant in time) and {(n_steps, *parameter.shape)} (one for each of {n_steps} steps)"
                 )
         return list(zip(*columns, strict=True)) if columns else [()] * n_steps
+
+    def count(self, evaluations: int) -> None:
+        """Count evaluations of f in the present direction."""
+        name = "backward" if self._re_evaluating else "forward"
+        setattr(self.evaluations, name, getattr(self.evaluations, name) + evaluations)
 
     def count_step(self, accepted: bool) -> None:
         """Count one attempt of an adaptive solve."""
