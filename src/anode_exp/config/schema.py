@@ -18,13 +18,43 @@ ACTIVATION_NAMES = ("relu", "leaky_relu", "softplus", "gelu")
 
 
 @dataclass(kw_only=True)
+class TaskConfig:
+    """What is learned; a run recorded before there was a choice is a classification."""
+
+    name: str = "classification"
+    loss: str | None = _setting(None, one_of=("mae", "mse"))
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The models and data sets of a task."""
+
+    models: tuple[str, ...]
+    datasets: tuple[str, ...]
+
+
+TASKS = {
+    "classification": Parts(
+        ("alexnet", "resnet4", "resnet10", "resnet18", "squeezenext"), ("cifar10", "cifar100", "digits", "fake")
+    ),
+    "trajectory": Parts(("mlp",), ("robertson", "van_der_pol")),
+}
+"""The tasks by name, and what goes with each."""
+
+
+@dataclass(kw_only=True)
 class ModelConfig:
+    """A setting that a model does not have keeps the value here."""
+
     name: str
-    block: str = _setting(one_of=("ode", "residual"))
-    blocks_per_stage: int = _setting(at_least=0)
-    norm: str = _setting(one_of=NORM_NAMES)
-    field_norm: str = _setting(one_of=NORM_NAMES)
-    activation: str = _setting(one_of=ACTIVATION_NAMES)
+    block: str = _setting("ode", one_of=("ode", "residual"))
+    blocks_per_stage: int = _setting(1, at_least=0)
+    norm: str = _setting("none", one_of=NORM_NAMES)
+    field_norm: str = _setting("none", one_of=NORM_NAMES)
+    activation: str = _setting("relu", one_of=ACTIVATION_NAMES)
+    hidden: list[int] = field(default_factory=list, metadata={"at_least": 1})
+    bias: bool = True
+    weight_std: float | None = _setting(None, above=0)
     width: float | None = _setting(None, above=0)
     field_gain: float = 1.0
     # The default of a new run is in conf/model; this one is that of runs recorded before there was a choice.
@@ -102,16 +132,20 @@ class GradientConfig:
 
 @dataclass(kw_only=True)
 class DatasetConfig:
+    """A setting that a data set does not have keeps the value here."""
+
     name: str
-    root: str
-    download: bool
-    train_size: int | None = _setting(at_least=1)
-    test_size: int | None = _setting(at_least=1)
-    validation_size: int = _setting(at_least=0)
-    crop_padding: int = _setting(at_least=0)
-    flip: bool
-    mean: list[float]
-    std: list[float]
+    root: str = "data"
+    download: bool = True
+    train_size: int | None = _setting(None, at_least=1)
+    test_size: int | None = _setting(None, at_least=1)
+    validation_size: int = _setting(0, at_least=0)
+    crop_padding: int = _setting(0, at_least=0)
+    flip: bool = False
+    mean: list[float] = field(default_factory=lambda: [0.0, 0.0, 0.0])
+    std: list[float] = field(default_factory=lambda: [1.0, 1.0, 1.0])
+    points: int | None = _setting(None, at_least=2)
+    stiffness: float | None = _setting(None, above=0)
 
 
 TEST_BATCH_SIZE = 128
@@ -122,12 +156,15 @@ TEST_BATCH_SIZE = 128
 class RecipeConfig:
     name: str
     epochs: int = _setting(at_least=1)
+    steps_per_epoch: int | None = _setting(None, at_least=1)
     max_steps: int | None = _setting(at_least=1)
-    batch_size: int = _setting(at_least=1)
-    test_batch_size: int | None = _setting(at_least=1)
+    batch_size: int = _setting(1, at_least=1)
+    test_batch_size: int | None = _setting(None, at_least=1)
+    optimizer: str = _setting("sgd", one_of=("sgd", "adamw"))
     lr: float = _setting(at_least=0)
-    momentum: float = _setting(at_least=0)
+    momentum: float = _setting(0.0, at_least=0)
     weight_decay: float = _setting(at_least=0)
+    clip_norm: float | None = _setting(None, above=0)
     milestones: list[int]
     gamma: float = _setting(above=0)
     nesterov: bool = False
@@ -143,8 +180,8 @@ class RecipeConfig:
 @dataclass(kw_only=True)
 class RuntimeConfig:
     device: str = _setting(one_of=("auto", "cuda", "cpu"))
-    precision: str = _setting(one_of=("fp32", "tf32", "bf16"))
-    channels_last: bool
+    precision: str = _setting(one_of=("fp32", "tf32", "bf16", "fp64"))
+    channels_last: bool = True
     check_every: int = _setting(at_least=1)
     compile: bool = False
     cudnn_benchmark: bool = False
@@ -155,6 +192,7 @@ class RuntimeConfig:
 
 @dataclass(kw_only=True)
 class TrainConfig:
+    task: TaskConfig = field(default_factory=TaskConfig)
     model: ModelConfig
     solver: SolverConfig
     gradient: GradientConfig
