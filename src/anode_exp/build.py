@@ -16,7 +16,7 @@ from anode_exp.data import Augmentation, ImageData, Normalisation, load
 from anode_exp.errors import UserError
 from anode_exp.gradient import GRADIENT_MODES
 from anode_exp.models import MODELS, Autonomous, Evolution, OdeBlock, TimedBatchNorm, ode_blocks
-from anode_exp.ode import SOLVERS, NewtonKrylov, Solver, TimeGrid, Tolerance
+from anode_exp.ode import SOLVERS, TABLEAUX, NewtonKrylov, Solver, TimeGrid, Tolerance
 from anode_exp.tasks.classification import Classification, ImageBatches
 from anode_exp.tasks.task import Data, Task
 
@@ -52,9 +52,14 @@ def build_data(dataset: DatasetConfig, device: torch.device) -> ImageData:
 
 
 def build_solver(solver: schema.SolverConfig) -> Solver:
-    if METHODS[solver.name].explicit:
-        return SOLVERS[solver.name]()
-    return SOLVERS[solver.name](NewtonKrylov(solver.linear, solver.newton_rtol, solver.newton_max_iterations))
+    make = SOLVERS[solver.name]
+    if METHODS[solver.name].implicit:
+        return make(NewtonKrylov(solver.linear, solver.newton_rtol, solver.newton_max_iterations))
+    if solver.name == "alf":
+        return make(solver.damping)
+    if solver.name == "reversible_rk":
+        return make(TABLEAUX[solver.tableau], solver.coupling)
+    return make()
 
 
 def build_model(
@@ -76,7 +81,7 @@ def build_model(
             if by_time and solver.adaptive:
                 times = [m / intervals for m in range(intervals + 1)]
             elif by_time:
-                times = sorted({(i + c) / n for i in range(n) for c in method.nodes})
+                times = sorted({(i + c) / n for i in range(n) for c in method.nodes} | {c / n for c in method.start_nodes})
             f.time_norms(times, by_time and solver.adaptive, intervals if model.norm_affine == "by_time" else None)
         evolution = None
         if model.evolution != "none":

@@ -164,18 +164,22 @@ def _check_solver(config: TrainConfig) -> None:
     no_stages = "has no stages with an adjoint of their own; use gradient.unit=step or gradient=step_checkpoint"
     explicit = "only explicit Runge–Kutta methods step a continuous adjoint"
     _refuse(
-        (name in SOLVERS and not SOLVERS[name].explicit and config.runtime.precision != "fp32",
+        (name in SOLVERS and SOLVERS[name].implicit and config.runtime.precision != "fp32",
          f"runtime.precision={config.runtime.precision}: Newton's method in {name} needs fp32; set it, or choose "
          f"solver={', '.join(solvers_that('explicit'))}"),
-        (name in SOLVERS and not SOLVERS[name].explicit and config.runtime.compile,
+        (name in SOLVERS and SOLVERS[name].implicit and config.runtime.compile,
          f"runtime.compile=true: not with {name}, whose Jacobians are not compiled; leave it out"),
+        (not 0.5 < config.solver.damping <= 1.0,
+         f"solver.damping={config.solver.damping:g}: give a number above 0.5, at most 1, which is undamped"),
+        (not 0.0 < config.solver.coupling <= 1.0,
+         f"solver.coupling={config.solver.coupling:g}: give a number above 0, at most 1, such as 0.99"),
     )  # fmt: skip
     needs = (
         (config.solver.adaptive, "embedded", f"solver.adaptive=true: {name} has no error estimate"),
         (mode == "stage_checkpoint" or unit == "stage", "stages", f"gradient={mode}: {name} {no_stages}"),
         (mode in ("reverse_adjoint", "stored_adjoint"), "explicit", f"gradient={mode}: {explicit}, {name} is not one"),
         (mode == "budget", "static", f"gradient=budget: {name} does not perform the same operations each step"),
-        (mode == "budget", "stages", f"gradient=budget: {name} has no stages, which are among its policies"),
+        (mode == "reversible", "reversible", f"gradient=reversible: a step of {name} has no inverse"),
     )
     for asked, can, text in needs:
         able = solvers_that(can)
@@ -241,8 +245,10 @@ NEEDS: tuple[tuple[tuple[str, ...], str, Callable[[TrainConfig], bool]], ...] = 
     (
         ("solver.linear", "solver.newton_*"),
         "an implicit solver, such as solver=crank_nicolson",
-        lambda c: c.solver.name in SOLVERS and not SOLVERS[c.solver.name].explicit,
+        lambda c: c.solver.name in SOLVERS and SOLVERS[c.solver.name].implicit,
     ),
+    (("solver.damping",), "solver=alf", lambda c: c.solver.name == "alf"),
+    (("solver.tableau", "solver.coupling"), "solver=reversible_rk", lambda c: c.solver.name == "reversible_rk"),
     (("model.statistics",), "model.field_norm=batch", lambda c: c.model.field_norm == "batch"),
     (("model.norm_intervals",), "model.norm_affine=by_time, or solver.adaptive=true with model.statistics=by_time",
      lambda c: c.model.norm_affine == "by_time" or (c.solver.adaptive and c.model.statistics == "by_time"

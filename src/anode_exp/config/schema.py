@@ -80,11 +80,15 @@ class SolverConfig:
     linear: str | None = _setting(None, one_of=("dense", "gmres"))
     newton_rtol: float | None = _setting(None, above=0)
     newton_max_iterations: int = _setting(50, at_least=1)
+    damping: float = 1.0
+    tableau: str = _setting("rk2", one_of=("euler", "rk2", "heun", "bosh3", "rk4", "dopri5"))
+    coupling: float = 0.99
 
     def describe(self) -> str:
         if self.adaptive:
             return f"{self.name}, adaptive (rtol {self.rtol:g}, atol {self.atol:g})"
-        return f"{self.name}, {self.n_steps} steps"
+        of = {"alf": f" (damping {self.damping:g})", "reversible_rk": f" ({self.tableau}, coupling {self.coupling:g})"}
+        return f"{self.name}{of.get(self.name, '')}, {self.n_steps} steps"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,13 +99,17 @@ class Method:
         embedded: has an error estimate, and so can choose its steps.
         stages: has stage states with an adjoint step of their own: gradient modes by the unit stage.
         explicit: an explicit Runge–Kutta method, which also steps a continuous adjoint.
+        implicit: solves its stages by Newton's method.
         static: performs the same operations in every step: CUDA graphs and byte budgets.
+        reversible: its step has an inverse in closed form.
     """
 
     embedded: bool = False
     stages: bool = True
     explicit: bool = True
+    implicit: bool = False
     static: bool = True
+    reversible: bool = False
 
 
 SOLVERS = {
@@ -111,11 +119,13 @@ SOLVERS = {
     "bosh3": Method(embedded=True),
     "rk4": Method(),
     "dopri5": Method(embedded=True),
-    "backward_euler": Method(explicit=False, static=False),
-    "crank_nicolson": Method(explicit=False, static=False),
-    "sdirk2": Method(explicit=False, static=False),
-    "tr_bdf2": Method(explicit=False, static=False),
-    "kvaerno3": Method(embedded=True, explicit=False, static=False),
+    "backward_euler": Method(explicit=False, implicit=True, static=False),
+    "crank_nicolson": Method(explicit=False, implicit=True, static=False),
+    "sdirk2": Method(explicit=False, implicit=True, static=False),
+    "tr_bdf2": Method(explicit=False, implicit=True, static=False),
+    "kvaerno3": Method(embedded=True, explicit=False, implicit=True, static=False),
+    "alf": Method(stages=False, explicit=False, reversible=True),
+    "reversible_rk": Method(stages=False, explicit=False, reversible=True),
 }
 """The solvers by name, without torch; ``ode.SOLVERS`` makes them."""
 

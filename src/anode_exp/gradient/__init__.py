@@ -14,6 +14,7 @@ from anode_exp.gradient.discrete_adjoint import (
 )
 from anode_exp.gradient.full_backprop import FullBackprop
 from anode_exp.gradient.reverse_adjoint import ReverseAdjoint
+from anode_exp.gradient.reversible import Reversible
 from anode_exp.gradient.stored_adjoint import StoredAdjoint
 
 GRADIENT_MODES: dict[str, Callable[..., GradientMode]] = {
@@ -24,6 +25,7 @@ GRADIENT_MODES: dict[str, Callable[..., GradientMode]] = {
     "batched_adjoint": BatchedAdjoint,
     "revolve": Revolve,
     "equispaced": Equispaced,
+    "reversible": Reversible,
     "reverse_adjoint": ReverseAdjoint,
     "stored_adjoint": StoredAdjoint,
 }
@@ -37,6 +39,7 @@ __all__ = [
     "FullBackprop",
     "GradientMode",
     "ReverseAdjoint",
+    "Reversible",
     "Revolve",
     "StageCheckpoint",
     "StepCheckpoint",

@@ -10,8 +10,9 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
 
-from anode_exp.ode import ExplicitRungeKutta, Solver, Theta, TimeGrid, Tolerance, Trajectory, VectorField
+from anode_exp.ode import ExplicitRungeKutta, Solver, State, Theta, TimeGrid, Tolerance, Trajectory, VectorField
 
 
 class GradientMode(Protocol):
@@ -126,3 +127,26 @@ class ThetaGradient:
         if self.wanted:
             rows = [x if x.shape == g.shape else x[n] for x, g in zip(self.wanted, gradients, strict=True)]
             torch._foreach_add_(rows, list(gradients), alpha=factor)
+
+
+def vjp_through(
+    function: Callable[[State], State],
+    state: State,
+    theta: Theta,
+    a: State,
+    add: Callable[[Sequence[Tensor]], None],
+) -> State:
+    """∂J/∂state from ``a`` = ∂J/∂function(state), through the function's graph; what ``a`` is too short for is 0.
+
+    Args:
+        add: receives ∂J/∂θ, for each entry of θ that requires a gradient.
+    """
+    with torch.enable_grad():
+        state = tuple(x.detach().requires_grad_() for x in state)
+        # What depends on nothing, such as the zeros that a multistep method starts from, has no place in a graph.
+        ends = [(get_gradient_edge(x), a_x) for x, a_x in zip(function(state), a, strict=False) if x.requires_grad]
+        wanted = (*state, *(p for p in theta if p.requires_grad))
+        edges, a_edges = [edge for edge, _ in ends], [a_x for _, a_x in ends]
+        gradients = torch.autograd.grad(edges, wanted, a_edges, materialize_grads=True)
+    add(gradients[len(state) :])
+    return gradients[: len(state)]

@@ -24,7 +24,6 @@ Algorithm 799: revolve, ACM TOMS 26(1), 2000.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -34,7 +33,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.autograd.graph import get_gradient_edge
 
-from anode_exp.gradient.base import ThetaGradient, current_autocast
+from anode_exp.gradient.base import ThetaGradient, current_autocast, vjp_through
 from anode_exp.gradient.schedules import reversed_steps
 from anode_exp.ode import (
     Solver,
@@ -225,34 +224,11 @@ def _adjoint(ctx: Any, kept: list[State], theta: Theta, grad_y1: Tensor) -> list
     for n, state in reversed_steps(mode.states, mode.slots, kept, grid.n_steps, advance):
         t, h, theta_n, add = grid.time(n), grid.step_size(n), per_step[n], partial(gradient.add, n)
         if by_stages is None:
-            a = _vjp(partial(solver.step, field, theta_n, t, h), state, theta_n, a, add)
+            a = vjp_through(partial(solver.step, field, theta_n, t, h), state, theta_n, a, add)
             continue
         stages = list(state) if mode.states == "keep" else by_stages.stage_states(field, theta_n, t, h, state)
         del state  # the list alone holds the stage states: each is freed when it was used
         a = by_stages.adjoint_step(field, theta_n, t, h, stages, a, add)
     if len(a) > 1:  # what the method carries besides y was made from y
-        a = _vjp(lambda state: start(*state), y0, per_step[0], a, partial(gradient.add, 0))
+        a = vjp_through(lambda state: start(*state), y0, per_step[0], a, partial(gradient.add, 0))
     return [a[0] if needed[0] else None, *gradient.result]
-
-
-def _vjp(
-    function: Callable[[State], State],
-    state: State,
-    theta: Theta,
-    a: State,
-    add: Callable[[Sequence[Tensor]], None],
-) -> State:
-    """∂J/∂state from ``a`` = ∂J/∂function(state), through the function's graph; what ``a`` is too short for is 0.
-
-    Args:
-        add: receives ∂J/∂θ, for each entry of θ that requires a gradient.
-    """
-    with torch.enable_grad():
-        state = tuple(x.detach().requires_grad_() for x in state)
-        # What depends on nothing, such as the zeros that a multistep method starts from, has no place in a graph.
-        ends = [(get_gradient_edge(x), a_x) for x, a_x in zip(function(state), a, strict=False) if x.requires_grad]
-        wanted = (*state, *(p for p in theta if p.requires_grad))
-        edges, a_edges = [edge for edge, _ in ends], [a_x for _, a_x in ends]
-        gradients = torch.autograd.grad(edges, wanted, a_edges, materialize_grads=True)
-    add(gradients[len(state) :])
-    return gradients[: len(state)]

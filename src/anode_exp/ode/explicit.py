@@ -32,7 +32,7 @@ class ExplicitRungeKutta:
         embedded: the method with them, for adaptive steps.
     """
 
-    static = True
+    static, start_nodes = True, ()
 
     def __init__(self, tableau: ButcherTableau) -> None:
         self.embedded = tableau
@@ -48,13 +48,19 @@ class ExplicitRungeKutta:
     ) -> State:
         """y(t + h) from y(t); ``tableau.stages`` evaluations of f. ``stages`` receives the stage states Y_i."""
         (y,) = state
+        return (weighted_sum(y, h, self.tableau.b, self.slopes(field, theta, t, h, y, stages)),)
+
+    def slopes(
+        self, field: VectorField, theta: Theta, t: float, h: float, y: Tensor, stages: list[Tensor] | None = None
+    ) -> list[Tensor]:
+        """k_i = f(t + c_i h, Y_i) of one step."""
         slopes: list[Tensor] = []
         for c, row in zip(self.tableau.c, self.tableau.a, strict=True):
             y_i = weighted_sum(y, h, row, slopes)
             if stages is not None:
                 stages.append(y_i)
             slopes.append(field(t + c * h, y_i, theta))
-        return (weighted_sum(y, h, self.tableau.b, slopes),)
+        return slopes
 
     def attempt(self, field: VectorField, theta: Theta, t: float, h: float, y: Tensor, first: Tensor) -> Attempt:
         """A step with its error estimate h Σ_i b_error_i k_i, from the slope ``first`` = f(t, y)."""

@@ -30,7 +30,7 @@ class DiagonallyImplicitRungeKutta:
         newton: how stages are solved.
     """
 
-    static = False
+    static, start_nodes = False, ()
 
     def __init__(self, tableau: ImplicitTableau, newton: NewtonKrylov | None = None) -> None:
         self.tableau, self.newton = tableau, newton or NewtonKrylov()

@@ -37,12 +37,25 @@ def integrate(
     Returns:
         y(t1), of y0's shape and dtype. Nothing is read on the host, so a CUDA graph can capture the solve.
     """
+    return end_state(field, y0, theta, grid, solver, kept, keep_stages)[0]
+
+
+def end_state(
+    field: VectorField,
+    y0: Tensor,
+    theta: Theta,
+    grid: TimeGrid | Steps,
+    solver: Solver,
+    kept: list[State] | None = None,
+    keep_stages: bool = False,
+) -> State:
+    """As ``integrate``; the whole state at t1."""
     per_step = field.theta_per_step(theta, grid.n_steps)
     step = _keeping(solver, kept, keep_stages)
     state = solver.start(field, per_step[0], grid.time(0), y0)
     for n, theta_n in enumerate(per_step):
         state = step(field, theta_n, grid.time(n), grid.step_size(n), state)
-    return state[0]
+    return state
 
 
 def _keeping(solver: Solver, kept: list[State] | None, keep_stages: bool) -> Callable[..., State]:

@@ -23,12 +23,14 @@ class Solver(Protocol):
         static: whether a step performs the same operations at every call. A CUDA graph can capture only such steps, and
             a byte budget can plan only for them.
         nodes: times in [0, 1], in units of the step, at which a step evaluates f.
+        start_nodes: the same of ``start``, in units of the first step.
     """
 
     name: str
     order: int
     static: bool
     nodes: tuple[float, ...]
+    start_nodes: tuple[float, ...]
 
     def start(self, field: VectorField, theta: Theta, t: float, y: Tensor) -> State:
         """The state of a solve that begins with y at time t, θ being that of the first step."""
@@ -106,3 +108,43 @@ class EmbeddedSolver(Solver, Protocol):
     def attempt(self, field: VectorField, theta: Theta, t: float, h: float, y: Tensor, first: Tensor) -> Attempt:
         """A step with its error estimate, from the slope ``first`` = f(t, y)."""
         ...
+
+
+@runtime_checkable
+class ReversibleSolver(Solver, Protocol):
+    """A method whose step has an inverse in closed form: the last state is enough to go back to the first."""
+
+    def inverse(self, field: VectorField, theta: Theta, t: float, h: float, state: State) -> State:
+        """The state at t from that at t + h: what ``step`` took, to rounding."""
+        ...
+
+    def reverse_step(
+        self,
+        field: VectorField,
+        theta: Theta,
+        t: float,
+        h: float,
+        state: list[Tensor],
+        a: list[Tensor],
+        add: Callable[[Sequence[Tensor], float], None],
+    ) -> tuple[State, State]:
+        """The state at t and its adjoint ∂J/∂state, from those at t + h, with the evaluations of one ``inverse``.
+
+        Args:
+            state, a: emptied, so that each tensor is freed as soon as it is used.
+            add: receives gradients in θ and a factor for them.
+        """
+        ...
+
+
+def with_inverse(solver: Solver) -> ReversibleSolver:
+    """The solver, whose step must have an inverse.
+
+    Raises:
+        ValueError: if it has none.
+    """
+    if not isinstance(solver, ReversibleSolver):
+        raise ValueError(
+            f"{solver.name} has no inverse step; gradient mode reversible needs one: alf or reversible_rk has it"
+        )
+    return solver

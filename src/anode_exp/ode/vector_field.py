@@ -244,9 +244,16 @@ class VectorField:
             f, aᵀ∂f/∂y, and aᵀ∂f/∂θ for each entry of θ that requires a gradient, in order; zeros where f does not
             depend on it.
         """
-        with torch.enable_grad():
-            y = y.detach().requires_grad_()
-            dy = self(t, y, theta)
-            wanted = (y, *(p for p in theta if p.requires_grad))
-            grad_y, *grad_theta = torch.autograd.grad(dy, wanted, a, materialize_grads=True)
-        return dy.detach(), grad_y, tuple(grad_theta)
+        return value_and_vjp(lambda y: self(t, y, theta), y, theta, a)
+
+
+def value_and_vjp(
+    function: Callable[[Tensor], Tensor], y: Tensor, theta: Theta, a: Tensor
+) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+    """As ``VectorField.vjp``, of a function of y that may evaluate f more than once with this θ."""
+    with torch.enable_grad():
+        y = y.detach().requires_grad_()
+        value = function(y)
+        wanted = (y, *(p for p in theta if p.requires_grad))
+        grad_y, *grad_theta = torch.autograd.grad(value, wanted, a, materialize_grads=True)
+    return value.detach(), grad_y, tuple(grad_theta)
