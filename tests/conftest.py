@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from anode_exp.gradient import GRADIENT_MODES, GradientMode
 from anode_exp.models import OdeBlock, ode_blocks
-from anode_exp.ode import TABLEAUX, Evaluations, ExplicitRungeKutta, TimeGrid
+from anode_exp.ode import TABLEAUX, Evaluations, ExplicitRungeKutta, ReversibleRungeKutta, Solver, TimeGrid
 from anode_exp.training.graphed_step import WARM_UP_STEPS
 
 # Tests run several processes side by side: each with threads of its own for every core slows all of them many times.
@@ -61,15 +61,16 @@ class Repeat:
             block.field.evaluations = counter
 
 
-def solver(name: str) -> ExplicitRungeKutta:
-    return ExplicitRungeKutta(TABLEAUX[name])
+def solver(name: str, mode: str | None = None) -> Solver:
+    """The tableau's method; for gradient mode ``reversible``, which needs an inverse, the reversible one made of it."""
+    return (ReversibleRungeKutta if mode == "reversible" else ExplicitRungeKutta)(TABLEAUX[name])
 
 
 def make_ode_block(
     mode: str | GradientMode = "full_backprop", tableau: str = "rk2", n_steps: int = 2
 ) -> "type[OdeBlock] | object":
-    gradient = GRADIENT_MODES[mode]() if isinstance(mode, str) else mode
-    return lambda f: OdeBlock(f, solver(tableau), TimeGrid(n_steps), gradient)
+    gradient, name = (GRADIENT_MODES[mode](), mode) if isinstance(mode, str) else (mode, None)
+    return lambda f: OdeBlock(f, solver(tableau, name), TimeGrid(n_steps), gradient)
 
 
 @pytest.fixture

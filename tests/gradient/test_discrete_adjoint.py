@@ -205,7 +205,7 @@ def test_hooks_of_a_theta_that_is_no_leaf_fire_once(mode):
         entry.register_hook(lambda grad, i=i: fired.append(i))
     y0 = torch.ones(3, dtype=torch.float64, requires_grad=True)
     y0.register_hook(lambda grad: fired.append("y0"))
-    y1 = GRADIENT_MODES[mode]().solve(VectorField(module), y0, theta, TimeGrid(3), solver("rk2"))
+    y1 = GRADIENT_MODES[mode]().solve(VectorField(module), y0, theta, TimeGrid(3), solver("rk2", mode))
     y1.sum().backward()
     assert sorted(map(str, fired)) == ["0", "1", "2", "3", "y0"]
 
@@ -224,7 +224,7 @@ def test_frozen_and_unused_parameters(mode):
     frozen.v.requires_grad_(False)
     for module in (whole, frozen):
         field = VectorField(module)
-        GRADIENT_MODES[mode]().solve(field, y0, field.theta, TimeGrid(2), solver("rk4")).sum().backward()
+        GRADIENT_MODES[mode]().solve(field, y0, field.theta, TimeGrid(2), solver("rk4", mode)).sum().backward()
     assert frozen.v.grad is None
     torch.testing.assert_close(frozen.w.grad, whole.w.grad, rtol=1e-14, atol=0)
     assert whole.unused.grad is None or not whole.unused.grad.any()

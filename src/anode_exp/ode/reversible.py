@@ -23,9 +23,9 @@ class AsynchronousLeapfrog:
     with the inverse  k = y' − v' h/2,  v = (v' − 2η u)/(1 − 2η),  y = k − v h/2.
 
     Order 2 undamped (η = 1). Below, v lags behind f by (1 − η)/(2η) h d²y/dt², which leaves order 1 with the local
-    error (1 − η)/(2η) h² d²y/dt². Undamped, a decaying solution (λ < 0 in dy/dt = λy) sets off a growing oscillation
-    of v, for both roots of the step's map multiply to −1; damped they multiply to 1 − 2η, so that short steps are
-    stable. Each inverse step multiplies rounding errors by 1/(2η − 1) in return.
+    error (1 − η)/(2η) h² d²y/dt². On dy/dt = λy, λ < 0, a step multiplies by the roots of
+    r² − (2 − 2η + 2η hλ) r + 1 − 2η = 0: stable where h|λ| ≤ 2(1 − η)/η, so that undamped an oscillation grows, slowly
+    for short steps. In return each inverse step multiplies rounding errors by up to 1/(2η − 1).
 
     Its state is (y, v), both of y's shape.
 
@@ -104,8 +104,8 @@ class ReversibleRungeKutta:
 
     with the inverse  z = z' + Ψ_{−h}(t + h, y'),  y = (y' − (1 − λ) z − Ψ_h(t, z))/λ.
 
-    Its order is the tableau's. Each inverse step multiplies rounding errors by up to 1/λ; a smaller λ pulls y towards
-    z, and so damps their difference.
+    Its order is the tableau's. A step multiplies y − z by about λ exp(−h ∂f/∂y), so that a decaying solution needs a
+    smaller λ or shorter steps. In return each inverse step multiplies rounding errors by up to 1/λ.
 
     Its state is (y, z), both of y's shape.
 
