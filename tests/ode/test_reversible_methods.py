@@ -52,7 +52,7 @@ def test_the_inverse_undoes_a_step(name, backwards):
     for n in reversed(range(8)):
         state = method.inverse(field, field.theta, grid.time(n), grid.step_size(n), state)
     for ours, theirs in zip(state, begin, strict=True):
-        assert (ours - theirs).norm() <= (1e-12 if name == "alf, damped" else 1e-14) * theirs.norm()
+        assert (ours - theirs).norm() <= (1e-14 if name in ("alf", "rk2, coupling 0.99") else 1e-12) * theirs.norm()
 
 
 def error(method, n_steps):
