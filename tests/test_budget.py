@@ -17,17 +17,21 @@ from anode_exp.config.compose import jobs
 from anode_exp.errors import UserError
 from anode_exp.gradient import DtoCheckpoint
 from anode_exp.models import MODELS, Evolution, ode_blocks, take_evaluations
+from anode_exp.ode import SOLVERS
 from anode_exp.runs import load_run
 from anode_exp.tasks.classification import Classification
 
 
-def planner(model="squeezenext", n_steps=4, batch=6, precision="fp32", evolves=False, **settings) -> Planner:
+def planner(
+    model="squeezenext", n_steps=4, batch=6, precision="fp32", evolves=False, solver=None, **settings
+) -> Planner:
     torch.manual_seed(0)
     if model == "squeezenext":
         settings.setdefault("width", 0.5)
     network = MODELS[model](10, make_ode_block(DtoCheckpoint(), "rk2", n_steps), **settings)
     for block in ode_blocks(network):
         block.evolution = Evolution(block.f, sharing="kernel") if evolves else None
+        block.solver = SOLVERS[solver]() if solver else block.solver
     images, labels = torch.randn(batch, 3, 32, 32), torch.arange(batch) % 10
 
     def optimizer(n):
@@ -51,6 +55,7 @@ def by_evaluations(p: Planner) -> Planner:
         {"norm": "group", "activation": "gelu", "n_steps": 1},
         {"model": "resnet18", "n_steps": 2, "batch": 3},
         {"evolves": True, "n_steps": 2},
+        {"solver": "alf", "n_steps": 3},
     ],
     ids=str,
 )
@@ -114,6 +119,15 @@ def test_from_nothing_fits_to_everything_kept(model):
         assert measured <= budget and measured == pytest.approx(plan.predicted_bytes, rel=0.1)
         times.append(plan.block_seconds)
     assert times == sorted(times, reverse=True) and times[0] > times[-1]
+
+
+def test_a_method_that_can_be_undone_has_that_policy_and_none_by_stages():
+    p = by_evaluations(planner(solver="alf", n_steps=8, batch=4, width=0.25))
+    assert set(p.choices) >= {"reversible", "step_checkpoint keep", "revolve step 1"}
+    assert not any("stage" in name for name in p.choices)
+    most = p.predict(["full_backprop"] * 4)
+    assert p.predict(["reversible"] * 4) < 0.5 * most
+    assert "reversible" in p.plan(int(0.5 * most)).policies
 
 
 def test_a_kernel_that_takes_more_comes_off_the_budget(monkeypatch):
@@ -206,7 +220,7 @@ def test_the_least_that_a_run_is_told_to_have_is_enough(tmp_path, monkeypatch, a
 
     def as_planned(directory, trainer, resume):
         for block, entry in zip(ode_blocks(trainer.network), plan["blocks"], strict=True):
-            block.gradient = policies(3)[entry["policy"]]
+            block.gradient = policies(3, block.solver)[entry["policy"]]
 
     monkeypatch.setattr(train_module, "_plan", as_planned)
     assert train(config, tmp_path / "unrehearsed")["train_loss"] == results["train_loss"], "it leaves no trace"

@@ -3,15 +3,23 @@
 import pytest
 import torch
 
-from anode_exp.build import build_memory_format, build_model, build_optimizer, build_schedule
+from anode_exp.build import build_memory_format, build_model, build_optimizer, build_schedule, build_solver
 from anode_exp.config.compose import jobs, path_safe
 from anode_exp.config.describe import CONF, groups, options
 from anode_exp.config.schema import ACTIVATION_NAMES, NORM_NAMES, TASKS, Method
 from anode_exp.config.schema import SOLVERS as METHODS
 from anode_exp.errors import UserError
 from anode_exp.gradient import GRADIENT_MODES
-from anode_exp.models import ACTIVATIONS, MODELS, NORMS, ode_blocks
-from anode_exp.ode import SOLVERS, TABLEAUX, EmbeddedSolver, ExplicitRungeKutta, StageSolver
+from anode_exp.models import ACTIVATIONS, MODELS, NORMS, TimedBatchNorm, ode_blocks
+from anode_exp.ode import (
+    SOLVERS,
+    TABLEAUX,
+    DiagonallyImplicitRungeKutta,
+    EmbeddedSolver,
+    ExplicitRungeKutta,
+    ReversibleSolver,
+    StageSolver,
+)
 
 
 def one(*overrides):
@@ -23,7 +31,8 @@ def with_task(setting):
     """A choice, after the task that it goes with."""
     group, _, name = setting.partition("=")
     fitting = [f"task={task}" for task, parts in TASKS.items() if name in getattr(parts, group, ())]
-    return [*(["task=trajectory"] if setting == "gradient=batched_adjoint" else fitting), setting]
+    fitting += {"gradient=batched_adjoint": ["task=trajectory"], "gradient=reversible": ["solver=alf"]}.get(setting, [])
+    return [*fitting, setting]
 
 
 def test_defaults():
@@ -72,6 +81,35 @@ def test_what_the_configuration_says_of_a_solver_is_so(name):
     assert said.stages == isinstance(solver, StageSolver)
     assert said.explicit == isinstance(solver, ExplicitRungeKutta)
     assert said.static == solver.static and solver.name == name
+    assert said.reversible == isinstance(solver, ReversibleSolver)
+    assert said.implicit == isinstance(solver, DiagonallyImplicitRungeKutta)
+
+
+def test_settings_of_reversible_solvers_reach_them():
+    assert (solver := build_solver(one("solver=alf", "solver.damping=0.8").solver)).damping == 0.8 and solver.order == 1
+    solver = build_solver(one("solver=reversible_rk", "solver.tableau=rk4", "solver.coupling=0.9").solver)
+    assert solver.method.tableau is TABLEAUX["rk4"] and solver.coupling == 0.9 and solver.order == 4
+
+
+@pytest.mark.parametrize("name", ["alf", "reversible_rk"])
+def test_what_reversible_solvers_can_and_cannot_do(name):
+    config = one(f"solver={name}", "gradient=reversible", "runtime.precision=bf16", "model=squeezenext")
+    assert next(ode_blocks(build_model(config.model, config.solver, config.gradient, 10))).solver.name == name
+    assert one(f"solver={name}", "gradient=budget", "gradient.memory=1GB").gradient.name == "budget"
+    for setting, message in (
+        ("gradient=stage_checkpoint", f"{name} has no stages with an adjoint"),
+        ("gradient=reverse_adjoint", f"{name} is not one"),
+        ("solver.adaptive=true", f"{name} has no error estimate"),
+    ):
+        with pytest.raises(UserError, match=message):
+            one(f"solver={name}", setting)
+
+
+def test_norms_by_time_know_when_alf_begins():
+    config = one("solver=alf", "solver.n_steps=2", "model=resnet4")
+    assert config.model.statistics == "by_time"
+    (block,) = ode_blocks(build_model(config.model, config.solver, config.gradient, 10))
+    assert {m.times for m in block.modules() if isinstance(m, TimedBatchNorm)} == {(0.0, 0.25, 0.75)}
 
 
 @pytest.mark.parametrize(
@@ -250,8 +288,14 @@ def test_a_sweep_is_the_product_of_its_values():
 
 WRONG = {
     "model=resnet19": "resnet4, squeezenext; did you mean resnet18?",
-    "solver=rk5": "choose one of backward_euler, bosh3, crank_nicolson, dopri5, euler, heun, kvaerno3, rk2, rk4",
+    "solver=rk5": "choose one of alf, backward_euler, bosh3, crank_nicolson, dopri5, euler, heun, kvaerno3, reversible_rk, rk2",
     "solver.linear=gmres": "solver.linear: has no effect here; it needs an implicit solver, such as",
+    "solver.damping=0.8": "solver.damping: has no effect here; it needs solver=alf",
+    "solver.tableau=rk4": "solver.tableau: has no effect here; it needs solver=reversible_rk",
+    "solver.tableau=sdirk2": "solver.tableau=sdirk2: choose one of euler, rk2, heun, bosh3, rk4, dopri5",
+    "solver.damping=0.5": "solver.damping=0.5: give a number above 0.5, at most 1",
+    "solver.coupling=0": "solver.coupling=0: give a number above 0, at most 1",
+    "gradient=reversible": "gradient=reversible: a step of euler has no inverse; choose solver=alf, reversible_rk",
     "solver.linear=lu": "solver.linear=lu: choose one of dense, gmres",
     "gradient.memory=1GiB": "gradient.memory: there is no such setting",
     "solver.adaptive=true": "solver.adaptive=true: euler has no error estimate; choose solver=heun",
@@ -265,7 +309,7 @@ WRONG = {
     "solver.n_steps=-1": "solver.n_steps=-1: give a whole number, at least 1",
     "solver.n_steps=null": "solver.n_steps=null: give a whole number",
     "solver.n_steps=1,2": "solver.n_steps=1,2: names several values; add -m for a sweep over them",
-    "solver.nsteps=4": "solver.newton_max_iterations, solver.name; did you mean solver.n_steps?",
+    "solver.nsteps=4": "solver.coupling, solver.name; did you mean solver.n_steps?",
     "+solver.nsteps=4": "solver.nsteps: there is no such setting",
     "+solver.n_steps=4": "settings can be changed, not added or removed; write solver.n_steps=VALUE",
     "~solver.n_steps": "settings can be changed, not added or removed",

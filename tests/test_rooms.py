@@ -25,8 +25,8 @@ MAY_IMPORT = {
     "training.world": set(),
     "training.step": {"tasks"},
     "runs": {"build", "config", "data", "errors", "models", "ode", "records", "training"},
-    "budget": {"errors", "gradient", "models", "tasks", "training"},
-    "budget.plan": {"gradient"},
+    "budget": {"errors", "gradient", "models", "ode", "tasks", "training"},
+    "budget.plan": {"gradient", "ode"},
     "studies": {"budget", "build", "config", "data", "errors", "models", "ode", "records", "runs", "tasks", "training"},
     "commands": {
         "budget",

@@ -11,7 +11,15 @@ from torch import nn
 
 from anode_exp.config import schema
 from anode_exp.config.schema import SOLVERS as METHODS
-from anode_exp.config.schema import TASKS, DatasetConfig, GradientConfig, RecipeConfig, RuntimeConfig, TrainConfig
+from anode_exp.config.schema import (
+    TASKS,
+    DatasetConfig,
+    GradientConfig,
+    RecipeConfig,
+    RuntimeConfig,
+    StudyGradient,
+    TrainConfig,
+)
 from anode_exp.data import (
     DATASETS,
     TRAJECTORIES,
@@ -91,7 +99,7 @@ def build_model(
     grid: TimeGrid | Tolerance = TimeGrid(solver.n_steps)
     if solver.adaptive:
         grid = Tolerance(solver.rtol, solver.atol, max_evaluations=solver.max_evaluations, min_step=solver.min_step)
-    chosen = {k: v for k, v in asdict(gradient).items() if k not in ("name", "memory") and v is not None}
+    chosen = {k: v for k, v in asdict(gradient).items() if k not in ("name", "memory", "solver") and v is not None}
     # A budget's plan needs the network, and replaces the modes of its blocks.
     mode = GRADIENT_MODES["dto_checkpoint" if gradient.name == "budget" else gradient.name](**chosen)
     method, by_time = build_solver(solver), model.statistics == "by_time"
@@ -103,7 +111,9 @@ def build_model(
             if by_time and solver.adaptive:
                 times = [m / intervals for m in range(intervals + 1)]
             elif by_time:
-                times = sorted({(i + c) / n for i in range(n) for c in method.nodes} | {c / n for c in method.start_nodes})
+                times = sorted(
+                    {(i + c) / n for i in range(n) for c in method.nodes} | {c / n for c in method.start_nodes}
+                )
             f.time_norms(times, by_time and solver.adaptive, intervals if model.norm_affine == "by_time" else None)
         evolution = None
         if model.evolution != "none":
@@ -205,7 +215,8 @@ def dtype_of(precision: str) -> torch.dtype:
 def varied(config: TrainConfig, gradient: GradientConfig, outputs: int, **changes: Any) -> nn.Module:
     """The network of a seed under a gradient mode; ``changes``: solver (a name), its settings, blocks_per_stage."""
     blocks = changes.pop("blocks_per_stage", config.model.blocks_per_stage)
-    name = changes.pop("solver", config.solver.name)
+    own = gradient.solver if isinstance(gradient, StudyGradient) else None
+    name = changes.pop("solver", own or config.solver.name)
     solver = replace(config.solver, name=name, **{"adaptive": False, **changes})
     model = replace(config.model, blocks_per_stage=blocks)
     return build_network(replace(config, model=model, solver=solver, gradient=gradient), outputs)

@@ -27,6 +27,7 @@ from anode_exp.budget.plan import RESERVE, Plan, Profile, counted_bytes, fastest
 from anode_exp.errors import UserError
 from anode_exp.gradient import GradientMode
 from anode_exp.models import OdeBlock, ode_blocks, take_evaluations
+from anode_exp.ode import Solver
 from anode_exp.tasks.task import Batch, Task
 from anode_exp.training.graphed_step import CudaCapture
 from anode_exp.training.peak_memory import LiveTensorBytes, allocator_of, peak_while
@@ -93,7 +94,7 @@ class Planner:
             self.optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
         self.blocks = list(ode_blocks(network))
         self.device = batch[0].device
-        self.choices = policies(max(block.grid.n_steps for block in self.blocks))  # type: ignore[union-attr]
+        self.choices = policies(max(b.grid.n_steps for b in self.blocks), self.blocks[0].solver)  # type: ignore[union-attr]
         self._seconds: dict[str, list[float]] = {}
         with self._undone():
             self.profiles = {name: self._profile(mode) for name, mode in self.choices.items()}
@@ -101,9 +102,9 @@ class Planner:
             self.optimizer.state.clear()  # the steps that will run have their own
 
     @staticmethod
-    def dry_runs(n_steps: int) -> int:
+    def dry_runs(n_steps: int, solver: Solver) -> int:
         """How often ``tick`` is called at most."""
-        return 2 * len(policies(n_steps))
+        return 2 * len(policies(n_steps, solver))
 
     @contextmanager
     def _undone(self) -> Iterator[None]:

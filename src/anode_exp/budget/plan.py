@@ -6,26 +6,37 @@ from typing import Any
 
 from tabulate import tabulate
 
-from anode_exp.gradient import DtoCheckpoint, FullBackprop, GradientMode, Revolve, StageCheckpoint, StepCheckpoint
+from anode_exp.gradient import (
+    DtoCheckpoint,
+    FullBackprop,
+    GradientMode,
+    Reversible,
+    Revolve,
+    StageCheckpoint,
+    StepCheckpoint,
+)
+from anode_exp.ode import ReversibleSolver, Solver, StageSolver
 
 RESERVE = 2**16
 """Bytes of a budget left to what the measured steps do not have: checks of the losses between them, mostly."""
 
 
-def policies(n_steps: int) -> dict[str, GradientMode]:
-    """The policies worth choosing from for blocks of so many steps: name → mode."""
-    found: dict[str, GradientMode] = {
-        "full_backprop": FullBackprop(),
-        "dto_checkpoint": DtoCheckpoint(),
-        "stage_checkpoint keep": StageCheckpoint(),
-        "stage_checkpoint rebuild": StageCheckpoint(states="rebuild"),
-    }
+def policies(n_steps: int, solver: Solver) -> dict[str, GradientMode]:
+    """The policies worth choosing from for blocks of so many steps of this method: name → mode."""
+    found: dict[str, GradientMode] = {"full_backprop": FullBackprop(), "dto_checkpoint": DtoCheckpoint()}
+    units = ["step"]
+    if isinstance(solver, StageSolver):
+        found["stage_checkpoint keep"] = StageCheckpoint()
+        found["stage_checkpoint rebuild"] = StageCheckpoint(states="rebuild")
+        units.append("stage")
+    if isinstance(solver, ReversibleSolver):
+        found["reversible"] = Reversible()
     if n_steps > 1:
         found["step_checkpoint keep"] = StepCheckpoint()
         found["step_checkpoint rebuild"] = StepCheckpoint(states="rebuild")
     slots = 1
     while slots < n_steps:
-        for unit in ("step", "stage"):
+        for unit in units:
             found[f"revolve {unit} {slots}"] = Revolve(unit, slots)
         slots += max(1, slots // 2)
     return found

@@ -224,13 +224,14 @@ def _plan(directory: Path, trainer: Trainer, resume: bool) -> None:
     Raises UserError if nothing fits.
     """
     path, network, config = directory / "plan.json", trainer.network, trainer.assembly.config
-    modes = policies(config.solver.n_steps)
+    solver = next(ode_blocks(network)).solver
+    modes = policies(config.solver.n_steps, solver)
     if resume and path.exists():
         plan = json.loads(path.read_text())
     else:
         budget = parse_bytes(str(config.gradient.memory))
         with (
-            bar(Planner.dry_runs(config.solver.n_steps), "planning") as progress,
+            bar(Planner.dry_runs(config.solver.n_steps, solver), "planning") as progress,
             memory_for("planning", "give a smaller gradient.memory, which the device holds, or recipe.batch_size"),
         ):
             batch = next(trainer.data.evaluation("train", max(SMALL_BATCHES)))

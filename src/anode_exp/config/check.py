@@ -146,6 +146,8 @@ def typed_study(config: DictConfig) -> StudyConfig:
         parse_bytes(budget, "study.budgets")
     for solver in set(study.adaptive_solvers) - set(solvers_that("embedded")):
         raise UserError(f"study.adaptive_solvers: {solver} is none; choose from {', '.join(solvers_that('embedded'))}")
+    for precision in set(study.precisions) - {"fp64", "fp32", "tf32", "bf16"}:
+        raise UserError(f"study.precisions: {precision} is none; choose from fp64, fp32, tf32, bf16")
     for label, gradient in study.gradients.items():
         if gradient.name == "budget":
             raise UserError(f"study.gradients.{label}: a budget is no gradient mode to compare; see study budget")
@@ -160,9 +162,7 @@ def solvers_that(can: str) -> list[str]:
 
 def _check_solver(config: TrainConfig) -> None:
     """What is asked of a solver must be among what it can do."""
-    name, mode, unit = config.solver.name, config.gradient.name, config.gradient.unit
-    no_stages = "has no stages with an adjoint of their own; use gradient.unit=step or gradient=step_checkpoint"
-    explicit = "only explicit Runge–Kutta methods step a continuous adjoint"
+    name, gradient = config.solver.name, config.gradient
     _refuse(
         (name in SOLVERS and SOLVERS[name].implicit and config.runtime.precision not in ("fp32", "fp64"),
          f"runtime.precision={config.runtime.precision}: Newton's method in {name} needs fp32, or fp64 where the task "
@@ -174,17 +174,30 @@ def _check_solver(config: TrainConfig) -> None:
         (not 0.0 < config.solver.coupling <= 1.0,
          f"solver.coupling={config.solver.coupling:g}: give a number above 0, at most 1, such as 0.99"),
     )  # fmt: skip
+    refused = lacking(name, gradient) if name in SOLVERS else None
+    _refuse(
+        (config.solver.adaptive and name in SOLVERS and not SOLVERS[name].embedded,
+         f"solver.adaptive=true: {name} has no error estimate; choose solver={', '.join(solvers_that('embedded'))}"),
+        (refused is not None, f"gradient={gradient.name}: {refused}"),
+    )  # fmt: skip
+
+
+def lacking(name: str, gradient: GradientConfig) -> str | None:
+    """What a solver lacks that the gradient mode needs, and which solvers have it; None where it lacks nothing."""
+    mode, unit = gradient.name, gradient.unit
+    no_stages = "has no stages with an adjoint of their own; use gradient.unit=step or gradient=step_checkpoint"
+    explicit = "only explicit Runge–Kutta methods step a continuous adjoint"
     needs = (
-        (config.solver.adaptive, "embedded", f"solver.adaptive=true: {name} has no error estimate"),
-        (mode == "stage_checkpoint" or unit == "stage", "stages", f"gradient={mode}: {name} {no_stages}"),
-        (mode in ("reverse_adjoint", "stored_adjoint"), "explicit", f"gradient={mode}: {explicit}, {name} is not one"),
-        (mode == "batched_adjoint", "stages", f"gradient=batched_adjoint: {name} has no stages"),
-        (mode == "budget", "static", f"gradient=budget: {name} does not perform the same operations each step"),
-        (mode == "reversible", "reversible", f"gradient=reversible: a step of {name} has no inverse"),
+        (mode == "stage_checkpoint" or unit == "stage", "stages", f"{name} {no_stages}"),
+        (mode in ("reverse_adjoint", "stored_adjoint"), "explicit", f"{explicit}, {name} is not one"),
+        (mode == "batched_adjoint", "stages", f"{name} has no stages"),
+        (mode == "budget", "static", f"{name} does not perform the same operations each step"),
+        (mode == "reversible", "reversible", f"a step of {name} has no inverse"),
     )
     for asked, can, text in needs:
-        able = solvers_that(can)
-        _refuse((asked and name in SOLVERS and name not in able, f"{text}; choose solver={', '.join(able)}"))
+        if asked and not getattr(SOLVERS[name], can):
+            return f"{text}; choose solver={', '.join(solvers_that(can))}"
+    return None
 
 
 def _check_task(config: TrainConfig) -> None:

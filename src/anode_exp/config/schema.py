@@ -224,18 +224,26 @@ class TrainConfig:
 
 
 @dataclass(kw_only=True)
+class StudyGradient(GradientConfig):
+    """A gradient mode that a study compares, on a solver of its own or on the study's."""
+
+    solver: str | None = None
+
+
+@dataclass(kw_only=True)
 class StudyConfig:
     """A study's own settings; which of them it has is in its file."""
 
     name: str
     batch_size: int | None = _setting(None, at_least=1)
     n_steps: list[int] = field(default_factory=list, metadata={"at_least": 1})
-    gradients: dict[str, GradientConfig] = field(default_factory=dict)
+    gradients: dict[str, StudyGradient] = field(default_factory=dict)
     blocks_per_stage: list[int] = field(default_factory=list, metadata={"at_least": 1})
     repeats: int = _setting(0, at_least=0)
     solvers: list[str] = field(default_factory=list)
     adaptive_solvers: list[str] = field(default_factory=list)
     tolerances: list[float] = field(default_factory=list, metadata={"at_least": 1e-14})
+    precisions: list[str] = field(default_factory=list)
     cases: bool = True
     budgets: list[str] = field(default_factory=list)
     weight_std: float = _setting(1.0, above=0)

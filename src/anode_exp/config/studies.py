@@ -4,7 +4,7 @@ from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from anode_exp.config.check import check_used, read_config, solvers_that, typed, typed_study
+from anode_exp.config.check import check_used, lacking, read_config, solvers_that, typed, typed_study
 from anode_exp.config.compose import check_folders, compose_line, expanded, given_keys, parse, typed_line
 from anode_exp.config.describe import CONF, near, options
 from anode_exp.config.schema import StudyConfig, TrainConfig
@@ -12,14 +12,15 @@ from anode_exp.errors import UserError
 
 _DATA = ("dataset", "dataset.root", "dataset.download", "dataset.train_size", "dataset.validation_size",
          "dataset.mean", "dataset.std")  # fmt: skip
-_STEPS = ("experiment", "model", "model.*", "solver", "solver.n_steps", *_DATA, "seed", "runtime.device",
+_REVERSIBLE = ("solver.damping", "solver.tableau", "solver.coupling")
+_STEPS = ("experiment", "model", "model.*", "solver", "solver.n_steps", *_REVERSIBLE, *_DATA, "seed", "runtime.device",
           "runtime.precision", "runtime.channels_last", "runtime.cuda_graph", "runtime.cudnn_benchmark")  # fmt: skip
 STUDY_READS: dict[str, tuple[str, ...]] = {
     "memory": _STEPS,
     "budget": _STEPS,
-    "gradient_error": ("experiment", "model", "model.*", "solver.max_evaluations", "solver.min_step", *_DATA, "seed",
-                       "runtime.device"),
-    "reversibility": ("experiment", "solver", "solver.n_steps", *_DATA[:-2], "seed", "runtime.device"),
+    "gradient_error": ("experiment", "model", "model.*", "solver.max_evaluations", "solver.min_step", *_REVERSIBLE,
+                       *_DATA, "seed", "runtime.device"),
+    "reversibility": ("experiment", "solver", "solver.n_steps", *_REVERSIBLE, *_DATA[:-2], "seed", "runtime.device"),
     "evolution": (),
     "batchnorm": ("dataset.root", "dataset.download", "runtime.device"),
 }  # fmt: skip
@@ -45,13 +46,21 @@ def study(name: str, overrides: list[str], thorough: bool = False) -> tuple[Trai
     composed = compose_line([f"+study={name}", *grid, *overrides])
     config = typed_line(composed, without=("hydra", "study"))
     checked = typed_study(composed.study)
-    for group, names in (("solver", checked.solvers), ("gradient", [g.name for g in checked.gradients.values()])):
+    own = [g.solver for g in checked.gradients.values() if g.solver is not None]
+    for group, names in (("solver", checked.solvers + own), ("gradient", [g.name for g in checked.gradients.values()])):
         for unknown in set(names) - set(options(group)):
             raise UserError(f"study {name}: {unknown} is no {group}; choose from {', '.join(options(group))}")
     compared = checked.solvers or ([config.solver.name] if name in ("memory", "budget", "reversibility") else [])
-    for solver in set(compared) - set(solvers_that("explicit")):
-        choice = f"choose from {', '.join(solvers_that('explicit'))}"
+    for solver in set(compared + own) - set(solvers_that("static")):
+        choice = f"choose from {', '.join(solvers_that('static'))}"
         raise UserError(f"study {name}: {solver} is implicit, and the study compares explicit methods; {choice}")
+    for label, gradient in list(checked.gradients.items()):
+        on = [gradient.solver] if gradient.solver else [*compared, *checked.adaptive_solvers]
+        refused = [lacking(solver, gradient) for solver in on]
+        if refused and all(refused):  # a mode that no solver here has; the study's own are left out
+            if gradient.solver or any(key.startswith(f"study.gradients.{label}") for key in given):
+                raise UserError(f"study.gradients.{label}: {refused[0]}")
+            del checked.gradients[label]
     if "run" in composed.study and checked.run is None and "study.checkpoint" in given:
         raise UserError(f"checkpoint={checked.checkpoint}: needs run=DIR, the folder of a trained run")
     if "study.name" in given:
@@ -96,6 +105,9 @@ def study(name: str, overrides: list[str], thorough: bool = False) -> tuple[Trai
             if joint or (not checked.adaptive_solvers and key != "study.adaptive_solvers"):
                 need = "model.evolution_coupling other than joint" if joint else "study.adaptive_solvers"
                 raise UserError(f"{key}: has no effect here; it needs {need}")
+        for key, of in zip(_REVERSIBLE, ("alf", "reversible_rk", "reversible_rk"), strict=True):
+            if key in given and of not in checked.solvers:
+                raise UserError(f"{key}: has no effect here; it needs {of} among study.solvers")
         given = [key for key in given if not key.startswith("solver")]
     check_used(given, [config])
     return config, checked

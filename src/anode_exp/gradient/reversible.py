@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from anode_exp.gradient.base import ThetaGradient, current_autocast, vjp_through
-from anode_exp.ode import Solver, TimeGrid, Tolerance, VectorField, end_state, with_inverse
+from anode_exp.ode import Solver, Theta, TimeGrid, Tolerance, VectorField, end_state, with_inverse
 
 
 class Reversible:
@@ -30,7 +30,7 @@ class Reversible:
     Source: Zhuang et al., MALI, ICLR 2021 (arXiv 2102.04668); McCallum and Foster, arXiv 2410.11648.
     """
 
-    def solve(self, field: VectorField, y0: Tensor, theta: Any, grid: TimeGrid | Tolerance, solver: Solver) -> Tensor:
+    def solve(self, field: VectorField, y0: Tensor, theta: Theta, grid: TimeGrid | Tolerance, solver: Solver) -> Tensor:
         if not isinstance(grid, TimeGrid):
             raise ValueError("gradient mode reversible goes back over fixed steps; give a TimeGrid")
         y1: Tensor = _Solve.apply(field, grid, with_inverse(solver), y0, *theta)
@@ -64,7 +64,5 @@ class _Solve(torch.autograd.Function):
                 state, a = map(list, step)
                 del step
             start = partial(solver.start, field, per_step[0], grid.time(0))
-            (a_y0,) = vjp_through(
-                lambda y0: start(*y0), (state[0],), per_step[0], a, partial(gradient.add, 0)
-            )
+            (a_y0,) = vjp_through(lambda y0: start(*y0), (state[0],), per_step[0], tuple(a), partial(gradient.add, 0))
         return None, None, None, a_y0 if needed[0] else None, *gradient.result

@@ -32,7 +32,8 @@ class ExplicitRungeKutta:
         embedded: the method with them, for adaptive steps.
     """
 
-    static, start_nodes = True, ()
+    static = True
+    start_nodes: tuple[float, ...] = ()
 
     def __init__(self, tableau: ButcherTableau) -> None:
         self.embedded = tableau

@@ -30,7 +30,8 @@ class DiagonallyImplicitRungeKutta:
         newton: how stages are solved.
     """
 
-    static, start_nodes = False, ()
+    static = False
+    start_nodes: tuple[float, ...] = ()
 
     def __init__(self, tableau: ImplicitTableau, newton: NewtonKrylov | None = None) -> None:
         self.tableau, self.newton = tableau, newton or NewtonKrylov()

@@ -1,5 +1,6 @@
 """Curves: of a paper's runs, and of studies."""
 
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,7 @@ def draw(groups: list[Group], title: str, path: Path) -> None:
     save(figure, path)
 
 
-MARKERS = "os^vD<>Px*"  # curves are told apart without colour too
+MARKERS = "os^vD<>Px*hp8Hd"  # curves are told apart without colour too
 
 
 def labels_of(rows: list[dict[str, Any]]) -> list[str]:
@@ -64,7 +65,7 @@ def peak_of(row: dict[str, Any]) -> float:
 
 
 def draw_lines(axes: Any, rows: list[dict[str, Any]], x: str, y: Any) -> None:
-    for label, marker in zip(labels_of(rows), MARKERS, strict=False):
+    for label, marker in zip(labels_of(rows), cycle(MARKERS), strict=False):
         points = sorted((row[x], y(row)) for row in rows if row["gradient"] == label)
         axes.plot(*zip(*points, strict=True), marker=marker, label=label, linewidth=1.2, markersize=5)
     ticks = sorted({row[x] for row in rows})

@@ -18,6 +18,9 @@ ORDER = {  # growth that the papers state, for N steps of s stages in L blocks
     "revolve stage 3": "O(L)",
     "equispaced stage 3": "O(L)",
     "reverse_adjoint": "O(L)",
+    "alf full_backprop": "O(L N)",
+    "alf reversible": "O(L)",
+    "reversible_rk reversible": "O(L s)",
 }
 
 

@@ -30,7 +30,8 @@ def rows(config: TrainConfig, study: StudyConfig, outputs: int, batch: Batch, di
     measured_network, layout = network()
     images, labels = batch[0].contiguous(memory_format=layout), batch[1].clone()
     count, new_capture = len(study.budgets) or 8, capture_of(config, images.device)
-    with bar(Planner.dry_runs(n_steps) + count * (1 + study.repeats), study.name) as progress:
+    solver = next(ode_blocks(measured_network)).solver
+    with bar(Planner.dry_runs(n_steps, solver) + count * (1 + study.repeats), study.name) as progress:
         planner = Planner(
             measured_network.train(), lambda n: build_optimizer(n, config.recipe),
             autocast_for(precision, images.device), Classification(), (images, labels), progress.update,
