@@ -6,8 +6,15 @@ from conftest import Field
 
 from anode_exp.gradient import FullBackprop, Reversible
 from anode_exp.models import MODELS, OdeBlock, TimedBatchNorm, ode_blocks, take_evaluations
-from anode_exp.ode import TABLEAUX, AsynchronousLeapfrog, ExplicitRungeKutta, ReversibleRungeKutta, TimeGrid
-from anode_exp.ode import Tolerance, VectorField
+from anode_exp.ode import (
+    TABLEAUX,
+    AsynchronousLeapfrog,
+    ExplicitRungeKutta,
+    ReversibleRungeKutta,
+    TimeGrid,
+    Tolerance,
+    VectorField,
+)
 from anode_exp.training.peak_memory import peak_while
 
 METHODS = {"alf": AsynchronousLeapfrog(), "alf, damped": AsynchronousLeapfrog(0.9), "rk2": ReversibleRungeKutta()}

@@ -46,14 +46,20 @@ def test_memory(tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     found = rows(tmp_path)
-    assert len(found) == 4 * 9
+    assert len(found) == 4 * 12
     steps = [r for r in found if r["varied"] == "n_steps"]
     per_step = {label: b for label, (_, b) in growth([{**r, "cuda_bytes": None} for r in steps], "n_steps").items()}
     full = per_step["full_backprop"]
     assert per_step["dto_checkpoint"] < 0.7 * full, "one block of four at a time"
     assert per_step["step_checkpoint keep"] < per_step["stage_checkpoint keep"] < 0.35 * full
     assert per_step["step_checkpoint rebuild"] < per_step["step_checkpoint keep"]
-    for flat in ("revolve stage 3", "equispaced stage 3", "reverse_adjoint"):
+    for flat in (
+        "revolve stage 3",
+        "equispaced stage 3",
+        "reverse_adjoint",
+        "alf reversible",
+        "reversible_rk reversible",
+    ):
         assert per_step[flat] < 0.02 * full, flat
     blocks = [r for r in found if r["varied"] == "blocks_per_stage"]
     per_block = {label: b for label, (_, b) in growth(blocks, "blocks_per_stage").items()}
@@ -65,7 +71,7 @@ def test_memory(tmp_path):
 
 
 def test_gradient_error_at_initialisation_and_for_a_trained_run(tmp_path):
-    small = ["study.n_steps=[1,4]", "study.solvers=[euler,rk2]", "study.batch_size=4",
+    small = ["study.n_steps=[1,4]", "study.solvers=[euler,rk2,alf]", "study.batch_size=4",
              "study.adaptive_solvers=[bosh3]", "study.tolerances=[1e-1,1e-3]"]  # fmt: skip
     trained = tmp_path / "trained"
     train = [
@@ -74,27 +80,42 @@ def test_gradient_error_at_initialisation_and_for_a_trained_run(tmp_path):
         "runtime.keep_every=1", f"hydra.run.dir={trained}",
     ]  # fmt: skip
     subprocess.run(train, check=True, capture_output=True)
-    for folder, extra in (("a", ["model.width=0.25"]), ("b", [f"run={trained}"])):
+    for folder, extra in (
+        ("a", ["model.width=0.25", "study.n_steps=[4]", "study.tolerances=[1e-3]"]),
+        ("b", [f"run={trained}", "study.precisions=[fp64]"]),
+    ):
         (tmp_path / folder).mkdir()
         done = run(tmp_path / folder, "gradient_error", *small, *extra)
         assert done.returncode == 0, done.stderr
         found = rows(tmp_path / folder)
-        assert len(found) == (2 * 2 + 2) * 7
-        for row in found:
+        if folder == "a":
+            low = [r for r in found if r["precision"] != "fp64"]
+            assert len(found) == 3 * (7 + 8 + 1) + (3 + 4 + 1), "three solvers with all modes but one, and alf"
+            errors = {(r["solver"], r["tolerance"], r["precision"], r["gradient"]): r["relative_error"] for r in low}
+            for solver, tolerance in (("euler", None), ("rk2", None), ("bosh3", 1e-3), ("alf", None)):
+                of_float32, of_bfloat16 = (errors[solver, tolerance, p, "full_backprop"] for p in ("fp32", "bf16"))
+                assert 1e-7 < of_float32 < 0.05 < of_bfloat16, solver
+            (drift,) = [r["drift"] for r in low if "drift" in r]
+            assert 0 < drift < 0.01
+            for shown in ("full_backprop, bf16", "reversible, fp32: drift"):
+                assert shown in done.stdout
+        else:
+            assert len(found) == (2 * 2 + 2) * 7 + 2 * 3
+        for row in (r for r in found if r["precision"] == "fp64"):
             if row["gradient"] in ("reverse_adjoint", "stored_adjoint"):
                 assert row["relative_error"] > 1e-4
             else:
-                assert row["relative_error"] <= 1e-14, row
+                assert row["relative_error"] <= (1e-12 if row["gradient"] == "reversible" else 1e-14), row
             if row["gradient"] == "reverse_adjoint":
                 parts = row["reversal_error"], row["inconsistency_error"]
                 assert abs(parts[0] - parts[1]) <= row["relative_error"] <= parts[0] + parts[1]
-                same = ("solver", "n_steps", "tolerance")
+                same = ("solver", "n_steps", "tolerance", "precision")
                 (stored,) = [
                     r for r in found if r["gradient"] == "stored_adjoint" and all(r[k] == row[k] for k in same)
                 ]
                 assert stored["relative_error"] == parts[1]
         assert "reverse_adjoint: reversal" in done.stdout
-    first, second = ({json.dumps(r) for r in rows(tmp_path / f) if "reverse" in r["gradient"]} for f in "ab")
+    first, second = ({json.dumps(r) for r in rows(tmp_path / f) if "reverse_" in r["gradient"]} for f in "ab")
     assert first != second, "the trained weights were used"
 
     (tmp_path / "c").mkdir()
@@ -137,7 +158,7 @@ def test_reversibility(tmp_path):
     done = run(tmp_path, "reversibility", "study.cases=false", "study.tolerances=[1e-5]")
     assert done.returncode == 0, done.stderr
     found = rows(tmp_path)
-    assert len(found) == 4 * 2
+    assert len(found) == 4 * 3
     assert all(r["rho"] > 0.1 for r in found), "a field this strong cannot be gone back"
     mild = run(tmp_path / "outputs", "reversibility", "study.cases=false", "study.weight_std=0.1")
     assert mild.returncode == 0, mild.stderr
@@ -195,7 +216,7 @@ def test_recorded_steps_are_timed_where_runs_replay_theirs():
 
 def test_a_gradient_mode_of_ones_own():
     _, settings = study("memory", ["+study.gradients.mine={name: revolve, unit: step, slots: 7}"])
-    assert settings.gradients["mine"].slots == 7 and len(settings.gradients) == 10
+    assert settings.gradients["mine"].slots == 7 and len(settings.gradients) == 13
 
 
 @pytest.mark.parametrize(

@@ -39,7 +39,8 @@ class AsynchronousLeapfrog:
     """
 
     name, static = "alf", True
-    nodes, start_nodes = (0.5,), (0.0,)
+    nodes: tuple[float, ...] = (0.5,)
+    start_nodes: tuple[float, ...] = (0.0,)
 
     def __init__(self, damping: float = 1.0) -> None:
         if not 0.5 < damping <= 1.0:
@@ -166,7 +167,8 @@ class ReversibleRungeKutta:
         The graph held is that of one increment.
         """
         (y, z), (a_y, a_z) = state, a
-        state.clear(), a.clear()
+        state.clear()
+        a.clear()
 
         def back(t: float, h_step: float, at: Tensor, adjoint: Tensor) -> tuple[Tensor, Tensor]:
             """h Σ b_i k_i at ``at``, and its product with the adjoint."""

@@ -10,10 +10,14 @@ from anode_exp.report.drawing import draw_lines, labels_of, plt, save
 
 
 def _with_parts(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows, and after each split error a row for either part."""
+    """The rows, named with a precision that is not float64; after each split error and drift a row for the part."""
     found = []
     for row in rows:
+        precision = row.get("precision", "fp64")
+        row = {**row, "gradient": row["gradient"] + ("" if precision == "fp64" else f", {precision}")}
         found.append(row)
+        if "drift" in row:
+            found.append({**row, "gradient": f"{row['gradient']}: drift", "relative_error": row["drift"]})
         for part in (p for p in ("reversal", "inconsistency") if f"{p}_error" in row):
             found.append({**row, "gradient": f"{row['gradient']}: {part}", "relative_error": row[f"{part}_error"]})
     return found
@@ -39,13 +43,15 @@ def report(rows: list[dict[str, Any]], directory: Path) -> str:
         panels.append((f"{solver}, adaptive" if adaptive else solver, x, part))
     worst = {k: max(r["relative_error"] or 0.0 for r in rows if r["gradient"] == k) for k in labels_of(rows)}
     exact = [label for label, error in worst.items() if error < 1e-9]
+    # In float32 an exact mode has full_backprop's rounding; one curve is enough.
+    rounded = [f"{label}, fp32" for label in exact if label != "reversible"]
     # The stored adjoint's error is the inconsistency; one curve is enough.
     twice = [label for label in worst if label.endswith(": inconsistency") and "stored_adjoint" in worst]
     size = (max(5 * len(panels), 8), 5)
     figure, axes = plt.subplots(1, len(panels), figsize=size, squeeze=False, layout="constrained")
     text = []
     for ax, (title, x, part) in zip(axes[0], panels, strict=True):
-        shown = [r for r in part if r["relative_error"] and r["gradient"] not in [*exact, *twice]]
+        shown = [r for r in part if r["relative_error"] and r["gradient"] not in [*exact, *rounded, *twice]]
         draw_lines(ax, shown, x, lambda row: row["relative_error"])
         ax.set(title=title, xlabel=x, yscale="log", ylabel="relative gradient error")
         if x == "epoch":

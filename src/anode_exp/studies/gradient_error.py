@@ -1,6 +1,8 @@
 """Gradients of a network as one vector, and how far one is from another."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from anode_exp.build import varied
+from anode_exp.build import autocast_for, build_device, set_backends, varied
+from anode_exp.config.check import lacking
 from anode_exp.config.schema import GradientConfig, StudyConfig, TrainConfig
 from anode_exp.ode import SolveFailed
 from anode_exp.records.checkpoints import Checkpoints
@@ -18,11 +21,18 @@ from anode_exp.tasks.task import Batch
 from anode_exp.training.progress import bar
 
 
-def flat_gradient(network: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+def flat_gradient(
+    network: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+) -> Tensor:
     """∂J/∂θ of the cross entropy over all parameters, as one vector, in training mode."""
     network.train()
     network.zero_grad()
-    F.cross_entropy(network(images), labels).backward()
+    with autocast():
+        loss = F.cross_entropy(network(images), labels)
+    loss.backward()
     return torch.cat([p.grad.flatten() for p in network.parameters() if p.grad is not None])
 
 
@@ -44,8 +54,14 @@ def split_error(reverse: Tensor, stored: Tensor, exact: Tensor) -> dict[str, flo
     return {"reversal_error": reversal, "inconsistency_error": relative_error(stored, exact)}
 
 
-def rows(config: TrainConfig, study: StudyConfig, outputs: int, batch: Batch, directory: Path) -> Iterator[Row]:
-    images, labels = batch[0].double(), batch[1]
+def rows(config: TrainConfig, study: StudyConfig, num_classes: int, batch: Batch, directory: Path) -> Iterator[Row]:
+    """A row for each mode that the solver can have, in each precision, against ``full_backprop`` in float64.
+
+    In float64 an error is the mode's own. In float32 it has rounding in it, for which ``full_backprop`` has a row too,
+    and the one for ``reversible`` says how far it is from that (``drift``): what its inverse steps add. Of TF32 and
+    bfloat16 the row of ``full_backprop`` shows what rounding does.
+    """
+    images, labels = batch
     settings: list[dict[str, Any]] = [{"solver": s, "n_steps": n} for s in study.solvers for n in study.n_steps]
     each_its_own = config.model.evolution != "none" and config.model.evolution_coupling == "joint"
     settings += [
@@ -64,33 +80,56 @@ def rows(config: TrainConfig, study: StudyConfig, outputs: int, batch: Batch, di
                 settings = [{"solver": own.name, "adaptive": True, "rtol": own.rtol, "atol": own.atol}]
         runs = [load_run(study.run, name) for name in names]
         states = {run.epoch: run.network.state_dict() for run in runs}
-    modes = {name: GradientConfig(name=name) for name in ("full_backprop", "stored_adjoint")}
-    with bar(len(states) * len(settings) * len(study.gradients), study.name) as progress:
+    for precision in study.precisions:
+        build_device(replace(config.runtime, precision=precision))  # which may not have it
+    full, stored = (GradientConfig(name=name) for name in ("full_backprop", "stored_adjoint"))
+    with bar(len(states) * len(settings) * len(study.precisions), study.name) as progress:
         for epoch, weights in states.items():
             for setting in settings:
 
-                def gradient(mode: GradientConfig, setting: dict[str, Any] = setting, weights: Any = weights) -> Tensor:
-                    network = varied(config, mode, outputs, **setting)
+                def gradient(
+                    mode: GradientConfig, precision: str, setting: dict[str, Any] = setting, weights: Any = weights
+                ) -> Tensor:
+                    network = varied(config, mode, num_classes, **setting)
                     if weights is not None:
                         network.load_state_dict(weights)
-                    return flat_gradient(network.to(images.device).double(), images, labels)
+                    dtype = torch.float64 if precision == "fp64" else torch.float32
+                    set_backends(replace(config.runtime, precision=precision))
+                    network, x = network.to(images.device, dtype), images.to(dtype)
+                    return flat_gradient(network, x, labels, autocast_for(precision, images.device)).double()
 
                 chosen = {"n_steps": setting.get("n_steps"), "tolerance": setting.get("rtol")}
                 row = {"epoch": epoch, "solver": setting["solver"], **chosen}
                 try:
-                    exact, stored = (gradient(modes[name]) for name in modes)
+                    exact = gradient(full, "fp64")
                 except SolveFailed as error:
-                    yield {**row, "gradient": "full_backprop", "relative_error": None, "reason": str(error)}
-                    progress.update(len(study.gradients))
+                    yield {**row, "precision": "fp64", "gradient": "full_backprop", "relative_error": None,
+                           "reason": str(error)}  # fmt: skip
+                    progress.update(len(study.precisions))
                     continue
-                for label, mode in study.gradients.items():
-                    mine: dict[str, Any] = {**row, "gradient": label}
-                    try:
-                        g = stored if mode == modes["stored_adjoint"] else gradient(mode)
-                    except SolveFailed as error:
-                        yield {**mine, "relative_error": None, "reason": str(error)}
-                    else:
-                        if mode.name == "reverse_adjoint":
-                            mine |= split_error(g, stored, exact)
+                modes = {
+                    label: mode
+                    for label, mode in study.gradients.items()
+                    if not lacking(setting["solver"], mode) and mode.solver in (None, setting["solver"])
+                }
+                for precision in study.precisions:
+                    compared: dict[str, GradientConfig] = {} if precision == "fp64" else {"full_backprop": full}
+                    if precision in ("fp64", "fp32"):
+                        compared |= modes
+                    found: dict[str, Tensor] = {}
+                    for label, mode in compared.items():
+                        mine: dict[str, Any] = {**row, "precision": precision, "gradient": label}
+                        try:
+                            g = found[label] = gradient(mode, precision)
+                            if mode.name == "reverse_adjoint" and precision == "fp64":
+                                on_stored = found.get("stored_adjoint")
+                                on_stored = gradient(stored, precision) if on_stored is None else on_stored
+                                mine |= split_error(g, on_stored, exact)
+                        except SolveFailed as error:
+                            yield {**mine, "relative_error": None, "reason": str(error)}
+                            continue
+                        if mode.name == "reversible" and "full_backprop" in found:
+                            mine["drift"] = relative_error(g, found["full_backprop"])
                         yield {**mine, "relative_error": relative_error(g, exact)}
                     progress.update()
+    set_backends(config.runtime)

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -10,14 +11,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from anode_exp.build import build_solver
 from anode_exp.config.schema import StudyConfig, TrainConfig
-from anode_exp.ode import TABLEAUX, ExplicitRungeKutta, SolveFailed, TimeGrid, Tolerance, VectorField, solve_forward
+from anode_exp.ode import (
+    SOLVERS,
+    ReversibleSolver,
+    SolveFailed,
+    Solver,
+    TimeGrid,
+    Tolerance,
+    VectorField,
+    end_state,
+    solve_forward,
+)
 from anode_exp.records.reading import Row
 from anode_exp.tasks.task import Batch
 from anode_exp.training.progress import bar
 
 Grid = TimeGrid | Tolerance
-CASE_ROWS = 25
+CASE_ROWS = 31
 SINGLE = torch.finfo(torch.float32).eps
 
 
@@ -33,13 +45,21 @@ class Flow(nn.Module):
 
 
 @torch.no_grad()
-def there_and_back(f: nn.Module, y0: Tensor, there: Grid, back: Grid, solver: str) -> tuple[Tensor, Tensor, int, int]:
-    """φ(y0, t), φ(φ(y0, t), −t), and the steps taken each way.
+def there_and_back(
+    f: nn.Module, y0: Tensor, there: Grid, back: Grid, solver: str | Solver
+) -> tuple[Tensor, Tensor, int, int]:
+    """φ(y0, t), φ(φ(y0, t), −t), and the steps taken each way; a method that has an inverse undoes the steps there.
 
     Raises:
         SolveFailed: where an adaptive solve does not end.
     """
-    field, method = VectorField(f), ExplicitRungeKutta(TABLEAUX[solver])
+    field, method = VectorField(f), SOLVERS[solver]() if isinstance(solver, str) else solver
+    if isinstance(method, ReversibleSolver) and isinstance(there, TimeGrid):
+        state = end_state(field, y0, field.theta, there, method)
+        y1 = state[0]
+        for n in reversed(range(there.n_steps)):
+            state = method.inverse(field, field.theta, there.time(n), there.step_size(n), state)
+        return y1, state[0], there.n_steps, there.n_steps
     y1, forward = solve_forward(field, y0, field.theta, there, method)
     again, backward = solve_forward(field, y1, field.theta, back, method)
     return y1, again, forward.n_steps, backward.n_steps
@@ -50,7 +70,7 @@ def rho(y0: Tensor, again: Tensor) -> float:
     return float((again - y0).norm() / y0.norm())
 
 
-def fixed(f: nn.Module, y0: Tensor, n_steps: int, solver: str) -> float:
+def fixed(f: nn.Module, y0: Tensor, n_steps: int, solver: str | Solver) -> float:
     """ρ at t = 1 over n_steps equal steps each way."""
     return rho(y0, there_and_back(f, y0, TimeGrid(n_steps), TimeGrid(n_steps, 1.0, 0.0), solver)[1])
 
@@ -82,6 +102,7 @@ def cases(tick: Callable[[], object]) -> Iterator[Row]:
     for solver in ("euler", "rk2", "rk4"):
         yield row("dz/dt = -100 z", f"{solver}, 200,000 steps", "ρ", stated, fixed(decay, one, 200_000, solver))
         yield row("dz/dt = -100 z", solver, "steps for 1 %", stated, steps_for(decay, one, 0.01, solver, 2**21))
+    yield row("dz/dt = -100 z", "alf, 10,000 steps, undone", "ρ", stated, fixed(decay, one, 10_000, "alf"))
     stiff = Flow(lambda y: -1e4 * y)
     yield row("dz/dt = -10,000 z", "euler, 100,000 steps", "ρ", "impossible in double precision",
               fixed(stiff, one, 100_000, "euler"))  # fmt: skip
@@ -90,6 +111,7 @@ def cases(tick: Callable[[], object]) -> Iterator[Row]:
     for steps, stated in ((11, "1 %"), (18, "0.4 %"), (211, "single precision")):
         yield row("dz/dt = -max(0, 10 z)", f"dopri5, {steps} equal steps", "ρ", stated,
                   fixed(relu, one, steps, "dopri5"))  # fmt: skip
+        yield row("dz/dt = -max(0, 10 z)", f"alf, {steps} steps, undone", "ρ", stated, fixed(relu, one, steps, "alf"))
         # The tolerance whose forward solve takes the stated number of steps, or as near as there is one
         tolerances = [10 ** (-i / 8) for i in range(8, 105)]
         found = [(abs(forward - steps), tol, r, forward) for tol in tolerances
@@ -106,6 +128,7 @@ def cases(tick: Callable[[], object]) -> Iterator[Row]:
         said = "about 10,000 steps for single precision" if matrix is w else "reversible"
         for solver in ("euler", "rk4"):
             yield row(case, f"{solver}, 10,000 steps", "ρ", said, fixed(flow, y0, 10_000, solver))
+        yield row(case, "alf, 100 steps, undone", "ρ", said, fixed(flow, y0, 100, "alf"))
         yield row(case, "rk4", "steps for single precision", said, steps_for(flow, y0, SINGLE, "rk4", 2**16))
 
     cube = Flow(lambda y: y**3)
@@ -120,7 +143,7 @@ def cases(tick: Callable[[], object]) -> Iterator[Row]:
                   "z0/√(1−2 z0² t)", abs(float(y1) / exact - 1))  # fmt: skip
     try:
         solve_forward(VectorField(cube), start, (), Tolerance(1e-10, 1e-10, 0.0, 1.0, 10**6, 1e-12),
-                      ExplicitRungeKutta(TABLEAUX["dopri5"]))  # fmt: skip
+                      SOLVERS["dopri5"]())  # fmt: skip
         end = "ended"
     except SolveFailed as error:
         end = str(error).partition(" needs")[0].removeprefix("adaptive solve at ")
@@ -149,7 +172,7 @@ def conv_flow(channels: int, std: float, activation: str, seed: int, device: tor
 
 
 def images_there_and_back(
-    images: Tensor, std: float, seed: int, grids: dict[str, tuple[str, Grid, Grid]]
+    images: Tensor, std: float, seed: int, grids: dict[str, tuple[str | Solver, Grid, Grid]]
 ) -> Iterator[tuple[Row, dict[str, Tensor]]]:
     """A row with ρ of all images, and output and reversed images, for each activation and each (solver, there, back).
 
@@ -174,8 +197,11 @@ def images_there_and_back(
 def rows(config: TrainConfig, study: StudyConfig, outputs: int, batch: Batch, directory: Path) -> Iterator[Row]:
     images = batch[0]
     n = config.solver.n_steps
-    grids: dict[str, tuple[str, Grid, Grid]] = {}
-    grids[f"{config.solver.name}, {n} steps"] = (config.solver.name, TimeGrid(n), TimeGrid(n, 1.0, 0.0))
+    grids: dict[str, tuple[str | Solver, Grid, Grid]] = {}
+    for fixed_steps in dict.fromkeys((config.solver.name, "alf")):
+        method = build_solver(replace(config.solver, name=fixed_steps))
+        label = f"{fixed_steps}, {n} steps" + (", undone" if isinstance(method, ReversibleSolver) else "")
+        grids[label] = (method, TimeGrid(n), TimeGrid(n, 1.0, 0.0))
     limits = {"max_evaluations": 100_000, "min_step": 1e-9}
     for solver in study.adaptive_solvers:
         for tol in study.tolerances:
