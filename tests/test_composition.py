@@ -288,7 +288,7 @@ def test_a_sweep_is_the_product_of_its_values():
 
 WRONG = {
     "model=resnet19": "resnet4, squeezenext; did you mean resnet18?",
-    "solver=rk5": "choose one of alf, backward_euler, bosh3, crank_nicolson, dopri5, euler, heun, kvaerno3, reversible_rk, rk2",
+    "solver=rk5": "choose one of alf, backward_euler, bosh3, crank_nicolson, dopri5, euler, heun, kvaerno3",
     "solver.linear=gmres": "solver.linear: has no effect here; it needs an implicit solver, such as",
     "solver.damping=0.8": "solver.damping: has no effect here; it needs solver=alf",
     "solver.tableau=rk4": "solver.tableau: has no effect here; it needs solver=reversible_rk",

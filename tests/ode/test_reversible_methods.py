@@ -100,7 +100,7 @@ def decayed(method, h):
 
 @pytest.mark.parametrize("damping", [0.5, 0.4, 1.01, float("nan")])
 def test_damping_out_of_range(damping):
-    with pytest.raises(ValueError, match="give a number above 0.5, at most 1"):
+    with pytest.raises(ValueError, match=r"give a number above 0\.5, at most 1"):
         AsynchronousLeapfrog(damping)
 
 
@@ -129,7 +129,7 @@ def test_nodes_are_the_times_of_evaluations(name):
 
 
 def test_a_method_without_an_inverse():
-    with pytest.raises(ValueError, match="Plain has no inverse step; .* alf or reversible_rk"):
+    with pytest.raises(ValueError, match=r"Plain has no inverse step; .* alf or reversible_rk"):
 
         class Plain:
             name = "Plain"

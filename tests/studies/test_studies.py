@@ -42,7 +42,7 @@ def rows(cwd: Path) -> list[dict]:
 def test_memory(tmp_path):
     done = run(
         tmp_path, "memory", "model.width=0.5", "study.n_steps=[4,8]", "study.blocks_per_stage=[1,3]",
-        "study.repeats=1", "study.batch_size=8",
+        "study.repeats=1", "study.batch_size=4",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     found = rows(tmp_path)
@@ -81,7 +81,7 @@ def test_gradient_error_at_initialisation_and_for_a_trained_run(tmp_path):
     ]  # fmt: skip
     subprocess.run(train, check=True, capture_output=True)
     for folder, extra in (
-        ("a", ["model.width=0.25", "study.n_steps=[4]", "study.tolerances=[1e-3]"]),
+        ("a", ["model.width=0.25", "study.n_steps=[4]", "study.tolerances=[1e-3]", "study.batch_size=2"]),
         ("b", [f"run={trained}", "study.precisions=[fp64]"]),
     ):
         (tmp_path / folder).mkdir()
@@ -119,7 +119,8 @@ def test_gradient_error_at_initialisation_and_for_a_trained_run(tmp_path):
     assert first != second, "the trained weights were used"
 
     (tmp_path / "c").mkdir()
-    done = run(tmp_path / "c", "gradient_error", f"run={trained}", "checkpoint=every", "study.batch_size=4")
+    done = run(tmp_path / "c", "gradient_error", f"run={trained}", "checkpoint=every", "study.batch_size=4",
+               "study.precisions=[fp64]")  # fmt: skip
     assert done.returncode == 0, done.stderr
     found = rows(tmp_path / "c")
     assert [r["epoch"] for r in found if r["gradient"] == "reverse_adjoint"] == [0, 1, 2]
