@@ -52,7 +52,7 @@ def wrong_names(text):
     other = {"anode_exp", "checkpoint_schedules", "loss.backward", "torch.utils.checkpoint", "ValueError"}
     other |= {m for allowed in MAY_IMPORT.values() for m in allowed}
     # Settings and words of YAML files are checked where they are read; new files are those of the examples.
-    made_up = {"rule38", "leapfrog", "every_second_state", "one_scale"}
+    made_up = {"rule38", "ab2", "every_second_state", "one_scale"}
     for span in code_spans(text):
         path, _, name = span.partition(": ")
         if re.fullmatch(r"[\w/.]*(\.py|/)", path):
