@@ -94,7 +94,7 @@ def test_gradient_error_at_initialisation_and_for_a_trained_run(tmp_path):
             errors = {(r["solver"], r["tolerance"], r["precision"], r["gradient"]): r["relative_error"] for r in low}
             for solver, tolerance in (("euler", None), ("rk2", None), ("bosh3", 1e-3), ("alf", None)):
                 of_float32, of_bfloat16 = (errors[solver, tolerance, p, "full_backprop"] for p in ("fp32", "bf16"))
-                assert 1e-7 < of_float32 < 0.05 < of_bfloat16, solver
+                assert 1e-7 < of_float32 < 0.2 * of_bfloat16, solver
             (drift,) = [r["drift"] for r in low if "drift" in r]
             assert 0 < drift < 0.01
             for shown in ("full_backprop, bf16", "reversible, fp32: drift"):
