@@ -145,7 +145,7 @@ def test_an_adaptive_solve_that_fails_is_a_row():
 
 
 def test_weights_of_their_own_in_every_step_have_fixed_steps_alone():
-    settings = ["study.solvers=[rk2]", "study.n_steps=[2]", "model=resnet4"]
+    settings = ["study.solvers=[rk2]", "study.n_steps=[2]", "study.precisions=[fp64]", "model=resnet4"]
     evolving = ["model.evolution=reaction_diffusion_advection", "model.evolution_coupling=joint"]
     config, asked = study("gradient_error", settings + evolving)
     found = list(gradient_error_rows(config, asked, 10, (torch.randn(2, 3, 32, 32), torch.tensor([1, 2])), Path(".")))
@@ -245,7 +245,7 @@ def test_a_gradient_mode_of_ones_own():
         ("memory", ["+study.gradients.a={name: budget, memory: 1GiB}"], "see study budget"),
         ("gradient_error", ["study.adaptive_solvers=[rk4]"], "rk4 is none; choose from heun, bosh3, dopri5"),
         ("gradient_error", ["study.checkpoint=first"], "choose best, last, the number of an epoch, or every"),
-        ("gradient_error", ["study.solvers=[rk5]"], "rk5 is no solver; choose from backward_euler, bosh3"),
+        ("gradient_error", ["study.solvers=[rk5]"], "rk5 is no solver; choose from alf, backward_euler, bosh3"),
         ("gradient_error", ["+study.gradients.a={name: sorcery}"], "sorcery is no gradient"),
     ],
 )
