@@ -22,8 +22,13 @@ STUDY_READS: dict[str, tuple[str, ...]] = {
     "reversibility": ("experiment", "solver", "solver.n_steps", *_DATA[:-2], "seed", "runtime.device"),
     "evolution": (),
     "batchnorm": ("dataset.root", "dataset.download", "runtime.device"),
+    "stiff": ("runtime.device",),
 }  # fmt: skip
 """The settings, besides its own, that each study uses. What a run brings with it is not to be set beside it."""
+
+
+SEVERAL_RUNS = ("batchnorm", "stiff")
+"""Studies of one or more recorded runs."""
 
 
 def study(name: str, overrides: list[str], thorough: bool = False) -> tuple[TrainConfig, StudyConfig]:
@@ -48,7 +53,11 @@ def study(name: str, overrides: list[str], thorough: bool = False) -> tuple[Trai
     for group, names in (("solver", checked.solvers), ("gradient", [g.name for g in checked.gradients.values()])):
         for unknown in set(names) - set(options(group)):
             raise UserError(f"study {name}: {unknown} is no {group}; choose from {', '.join(options(group))}")
-    compared = checked.solvers or ([config.solver.name] if name in ("memory", "budget", "reversibility") else [])
+    compared = (
+        []
+        if name == "stiff"
+        else checked.solvers or ([config.solver.name] if name in ("memory", "budget", "reversibility") else [])
+    )
     for solver in set(compared) - set(solvers_that("explicit")):
         choice = f"choose from {', '.join(solvers_that('explicit'))}"
         raise UserError(f"study {name}: {solver} is implicit, and the study compares explicit methods; {choice}")
@@ -77,7 +86,7 @@ def study(name: str, overrides: list[str], thorough: bool = False) -> tuple[Trai
             who = f"study {name}" + (" with run=DIR" if checked.run is not None else "")
             raise UserError(f"{key}: {who} does not use it; it uses {taken}")
     if checked.run is not None:
-        folders = checked.run.split(",") if name == "batchnorm" else [checked.run]
+        folders = checked.run.split(",") if name in SEVERAL_RUNS else [checked.run]
         recorded, *_ = [typed(read_config(Path(f))) for f in folders]
         for key in ("root", "download"):
             if f"dataset.{key}" in given:
@@ -85,8 +94,10 @@ def study(name: str, overrides: list[str], thorough: bool = False) -> tuple[Trai
         config = replace(config, model=recorded.model, dataset=recorded.dataset, seed=recorded.seed)
         if checked.checkpoint == "every" or name == "batchnorm":
             config = replace(config, solver=recorded.solver)
-    elif name == "batchnorm":
-        raise UserError("study batchnorm: needs run=DIR, or run=DIR,DIR for several trained with runtime.keep_every=1")
+        if (recorded.task.name == "trajectory") != (name == "stiff"):
+            raise UserError(f"study {name}: is not for a run of task={recorded.task.name}, such as {folders[0]}")
+    elif name in SEVERAL_RUNS:
+        raise UserError(f"study {name}: needs run=DIR, or run=DIR,DIR for several trained with runtime.keep_every=1")
     if name == "evolution" and (checked.run is None or config.model.evolution == "none"):
         raise UserError("study evolution: needs run=DIR, a run with model.evolution=reaction_diffusion_advection")
     adaptive = ("study.tolerances", "study.adaptive_solvers", "solver.max_evaluations", "solver.min_step")

@@ -9,7 +9,7 @@ from anode_exp.ode.explicit import ExplicitRungeKutta, weighted_sum
 from anode_exp.ode.grid import Steps, TimeGrid, Tolerance
 from anode_exp.ode.implicit import DiagonallyImplicitRungeKutta
 from anode_exp.ode.integrate import integrate, integrate_adaptive, solve_forward
-from anode_exp.ode.newton_krylov import NewtonKrylov
+from anode_exp.ode.newton_krylov import NewtonKrylov, linearised
 from anode_exp.ode.solver import EmbeddedSolver, Solver, StageSolver, State, with_stages
 from anode_exp.ode.tableau import IMPLICIT_TABLEAUX, TABLEAUX, ButcherTableau, ImplicitTableau
 from anode_exp.ode.vector_field import Evaluations, Theta, VectorField
@@ -47,6 +47,7 @@ __all__ = [
     "check_evaluations",
     "integrate",
     "integrate_adaptive",
+    "linearised",
     "newton_at_once",
     "solve_forward",
     "weighted_sum",
