@@ -72,7 +72,8 @@ def _step_rows(steps: Rows) -> Rows:
     for (trained, solver, n), rows in _groups(steps, "trained_by", "solver", "n_steps").items():
         table.append({
             "trained by": trained, "solver": solver, "steps": n,
-            "evaluations": _shown(_median(rows, "forward"), ",.0f"), "of the data": _shown(_median(rows, "mae")), "of the exact solution": _shown(_median(rows, "error")),
+            "evaluations": _shown(_median(rows, "forward"), ",.0f"), "of the data": _shown(_median(rows, "mae")),
+            "of the exact solution": _shown(_median(rows, "error")),
             "gradient": _shown(_median(rows, "gradient")),
             "finite": f"{sum(row['mae'] is not None for row in rows)} of {len(rows)}",
         })  # fmt: skip
