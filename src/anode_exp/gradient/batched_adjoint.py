@@ -65,7 +65,9 @@ class BatchedAdjoint:
         if not isinstance(solver, ExplicitRungeKutta | DiagonallyImplicitRungeKutta):
             raise ValueError(f"{solver.name}: only Runge–Kutta methods have an adjoint that is batched over steps")
         if y0.dim() != 2:
-            raise ValueError(f"a state of shape {tuple(y0.shape)}: the batched adjoint takes samples of numbers, [B, d]")
+            raise ValueError(
+                f"a state of shape {tuple(y0.shape)}: the batched adjoint takes samples of numbers, [B, d]"
+            )
         if any(entry.shape != p.shape for entry, p in zip(theta, field.theta, strict=True)):
             raise ValueError("the batched adjoint needs a θ constant in time; use stage_checkpoint")
         return _SolveThrough.apply(field, grids, solver, warm_start, y0, *theta)

@@ -45,6 +45,10 @@ class ConcatSquashLinear(nn.Module):
         """(∂y/∂x) dx."""
         return F.linear(dx, self.linear.weight) * gate
 
+    @property
+    def weight(self) -> Tensor:
+        return self.linear.weight
+
 
 class Velocity(nn.Module):
     """v(t, z) of a sample z: [B, d]: ConcatSquash layers with an activation between them.
@@ -98,9 +102,9 @@ class Velocity(nn.Module):
         a1 = first(t, z, gates[0])
         a2 = second(t, self.activation(a1), gates[1])
         v = last(t, self.activation(a2), gates[2])
-        outer = first.linear.weight @ (gates[2][:, None] * last.linear.weight)  # [h₁, h₂]
+        outer = first.weight @ (gates[2][:, None] * last.weight)  # [h₁, h₂]
         e1, e2 = self.derivative(a1) * gates[0], self.derivative(a2) * gates[1]
-        return v, (e2 * F.linear(e1, second.linear.weight * outer.T)).sum(1, keepdim=True)
+        return v, (e2 * F.linear(e1, second.weight * outer.T)).sum(1, keepdim=True)
 
 
 class FlowField(nn.Module):
