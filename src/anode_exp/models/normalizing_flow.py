@@ -6,12 +6,13 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import pairwise
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from anode_exp.models.layers import ACTIVATIONS
+from anode_exp.models.layers import ACTIVATIONS, MakeOdeBlock
 from anode_exp.models.ode_block import OdeBlock
 from anode_exp.ode import SOLVERS, Tolerance, VectorField, solve_forward
 
@@ -209,3 +210,15 @@ def _state(x: Tensor, noise: Tensor | None) -> Tensor:
 def _log_density(y: Tensor, size: int) -> Tensor:
     z, change = y[:, :size], y[:, size]
     return -0.5 * (z.square().sum(1) + size * math.log(2 * math.pi)) - change
+
+
+def flow(
+    size: int,
+    make_ode_block: MakeOdeBlock,
+    hidden: Sequence[int],
+    activation: str = "softplus",
+    blocks_per_stage: int = 1,
+) -> NormalizingFlow:
+    """A flow of ``blocks_per_stage`` blocks, one after another, each with a ``FlowField`` of its own."""
+    blocks = [make_ode_block(FlowField(size, hidden, activation)) for _ in range(blocks_per_stage)]
+    return NormalizingFlow(cast(list[OdeBlock], blocks))
