@@ -22,6 +22,7 @@ STUDY_READS: dict[str, tuple[str, ...]] = {
     "reversibility": ("experiment", "solver", "solver.n_steps", *_DATA[:-2], "seed", "runtime.device"),
     "evolution": (),
     "batchnorm": ("dataset.root", "dataset.download", "runtime.device"),
+    "density": ("dataset.root", "runtime.device"),
 }  # fmt: skip
 """The settings, besides its own, that each study uses. What a run brings with it is not to be set beside it."""
 
@@ -77,7 +78,7 @@ def study(name: str, overrides: list[str], thorough: bool = False) -> tuple[Trai
             who = f"study {name}" + (" with run=DIR" if checked.run is not None else "")
             raise UserError(f"{key}: {who} does not use it; it uses {taken}")
     if checked.run is not None:
-        folders = checked.run.split(",") if name == "batchnorm" else [checked.run]
+        folders = checked.run.split(",") if name in ("batchnorm", "density") else [checked.run]
         recorded, *_ = [typed(read_config(Path(f))) for f in folders]
         for key in ("root", "download"):
             if f"dataset.{key}" in given:
@@ -87,6 +88,8 @@ def study(name: str, overrides: list[str], thorough: bool = False) -> tuple[Trai
             config = replace(config, solver=recorded.solver)
     elif name == "batchnorm":
         raise UserError("study batchnorm: needs run=DIR, or run=DIR,DIR for several trained with runtime.keep_every=1")
+    elif name == "density":
+        raise UserError("study density: needs run=DIR, a run with task=density, or run=DIR,DIR for several")
     if name == "evolution" and (checked.run is None or config.model.evolution == "none"):
         raise UserError("study evolution: needs run=DIR, a run with model.evolution=reaction_diffusion_advection")
     adaptive = ("study.tolerances", "study.adaptive_solvers", "solver.max_evaluations", "solver.min_step")
