@@ -6,7 +6,7 @@ import torch
 from anode_exp.build import build_memory_format, build_model, build_optimizer, build_schedule
 from anode_exp.config.compose import jobs, path_safe
 from anode_exp.config.describe import CONF, groups, options
-from anode_exp.config.schema import ACTIVATION_NAMES, NORM_NAMES, Method
+from anode_exp.config.schema import ACTIVATION_NAMES, NORM_NAMES, TASKS, Method
 from anode_exp.config.schema import SOLVERS as METHODS
 from anode_exp.errors import UserError
 from anode_exp.gradient import GRADIENT_MODES
@@ -17,6 +17,13 @@ from anode_exp.ode import SOLVERS, TABLEAUX, EmbeddedSolver, ExplicitRungeKutta,
 def one(*overrides):
     (config,) = jobs(list(overrides), multirun=False).configs
     return config
+
+
+def with_task(setting):
+    """A choice, after the task that it goes with."""
+    group, _, name = setting.partition("=")
+    fitting = [f"task={task}" for task, parts in TASKS.items() if name in getattr(parts, group, ())]
+    return [*(["task=trajectory"] if setting == "gradient=batched_adjoint" else fitting), setting]
 
 
 def test_defaults():
@@ -36,9 +43,10 @@ def test_defaults():
     ("group", "name"), [(g, n) for g in groups() for n in options(g)], ids=lambda value: str(value).replace("/", "-")
 )
 def test_every_option_composes_and_builds(group, name):
-    config = one(f"{group}={name}")
-    network = build_model(config.model, config.solver, config.gradient, num_classes=10)
-    assert len(list(ode_blocks(network))) == {"alexnet": 1, "resnet4": 1, "resnet10": 2}.get(config.model.name, 4)
+    config = one(*with_task(f"{group}={name}"))
+    network = build_model(config.model, config.solver, config.gradient, outputs=10)
+    blocks = {"alexnet": 1, "resnet4": 1, "resnet10": 2, "mlp": 1}.get(config.model.name, 4)
+    assert len(list(ode_blocks(network))) == blocks
     build_optimizer(network, config.recipe)
 
 
@@ -46,9 +54,13 @@ def test_every_name_in_code_has_its_configuration_and_the_other_way_round():
     assert set(options("solver")) == set(SOLVERS) >= set(TABLEAUX)
     assert set(options("gradient")) - {"budget"} == set(GRADIENT_MODES), "a budget chooses among them"
     assert set(options("model")) == set(MODELS)
-    from anode_exp.data import DATASETS
+    from anode_exp.data import DATASETS, TRAJECTORIES
 
-    assert set(options("dataset")) == set(DATASETS)
+    assert set(options("dataset")) == {*DATASETS, *TRAJECTORIES}
+    assert set(options("task")) == set(TASKS)
+    for group in ("model", "dataset", "recipe"):
+        goes_with = [name for parts in TASKS.values() for name in getattr(parts, group)]
+        assert sorted(goes_with) == options(group), f"every {group} goes with one task"
 
 
 @pytest.mark.parametrize("name", SOLVERS)
@@ -91,6 +103,66 @@ def test_what_an_implicit_solver_cannot_do_is_refused(settings, message):
     with pytest.raises(UserError, match=message):
         one("solver=sdirk2", settings)
     assert one("solver=kvaerno3", "solver.adaptive=true", "solver.linear=gmres").solver.linear == "gmres"
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            "model=mlp",
+            "not with task=classification, which takes alexnet, .*; choose one, or task=trajectory",
+        ),
+        ("dataset=robertson", "dataset=robertson: not with task=classification, .* or task=trajectory"),
+        ("recipe=adamw", "recipe=adamw: not with task=classification, which takes modern, paper"),
+        ("gradient=batched_adjoint", "for the small states of task=trajectory; .* use stage_checkpoint"),
+        ("runtime.precision=fp64", "task=classification has fp32, tf32 and bf16"),
+        ("recipe.steps_per_epoch=5", "recipe.steps_per_epoch: there is no such setting"),
+        ("task.name=regression", "task.name=regression: choose one of classification, trajectory, as task=NAME"),
+        ("task=trajectory model=resnet4", "model=resnet4: not with task=trajectory, which takes mlp"),
+        ("task=trajectory recipe=paper", "recipe=paper: not with task=trajectory, which takes adamw"),
+        ("task=trajectory gradient=budget", "gradient=budget: plans for the blocks of images' networks"),
+        ("task=trajectory gradient=reverse_adjoint", "crank_nicolson is not one; choose solver=euler"),
+        ("task=trajectory runtime.compile=true solver=rk4", "runtime.compile=true: not with task=trajectory"),
+        ("task=trajectory runtime.precision=bf16", "Newton's method in crank_nicolson needs fp32, or fp64"),
+        ("task=trajectory recipe.steps_per_epoch=null", "give the training steps that are recorded together"),
+        ("task=trajectory recipe.batch_size=4", "recipe.batch_size: there is no such setting"),
+        ("task=trajectory runtime.channels_last=false", "it needs task=classification"),
+        ("task=trajectory model.evolution=none", "model.evolution: there is no such setting"),
+        ("task=trajectory task.loss=l3", "task.loss=l3: choose one of mae, mse"),
+        ("recipe.optimizer=adamw recipe.nesterov=true", "recipe.nesterov: .* it needs recipe.optimizer=sgd"),
+    ],
+)
+def test_what_does_not_go_with_a_task_is_refused_with_the_remedy(settings, message):
+    with pytest.raises(UserError, match=message):
+        one(*settings.split())
+
+
+def test_a_task_brings_what_goes_with_it_and_settings_win():
+    config = one("task=trajectory")
+    assert (config.model.name, config.dataset.name, config.recipe.name) == ("mlp", "robertson", "adamw")
+    assert (config.solver.name, config.gradient.name, config.task.loss) == ("crank_nicolson", "batched_adjoint", "mae")
+    config = one("task=trajectory", "dataset=van_der_pol", "solver=dopri5", "gradient=stored_adjoint", "task.loss=mse")
+    assert (config.dataset.name, config.solver.name, config.gradient.name) == (
+        "van_der_pol",
+        "dopri5",
+        "stored_adjoint",
+    )
+    paper = one("experiment=pnode/robertson", "seed=3")
+    assert (paper.solver.n_steps, paper.runtime.precision, paper.model.hidden) == (1, "fp64", [5] * 6)
+
+
+def test_adamw_and_a_clipped_gradient():
+    config = one("task=trajectory", "recipe.clip_norm=0.5")
+    network = build_model(config.model, config.solver, config.gradient, 3)
+    optimizer = build_optimizer(network, config.recipe)
+    (group,) = optimizer.param_groups
+    assert isinstance(optimizer, torch.optim.AdamW) and (group["lr"], group["weight_decay"]) == (5e-3, 1e-2)
+    for size, clipped in ((10.0, 0.5), (0.1, 0.1)):
+        for p in network.parameters():
+            p.grad = torch.full_like(p, size / sum(p.numel() for p in network.parameters()) ** 0.5)
+        optimizer.step()
+        norm = torch.stack([p.grad.norm() for p in network.parameters()]).norm()
+        assert float(norm) == pytest.approx(clipped, rel=1e-4)
 
 
 def test_norms_and_activations_are_named_alike():
@@ -184,8 +256,8 @@ WRONG = {
     "gradient.memory=1GiB": "gradient.memory: there is no such setting",
     "solver.adaptive=true": "solver.adaptive=true: euler has no error estimate; choose solver=heun",
     "gradient=adjoint": "step_checkpoint, stored_adjoint; did you mean stored_adjoint?",
-    "dataset=cifar": "choose one of cifar10, cifar100, digits, fake; did you mean cifar10",
-    "recipe=": "recipe=: there is no such recipe; choose one of modern, paper",
+    "dataset=cifar": "choose one of cifar10, cifar100, digits, fake, robertson, van_der_pol; did you mean cifar10",
+    "recipe=": "recipe=: there is no such recipe; choose one of adamw, modern, paper",
     "experiment=digit": "there is no such experiment; choose one of anode/fig3_euler, ",
     "solver.n_steps=abc": "solver.n_steps=abc: give a whole number",
     "solver.n_steps=2.5": "solver.n_steps=2.5: give a whole number",
@@ -198,7 +270,7 @@ WRONG = {
     "+solver.n_steps=4": "settings can be changed, not added or removed; write solver.n_steps=VALUE",
     "~solver.n_steps": "settings can be changed, not added or removed",
     "+model.width=2": "model.width: there is no such setting",
-    "~model": "~model: a run needs a model; choose one of alexnet, resnet10",
+    "~model": "~model: a run needs a model; choose one of alexnet, mlp, resnet10",
     "model=null": "model=None: there is no such model",
     "model.norm=${nowhere}": "model.norm: Interpolation key 'nowhere' not found",
     "hydra/launcher=none": "Could not find 'hydra/launcher/none'",
@@ -213,9 +285,11 @@ WRONG = {
     "model.norm=instance": "model.norm=instance: choose one of batch, group, layer, none",
     "model.activation=tanh": "choose one of relu, leaky_relu, softplus, gelu",
     "model.width=2": "model.width: there is no such setting",
-    "model.name=vgg": "model.name=vgg: choose one of alexnet, resnet10, resnet18, resnet4, squeezenext, as model=NAME",
+    "model.name=vgg": (
+        "model.name=vgg: choose one of alexnet, mlp, resnet10, resnet18, resnet4, squeezenext, as model=NAME"
+    ),
     "runtime.device=tpu": "runtime.device=tpu: choose one of auto, cuda, cpu",
-    "runtime.precision=fp16": "choose one of fp32, tf32, bf16",
+    "runtime.precision=fp16": "choose one of fp32, tf32, bf16, fp64",
     "dataset.train_size=-5": "dataset.train_size=-5: give a whole number or null, at least 1",
     "dataset.download=maybe": "dataset.download=maybe: give true or false",
     "dataset.std=[0,1,1]": "dataset.mean and dataset.std: give three numbers each",

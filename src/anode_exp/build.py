@@ -11,14 +11,24 @@ from torch import nn
 
 from anode_exp.config import schema
 from anode_exp.config.schema import SOLVERS as METHODS
-from anode_exp.config.schema import DatasetConfig, GradientConfig, RecipeConfig, RuntimeConfig, TrainConfig
-from anode_exp.data import Augmentation, ImageData, Normalisation, load
+from anode_exp.config.schema import TASKS, DatasetConfig, GradientConfig, RecipeConfig, RuntimeConfig, TrainConfig
+from anode_exp.data import (
+    DATASETS,
+    TRAJECTORIES,
+    Augmentation,
+    DataSet,
+    ImageData,
+    Normalisation,
+    load,
+    load_trajectory,
+)
 from anode_exp.errors import UserError
 from anode_exp.gradient import GRADIENT_MODES
 from anode_exp.models import MODELS, Autonomous, Evolution, OdeBlock, TimedBatchNorm, ode_blocks
 from anode_exp.ode import SOLVERS, NewtonKrylov, Solver, TimeGrid, Tolerance
 from anode_exp.tasks.classification import Classification, ImageBatches
 from anode_exp.tasks.task import Data, Task
+from anode_exp.tasks.trajectory import TrajectoryBatches, TrajectoryFit
 
 
 def build_device(runtime: RuntimeConfig) -> torch.device:
@@ -46,9 +56,21 @@ def build_memory_format(runtime: RuntimeConfig, network: nn.Module, device: torc
     return torch.contiguous_format if device.type == "cpu" and unsafe else torch.channels_last
 
 
-def build_data(dataset: DatasetConfig, device: torch.device) -> ImageData:
+def build_data(dataset: DatasetConfig, device: torch.device) -> DataSet:
+    """The data set on the device; UserError if it is not there, or cannot be made."""
+    if dataset.name in TRAJECTORIES:
+        return load_trajectory(dataset.name, dataset.points or 1, dataset.stiffness or 1.0).to(device)
+    return build_images(dataset, device)
+
+
+def build_images(dataset: DatasetConfig, device: torch.device) -> ImageData:
     sizes = {name: getattr(dataset, name) for name in ("train_size", "test_size", "validation_size")}
     return load(dataset.name, Path(dataset.root), dataset.download, **sizes).to(device)
+
+
+def output_size(dataset: DatasetConfig) -> int:
+    """Numbers that a network for the data set returns for a sample: classes, or components of a state."""
+    return TRAJECTORIES[dataset.name].size if dataset.name in TRAJECTORIES else DATASETS[dataset.name][1]
 
 
 def build_solver(solver: schema.SolverConfig) -> Solver:
@@ -58,7 +80,7 @@ def build_solver(solver: schema.SolverConfig) -> Solver:
 
 
 def build_model(
-    model: schema.ModelConfig, solver: schema.SolverConfig, gradient: GradientConfig, num_classes: int
+    model: schema.ModelConfig, solver: schema.SolverConfig, gradient: GradientConfig, outputs: int
 ) -> nn.Module:
     """The network, with parameters drawn from torch's global generator."""
     grid: TimeGrid | Tolerance = TimeGrid(solver.n_steps)
@@ -80,14 +102,15 @@ def build_model(
             f.time_norms(times, by_time and solver.adaptive, intervals if model.norm_affine == "by_time" else None)
         evolution = None
         if model.evolution != "none":
-            settings = ("coupling", "sharing", "activation", "steps")
-            evolution = Evolution(f, *(getattr(model, f"evolution_{name}") for name in settings))
+            chosen = ("coupling", "sharing", "activation", "steps")
+            evolution = Evolution(f, *(getattr(model, f"evolution_{name}") for name in chosen))
         block = OdeBlock(f, method, grid, mode, evolution)
         block.field.leaves_trace = model.statistics == "every_evaluation"
         return block
 
-    names = ("blocks_per_stage", "norm", "field_norm", "activation", *(() if model.width is None else ("width",)))
-    network = MODELS[model.name](num_classes, make_ode_block, **{name: getattr(model, name) for name in names})
+    (names,) = (parts.model_settings for parts in TASKS.values() if model.name in parts.model)
+    settings = {name: value for name in names if (value := getattr(model, name)) is not None}
+    network = MODELS[model.name](outputs, make_ode_block, **settings)
     for block in ode_blocks(network):
         norms = [m for m in block.modules() if isinstance(m, nn.BatchNorm2d | nn.GroupNorm)]
         if norms:
@@ -98,7 +121,11 @@ def build_model(
 
 
 def build_optimizer(network: nn.Module, recipe: RecipeConfig) -> torch.optim.Optimizer:
-    """SGD; on CUDA one fused kernel, and a learning rate on the device, for captured steps to read."""
+    """SGD or AdamW; on CUDA one fused kernel, and a learning rate on the device, for captured steps to read.
+
+    With ``clip_norm`` a step first scales the gradient down to that norm where it is larger, which reads no tensor on
+    the host.
+    """
     device = next(network.parameters()).device
     on_cuda = device.type == "cuda"
     evolution = {p for m in network.modules() if isinstance(m, Evolution) for p in m.parameters()}
@@ -112,8 +139,20 @@ def build_optimizer(network: nn.Module, recipe: RecipeConfig) -> torch.optim.Opt
         groups.append({"params": moving, "weight_decay": 0.0, "lr_factor": recipe.evolution_lr})
     for group in groups:  # each its own tensor: one that groups share would be filled by the last of them
         group["lr"] = torch.tensor(recipe.lr, device=device) if on_cuda else recipe.lr
-    settings = {name: getattr(recipe, name) for name in ("momentum", "weight_decay", "nesterov")}
-    return torch.optim.SGD(groups, **settings, fused=on_cuda or None)
+    optimizer: torch.optim.Optimizer
+    if recipe.optimizer == "adamw":
+        optimizer = torch.optim.AdamW(groups, weight_decay=recipe.weight_decay, fused=on_cuda, capturable=on_cuda)
+    else:
+        settings = {name: getattr(recipe, name) for name in ("momentum", "weight_decay", "nesterov")}
+        optimizer = torch.optim.SGD(groups, **settings, fused=on_cuda or None)
+    if recipe.clip_norm is not None:
+        parameters, most = list(network.parameters()), recipe.clip_norm
+
+        def clip(*_: object) -> None:
+            nn.utils.clip_grad_norm_(parameters, most)
+
+        optimizer.register_step_pre_hook(clip)
+    return optimizer
 
 
 def build_schedule(recipe: RecipeConfig) -> Callable[[int], float]:
@@ -147,19 +186,24 @@ def evaluation_batch_size(config: TrainConfig, device: torch.device) -> int:
     return min(1000, config.recipe.batch_size) if config.gradient.name == "budget" else 1000
 
 
-def build_network(config: TrainConfig, num_classes: int) -> nn.Module:
+def build_network(config: TrainConfig, outputs: int) -> nn.Module:
     """The network of a run as it is before training, on the CPU: its seed decides the weights."""
     torch.manual_seed(config.seed)
-    return build_model(config.model, config.solver, config.gradient, num_classes)
+    return build_model(config.model, config.solver, config.gradient, outputs).to(dtype_of(config.runtime.precision))
 
 
-def varied(config: TrainConfig, gradient: GradientConfig, num_classes: int, **changes: Any) -> nn.Module:
+def dtype_of(precision: str) -> torch.dtype:
+    """Of weights and states: float64 for ``fp64``, else float32, which autocast or CUDA may round in operations."""
+    return torch.float64 if precision == "fp64" else torch.float32
+
+
+def varied(config: TrainConfig, gradient: GradientConfig, outputs: int, **changes: Any) -> nn.Module:
     """The network of a seed under a gradient mode; ``changes``: solver (a name), its settings, blocks_per_stage."""
     blocks = changes.pop("blocks_per_stage", config.model.blocks_per_stage)
     name = changes.pop("solver", config.solver.name)
     solver = replace(config.solver, name=name, **{"adaptive": False, **changes})
     model = replace(config.model, blocks_per_stage=blocks)
-    return build_network(replace(config, model=model, solver=solver, gradient=gradient), num_classes)
+    return build_network(replace(config, model=model, solver=solver, gradient=gradient), outputs)
 
 
 def autocast_for(precision: str, device: torch.device) -> Callable[[], torch.autocast]:
@@ -216,15 +260,22 @@ def placed(network: nn.Module, config: TrainConfig, device: torch.device) -> tup
     return network.to(device, memory_format=layout), layout  # type: ignore[call-overload]
 
 
-def assemble(config: TrainConfig, images: ImageData) -> Assembly:
-    """The assembly of a configuration; its device is that of the images."""
-    device, recipe, dataset = images.train.labels.device, config.recipe, config.dataset
-    network, layout = placed(build_network(config, images.num_classes), config, device)
-    augment, normalise = (
-        Augmentation(dataset.crop_padding, dataset.flip),
-        Normalisation(dataset.mean, dataset.std, device, layout),
-    )
-    batches = ImageBatches(images, recipe.batch_size, augment, normalise, config.seed)
-    task, optimizer = Classification(recipe.label_smoothing), build_optimizer(network, recipe)
+def assemble(config: TrainConfig, data: DataSet) -> Assembly:
+    """The assembly of a configuration; its device is that of the data."""
+    device = data.device
+    network, layout = placed(build_network(config, output_size(config.dataset)), config, device)
+    task, batches = build_task(config, data, layout)
     autocast = autocast_for(config.runtime.precision, device)
-    return Assembly(config, device, layout, task, batches, network, optimizer, autocast)
+    return Assembly(config, device, layout, task, batches, network, build_optimizer(network, config.recipe), autocast)
+
+
+def build_task(config: TrainConfig, data: DataSet, layout: torch.memory_format) -> tuple[Task, Data]:
+    """The task, and its batches of the data."""
+    recipe, dataset, device = config.recipe, config.dataset, data.device
+    if isinstance(data, ImageData):
+        augment = Augmentation(dataset.crop_padding, dataset.flip)
+        normalise = Normalisation(dataset.mean, dataset.std, device, layout)
+        batches = ImageBatches(data, recipe.batch_size, augment, normalise, config.seed)
+        return Classification(recipe.label_smoothing), batches
+    states = data.to(device, dtype_of(config.runtime.precision))
+    return TrajectoryFit(config.task.loss or "mae"), TrajectoryBatches(states, recipe.steps_per_epoch or 1)

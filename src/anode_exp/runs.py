@@ -6,10 +6,17 @@ from pathlib import Path
 
 from torch import nn
 
-from anode_exp.build import assemble, build_data, build_device, build_network, evaluation_batch_size, set_backends
+from anode_exp.build import (
+    assemble,
+    build_data,
+    build_device,
+    build_network,
+    evaluation_batch_size,
+    output_size,
+    set_backends,
+)
 from anode_exp.config.check import read_config, typed
 from anode_exp.config.schema import TrainConfig
-from anode_exp.data import DATASETS
 from anode_exp.errors import UserError
 from anode_exp.models import take_evaluations
 from anode_exp.models.calibrate import calibrate_norms
@@ -51,7 +58,7 @@ def load_run(directory: str | Path, checkpoint: str = "best", config: TrainConfi
     directory = Path(directory)
     config = typed(read_config(directory)) if config is None else config
     checkpoints = Checkpoints(directory / "checkpoints")
-    network = build_network(config, DATASETS[config.dataset.name][1])
+    network = build_network(config, output_size(config.dataset))
     epoch = 0
     if checkpoint != "0":
         kept = [str(epoch) for epoch in checkpoints.epochs()]
@@ -68,7 +75,7 @@ def load_run(directory: str | Path, checkpoint: str = "best", config: TrainConfi
 
 
 def evaluate_run(directory: Path, checkpoint: str, configs: list[TrainConfig], calibrate: int = 0) -> list[Row]:
-    """Loss and accuracy on the test images under every configuration; appended to ``evaluations.jsonl``.
+    """Loss and metrics on the test split under every configuration; appended to ``evaluations.jsonl``.
 
     Args:
         calibrate: training batches from which to estimate the norms' running statistics anew; 0 takes the run's own.
@@ -91,9 +98,10 @@ def evaluated(directory: Path, checkpoint: str, config: TrainConfig, calibrate: 
     if trained.model.statistics == "by_time" and config.model.statistics != "by_time" and not calibrate:
         why = "this run has by_time, which is not a single set; estimate one from training batches with calibrate=50"
         raise UserError(f"model.statistics={config.model.statistics}: {why}")
-    classes, own = (DATASETS[c.dataset.name][1] for c in (config, trained))
-    if classes != own:
-        why = f"has {classes} classes, this run's network {own}; choose a data set of as many"
+    outputs, own = (output_size(c.dataset) for c in (config, trained))
+    if outputs != own:
+        what = "classes" if config.task.name == "classification" else "components"
+        why = f"has {outputs} {what}, this run's network {own}; choose a data set of as many"
         raise UserError(f"dataset={config.dataset.name}: {why}")
     run = load_run(directory, checkpoint, config)
     device = build_device(config.runtime)
@@ -107,6 +115,8 @@ def evaluated(directory: Path, checkpoint: str, config: TrainConfig, calibrate: 
     batches = data.evaluation("test", size)
     try:
         if calibrate:
+            if not any(isinstance(m, nn.BatchNorm2d) for m in network.modules()):
+                raise UserError(f"calibrate={calibrate}: this network has no BatchNorm to estimate; leave it out")
             calibrate_norms(network, assembly.autocast, islice(data.epoch(1).starting_at(0), calibrate))
         shown = bar(total, name, iterable=batches) if show else batches
         metrics = evaluate(network, assembly.autocast, assembly.task, shown)

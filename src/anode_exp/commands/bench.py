@@ -86,6 +86,8 @@ def _entry(label: str, shared: list[str]) -> tuple[str, TrainConfig, str | None]
     settings = [word for word in label.split() if not word.startswith("baseline=")]
     config = composed([*shared, *settings], "list them in compare")
     check_used(given_keys(parse(settings)), [config])
+    if baselines and config.task.name != "classification":
+        raise UserError(f"baseline={baselines[0]}: is for images; list settings in compare, as --help shows")
     if len(baselines) > 1:
         raise UserError(f"compare: {label} names two baselines; write an entry for each")
     baseline = baselines[0] if baselines else None

@@ -11,7 +11,7 @@ from anode_exp.config.check import split_settings
 from anode_exp.config.schema import EvaluateSettings
 from anode_exp.errors import UserError
 
-ABOUT = "loss and accuracy of a trained run, also under other solvers, steps and data sets"
+ABOUT = "loss and metrics of a trained run, also under other solvers, steps and data sets"
 EXAMPLES = (
     "evaluate run=outputs/DATE/TIME solver.n_steps=1,2,4,8",
     "evaluate run=outputs/DATE/TIME checkpoint=last solver=dopri5 solver.adaptive=true",
@@ -43,5 +43,10 @@ def main(arguments: list[str]) -> None:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    shown_rows = [{**row, "test_accuracy": f"{row['test_accuracy']:.2%}"} for row in rows]
-    return tabulate(shown_rows, headers="keys", floatfmt=".4f")
+    def shown(key: str, value: Any) -> Any:
+        if not isinstance(value, float):
+            return value
+        return f"{value:.2%}" if key.endswith("accuracy") else f"{value:.4f}" if value >= 0.1 else f"{value:.3e}"
+
+    shown_rows = [{key: shown(key, value) for key, value in row.items()} for row in rows]
+    return tabulate(shown_rows, headers="keys", disable_numparse=True)

@@ -16,7 +16,7 @@ from anode_exp.budget.plan import plan_table, policies
 from anode_exp.build import assemble, build_data, build_device, build_optimizer, set_backends
 from anode_exp.config.check import parse_bytes
 from anode_exp.config.schema import TrainConfig
-from anode_exp.data import ImageData
+from anode_exp.data import DataSet
 from anode_exp.errors import Ended, InUse, UserError
 from anode_exp.models import count_parameters, ode_blocks
 from anode_exp.records.checkpoints import Checkpoints
@@ -31,6 +31,8 @@ from anode_exp.training.streams import clear_workspaces, run_streams
 from anode_exp.training.trainer import Progress, Trainer, memory_for, total_steps
 
 log = logging.getLogger(__name__)
+
+LINEAR_SOLVES = {"jacobians": "Jacobians", "linear": "products of GMRES"}
 
 ALONE_STEPS = 3
 """Steps that each of several runs takes before the next begins: one eager, one that records a graph, one replayed."""
@@ -77,13 +79,13 @@ def train_together(
     device = build_device(first.runtime)
     set_backends(first.runtime)
     clear_workspaces(device)  # an earlier job of this process, failed perhaps, is no part of this one's memory
-    images = build_data(first.dataset, device)
+    data = build_data(first.dataset, device)
     streams = run_streams(device, len(runs))
     alone = len(runs) == 1
     with ExitStack() as closing:
         asked = closing.enter_context(stop_requests()) if stop is None else stop
         todo = [
-            Run(config, directory, images, stream, asked, resume, len(runs), started)
+            Run(config, directory, data, stream, asked, resume, len(runs), started)
             for (config, directory), stream in zip(runs, streams, strict=True)
         ]
         for run in todo:
@@ -123,7 +125,7 @@ class Run:
 
     config: TrainConfig
     directory: Path
-    images: ImageData
+    data: DataSet
     stream: torch.cuda.Stream | None
     stop: StopRequest
     resume: bool
@@ -152,13 +154,13 @@ class Run:
     def begin(self) -> bool:
         """Assemble what the configuration says, and take up the checkpoint where the run is resumed."""
         config, directory = self.config, self.directory
-        self.memory = PeakMemory(self.images.train.labels.device, self.images.nbytes)
-        assembly = assemble(config, self.images)
+        self.memory = PeakMemory(self.data.device, self.data.nbytes)
+        assembly = assemble(config, self.data)
         checkpoints = Checkpoints(directory / "checkpoints")
         state = checkpoints.load() if self.resume else None
         done = Progress() if state is None else Progress.of(state["progress"])
         if self.resume:
-            _check_can_go_on(directory, config, state, self.images)
+            _check_can_go_on(directory, config, state, self.data)
         self._record = RunRecord(directory, config, (done.epochs, done.steps) if self.resume else None)
         self._trainer = trainer = Trainer(assembly, self.memory, self._record, checkpoints, self.stop)
         self._earlier_s = done.train_time_s + done.evaluation_time_s
@@ -168,8 +170,8 @@ class Run:
             trainer.restore(state)
         log.info(
             f"{config.model.name} ({config.model.block} blocks), {config.solver.describe()}, "
-            f"{config.gradient.name}, {config.dataset.name} ({len(self.images.train)} images), seed {config.seed}, "
-            f"{device_name(assembly.device)}\n{directory}"
+            f"{config.gradient.name}, {config.dataset.name} ({len(self.data.train)} {assembly.task.unit}), "
+            f"seed {config.seed}, {device_name(assembly.device)}\n{directory}"
         )
         if self.resume:
             log.info(f"going on after epoch {done.epochs}, step {done.steps}")
@@ -204,7 +206,7 @@ class Run:
         assert self._record is not None
         memory = {"peak_memory_kind": self.memory.kind, "reserved_memory_bytes": self.memory.reserved_bytes}
         results = {"status": trainer.status, "reason": trainer.reason, **_summary(trainer), **memory}
-        results |= {"dataset_bytes": self.images.nbytes, "parameters": count_parameters(trainer.network)}
+        results |= {"dataset_bytes": self.data.nbytes, "parameters": count_parameters(trainer.network)}
         results |= {"runs_at_once": self.together, "seed": self.config.seed}
         results |= environment(trainer.device)
         results["wall_time_s"]["total"] = self._earlier_s + time.perf_counter() - self.started
@@ -246,21 +248,21 @@ def _plan(directory: Path, trainer: Trainer, resume: bool) -> None:
     log.info(plan_table(plan))
 
 
-def _check_can_go_on(directory: Path, config: TrainConfig, state: dict[str, Any] | None, images: ImageData) -> None:
-    results, device = read_results(directory), images.train.labels.device
+def _check_can_go_on(directory: Path, config: TrainConfig, state: dict[str, Any] | None, data: DataSet) -> None:
+    results, device = read_results(directory), data.device
     if results is not None and results["status"] == "diverged":
         raise Ended(f"{directory}: diverged after {results['steps']} steps, and would again")
     if state is None:  # stopped before its first checkpoint: from the beginning, then
         return
     steps = state["progress"]["steps"]
-    if results is not None and state["epoch_part"] is None and steps >= total_steps(config.recipe, len(images.train)):
+    if results is not None and state["epoch_part"] is None and steps >= total_steps(config.recipe, len(data.train)):
         epochs = state["progress"]["epochs"]
         more = f"to go on, give recipe.epochs={2 * epochs} or so"
         if config.recipe.schedule == "cosine":
             more = "its schedule ends there, so nothing can be added"
         raise Ended(f"{directory}: has ended after {epochs} epochs; {more}")
     if state["device_type"] != device.type:
-        why = f"this run was on {state['device_type']}, here is {device.type}, where the same seed draws other images"
+        why = f"this run was on {state['device_type']}, here is {device.type}, where the same seed draws other numbers"
         raise UserError(f"{directory}: {why}; resume it on a machine of its kind")
 
 
@@ -298,4 +300,7 @@ def _table(results: dict[str, Any], trainer: Trainer) -> str:
             if nfe["backward_accepted"]:
                 solves += f", {nfe['backward_accepted']:g} and {nfe['backward_rejected']:g} backward"
             rows.append(("adaptive steps", f"{solves}, a training step"))
+        if nfe.get("newton"):
+            linear = [f"{nfe[k]:g} {text}" for k, text in LINEAR_SOLVES.items() if nfe.get(k)]
+            rows.append(("Newton iterations", ", ".join([f"{nfe['newton']:g}", *linear]) + " a step"))
     return "\n".join(f"  {name:<18}{value}" for name, value in rows)

@@ -12,7 +12,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from anode_exp.config.schema import SOLVERS, GradientConfig, SolverConfig, StudyConfig, T, TrainConfig
+from anode_exp.config.schema import SOLVERS, TASKS, GradientConfig, SolverConfig, StudyConfig, T, TrainConfig
 from anode_exp.errors import UserError
 
 
@@ -164,9 +164,9 @@ def _check_solver(config: TrainConfig) -> None:
     no_stages = "has no stages with an adjoint of their own; use gradient.unit=step or gradient=step_checkpoint"
     explicit = "only explicit Runge–Kutta methods step a continuous adjoint"
     _refuse(
-        (name in SOLVERS and not SOLVERS[name].explicit and config.runtime.precision != "fp32",
-         f"runtime.precision={config.runtime.precision}: Newton's method in {name} needs fp32; set it, or choose "
-         f"solver={', '.join(solvers_that('explicit'))}"),
+        (name in SOLVERS and not SOLVERS[name].explicit and config.runtime.precision not in ("fp32", "fp64"),
+         f"runtime.precision={config.runtime.precision}: Newton's method in {name} needs fp32, or fp64 where the task "
+         f"has it; set it, or choose solver={', '.join(solvers_that('explicit'))}"),
         (name in SOLVERS and not SOLVERS[name].explicit and config.runtime.compile,
          f"runtime.compile=true: not with {name}, whose Jacobians are not compiled; leave it out"),
     )  # fmt: skip
@@ -174,12 +174,37 @@ def _check_solver(config: TrainConfig) -> None:
         (config.solver.adaptive, "embedded", f"solver.adaptive=true: {name} has no error estimate"),
         (mode == "stage_checkpoint" or unit == "stage", "stages", f"gradient={mode}: {name} {no_stages}"),
         (mode in ("reverse_adjoint", "stored_adjoint"), "explicit", f"gradient={mode}: {explicit}, {name} is not one"),
+        (mode == "batched_adjoint", "stages", f"gradient=batched_adjoint: {name} has no stages"),
         (mode == "budget", "static", f"gradient=budget: {name} does not perform the same operations each step"),
         (mode == "budget", "stages", f"gradient=budget: {name} has no stages, which are among its policies"),
     )
     for asked, can, text in needs:
         able = solvers_that(can)
         _refuse((asked and name in SOLVERS and name not in able, f"{text}; choose solver={', '.join(able)}"))
+
+
+def _check_task(config: TrainConfig) -> None:
+    """Model, data set and recipe must go with the task, and so must what only one task has."""
+    task, trajectory = config.task.name, config.task.name == "trajectory"
+    if task not in TASKS:
+        raise UserError(f"task.name={task}: choose one of {', '.join(TASKS)}, as task=NAME")
+    for group in ("model", "dataset", "recipe"):
+        name = getattr(config, group).name
+        for other, parts in TASKS.items():
+            if other != task and name in getattr(parts, group):
+                choice = f"which takes {', '.join(getattr(TASKS[task], group))}; choose one, or task={other}"
+                raise UserError(f"{group}={name}: not with task={task}, {choice}")
+    precision, mode = config.runtime.precision, config.gradient.name
+    modes = "gradient=batched_adjoint, stage_checkpoint or step_checkpoint"
+    _refuse(
+        (precision == "fp64" and not trajectory, f"runtime.precision=fp64: task={task} has fp32, tf32 and bf16"),
+        (mode == "batched_adjoint" and not trajectory,
+         f"gradient=batched_adjoint: for the small states of task=trajectory; with task={task} use stage_checkpoint"),
+        (mode == "budget" and trajectory, f"gradient=budget: plans for the blocks of images' networks; use {modes}"),
+        (config.runtime.compile and trajectory, "runtime.compile=true: not with task=trajectory; leave it out"),
+        (trajectory and config.recipe.steps_per_epoch is None,
+         "recipe.steps_per_epoch=null: give the training steps that are recorded together, such as 100"),
+    )  # fmt: skip
 
 
 def typed(config: DictConfig) -> TrainConfig:
@@ -193,6 +218,7 @@ def typed(config: DictConfig) -> TrainConfig:
     """
     checked = to_object(TrainConfig, config)
     model, solver, gradient, recipe = checked.model, checked.solver, checked.gradient, checked.recipe
+    _check_task(checked)
     mean, std = checked.dataset.mean, checked.dataset.std
     _refuse(
         (len(mean) != 3 or len(std) != 3 or min(std) <= 0,
@@ -208,10 +234,11 @@ def typed(config: DictConfig) -> TrainConfig:
     if gradient.memory is not None:
         parse_bytes(gradient.memory)
     _refuse(
-        (recipe.nesterov and recipe.momentum == 0, "recipe.nesterov=true: needs recipe.momentum above 0"),
+        (recipe.optimizer == "sgd" and recipe.nesterov and recipe.momentum == 0,
+         "recipe.nesterov=true: needs recipe.momentum above 0"),
         (planned and checked.seeds > 1, "gradient=budget: plans for one run on its device; set seeds=1"),
         (planned and solver.adaptive, "gradient=budget: plans for a known number of steps; set solver.adaptive=false"),
-    )
+    )  # fmt: skip
     _check_solver(checked)
     timed, evolving = model.norm_affine == "by_time", model.evolution != "none"
     joint = evolving and model.evolution_coupling == "joint"
@@ -252,8 +279,12 @@ NEEDS: tuple[tuple[tuple[str, ...], str, Callable[[TrainConfig], bool]], ...] = 
      lambda c: c.model.evolution != "none"),
     (("model.evolution_steps",), "model.evolution_activation=tanh", lambda c: c.model.evolution_activation != "none"),
     (("recipe.milestones", "recipe.gamma"), "recipe.schedule=steps", lambda c: c.recipe.schedule == "steps"),
+    (("recipe.momentum", "recipe.nesterov", "recipe.restart_momentum"), "recipe.optimizer=sgd",
+     lambda c: c.recipe.optimizer == "sgd"),
     (("recipe.restart_momentum",), "recipe.momentum above 0", lambda c: c.recipe.momentum > 0),
     (("recipe.decay_all",), "recipe.weight_decay above 0", lambda c: c.recipe.weight_decay > 0),
+    (("runtime.channels_last", "runtime.cudnn_benchmark"), "task=classification",
+     lambda c: c.task.name == "classification"),
     (("dataset.root", "dataset.download"), "dataset=cifar10 or cifar100", lambda c: c.dataset.name.startswith("cifar")),
 )  # fmt: skip
 """Settings, what they need to have an effect, and whether a configuration has it."""

@@ -203,7 +203,7 @@ def compose_line(overrides: list[str]) -> DictConfig:
 
 def typed_line(config: DictConfig, without: tuple[str, ...] = ("hydra",)) -> TrainConfig:
     checked = typed(OmegaConf.masked_copy(config, [str(k) for k in config if k not in without]))
-    for group in ("model", "solver", "gradient", "dataset", "recipe"):
+    for group in ("task", "model", "solver", "gradient", "dataset", "recipe"):
         name = getattr(checked, group).name
         if name not in options(group):
             raise UserError(f"{group}.name={name}: choose one of {', '.join(options(group))}, as {group}=NAME")

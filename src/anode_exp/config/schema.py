@@ -26,19 +26,29 @@ class TaskConfig:
     trace: str | None = _setting(None, one_of=("exact", "gaussian", "rademacher"))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Parts:
-    """The models and data sets of a task."""
+    """The options of each group that go with a task, and the settings that its models take."""
 
-    models: tuple[str, ...]
-    datasets: tuple[str, ...]
+    model: tuple[str, ...]
+    dataset: tuple[str, ...]
+    recipe: tuple[str, ...]
+    model_settings: tuple[str, ...]
 
 
 TASKS = {
     "classification": Parts(
-        ("alexnet", "resnet4", "resnet10", "resnet18", "squeezenext"), ("cifar10", "cifar100", "digits", "fake")
+        model=("alexnet", "resnet4", "resnet10", "resnet18", "squeezenext"),
+        dataset=("cifar10", "cifar100", "digits", "fake"),
+        recipe=("modern", "paper"),
+        model_settings=("blocks_per_stage", "norm", "field_norm", "activation", "width"),
     ),
-    "trajectory": Parts(("mlp",), ("robertson", "van_der_pol")),
+    "trajectory": Parts(
+        model=("mlp",),
+        dataset=("robertson", "van_der_pol"),
+        recipe=("adamw",),
+        model_settings=("hidden", "activation", "bias", "weight_std"),
+    ),
 }
 """The tasks by name, and what goes with each."""
 

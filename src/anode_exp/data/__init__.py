@@ -10,15 +10,23 @@ from anode_exp.data.image_data import (
     balanced_subset,
     evaluation_batches,
 )
+from anode_exp.data.trajectories import TRAJECTORIES, TrajectoryData, load_trajectory
+
+DataSet = ImageData | TrajectoryData
+"""A loaded data set. All have ``device``, ``nbytes`` and ``train``, whose length is the number of samples."""
 
 __all__ = [
     "DATASETS",
+    "TRAJECTORIES",
     "Augmentation",
+    "DataSet",
     "EpochBatches",
     "ImageData",
     "Normalisation",
     "Split",
+    "TrajectoryData",
     "balanced_subset",
     "evaluation_batches",
     "load",
+    "load_trajectory",
 ]

@@ -43,6 +43,10 @@ class ImageData:
         return ImageData(self.train.to(device), self.validation.to(device), self.test.to(device), self.num_classes)
 
     @property
+    def device(self) -> torch.device:
+        return self.train.labels.device
+
+    @property
     def nbytes(self) -> int:
         return self.train.nbytes + self.validation.nbytes + self.test.nbytes
 

@@ -77,14 +77,10 @@ class TrajectoryData:
         return self.train.device
 
     @property
-    def output_size(self) -> int:
-        return self.train.shape[-1]
-
-    @property
     def nbytes(self) -> int:
         return self.train.nbytes + self.test.nbytes
 
-    def to(self, device: torch.device, dtype: torch.dtype) -> TrajectoryData:
+    def to(self, device: torch.device, dtype: torch.dtype = torch.float64) -> TrajectoryData:
         moved = (x.to(device, dtype) for x in (self.train, self.test, self.low, self.high))
         return TrajectoryData(self.times, self.test_times, *moved)
 

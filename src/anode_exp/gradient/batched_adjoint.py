@@ -65,9 +65,7 @@ class BatchedAdjoint:
         if not isinstance(solver, ExplicitRungeKutta | DiagonallyImplicitRungeKutta):
             raise ValueError(f"{solver.name}: only Runge–Kutta methods have an adjoint that is batched over steps")
         if y0.dim() != 2:
-            raise ValueError(
-                f"a state of shape {tuple(y0.shape)}: the batched adjoint takes samples of numbers, [B, d]"
-            )
+            raise ValueError(f"a state of shape {tuple(y0.shape)}: the batched adjoint takes states [B, d]")
         if any(entry.shape != p.shape for entry, p in zip(theta, field.theta, strict=True)):
             raise ValueError("the batched adjoint needs a θ constant in time; use stage_checkpoint")
         return _SolveThrough.apply(field, grids, solver, warm_start, y0, *theta)
@@ -86,12 +84,13 @@ class _SolveThrough(torch.autograd.Function):
     ) -> Tensor:
         found: Trajectory | None = None
         ends: tuple[int, ...] = ()
-        implicit = isinstance(solver, DiagonallyImplicitRungeKutta)
-        if warm_start is not None and implicit:
+        if not isinstance(solver, DiagonallyImplicitRungeKutta):
+            warm_start = None
+        elif warm_start is not None:
             found, ends = _warm(field, grids, solver, warm_start, y0, theta)
         if found is None:
             found, ends = _step_by_step(field, grids, solver, y0, theta)
-        if warm_start is not None and implicit:
+        if warm_start is not None:
             warm_start.trajectory, warm_start.ends = found, ends
         ctx.field, ctx.tableau, ctx.ends = field, solver.tableau, ends
         ctx.save_for_backward(found.times, found.sizes, found.stages, found.states, *theta)

@@ -7,12 +7,14 @@ from torch import nn
 from anode_exp.models.alexnet import AlexNet
 from anode_exp.models.evolution import COUPLINGS, EVOLUTION_ACTIVATIONS, SHARINGS, Evolution, ReactionDiffusionAdvection
 from anode_exp.models.layers import ACTIVATIONS, NORMS, Autonomous, MakeOdeBlock, TimedBatchNorm
+from anode_exp.models.mlp import Mlp, TrajectoryNetwork, mlp
 from anode_exp.models.ode_block import OdeBlock, count_parameters, ode_blocks, take_evaluations
 from anode_exp.models.resnet import RESNET4, RESNET10, RESNET18, ResNet
 from anode_exp.models.squeezenext import SqueezeNext
 
 MODELS: dict[str, Callable[..., nn.Module]] = {
     "alexnet": AlexNet,
+    "mlp": mlp,
     "resnet4": RESNET4,
     "resnet10": RESNET10,
     "resnet18": RESNET18,
@@ -30,11 +32,13 @@ __all__ = [
     "Autonomous",
     "Evolution",
     "MakeOdeBlock",
+    "Mlp",
     "OdeBlock",
     "ReactionDiffusionAdvection",
     "ResNet",
     "SqueezeNext",
     "TimedBatchNorm",
+    "TrajectoryNetwork",
     "count_parameters",
     "ode_blocks",
     "take_evaluations",

@@ -11,28 +11,29 @@ import torch
 from torch import Tensor, nn
 
 from anode_exp.gradient.base import WarmStart, solve_through
-from anode_exp.models.layers import ACTIVATIONS
+from anode_exp.models.layers import ACTIVATIONS, MakeOdeBlock
 from anode_exp.models.ode_block import OdeBlock
 from anode_exp.ode import Trajectory
 
 
 class Mlp(nn.Sequential):
-    """f(t, y) = W_L σ(… σ(W_1 y)), without t: weights drawn from N(0, std²), in float64 where that is the default.
+    """f(t, y) = W_L σ(… σ(W_1 y)), without t.
 
     PNODE's for Robertson's system is 3-5-5-5-5-5-5-3 with GELU, no bias and std 0.5 (arXiv 2206.01298).
 
     Args:
         size: numbers in a state.
         hidden: width of each hidden layer.
+        std: weights are drawn from N(0, std²), and biases are 0; None leaves both as PyTorch draws them.
     """
 
-    def __init__(self, size: int, hidden: Sequence[int], activation: str, bias: bool, std: float) -> None:
+    def __init__(self, size: int, hidden: Sequence[int], activation: str, bias: bool, std: float | None) -> None:
         layers: list[nn.Module] = []
         for n_in, n_out in pairwise((size, *hidden, size)):
             layers += [nn.Linear(n_in, n_out, bias), ACTIVATIONS[activation]()]
         super().__init__(*layers[:-1])
         for layer in self:
-            if isinstance(layer, nn.Linear):
+            if isinstance(layer, nn.Linear) and std is not None:
                 nn.init.normal_(layer.weight, 0.0, std)
                 if bias:
                     nn.init.zeros_(layer.bias)
@@ -62,13 +63,25 @@ class TrajectoryNetwork(nn.Module):
         return states.transpose(0, 1)
 
     def get_extra_state(self) -> dict[str, Any]:
-        last = self.warm_start.trajectory
-        names = ("times", "sizes", "stages", "states")
-        saved = {} if last is None else {name: getattr(last, name) for name in names}
-        return {**saved, "ends": list(self.warm_start.ends)}
+        warm = self.warm_start
+        return {"trajectory": None if warm.trajectory is None else vars(warm.trajectory), "ends": list(warm.ends)}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
-        *names, ends = state
-        first = next(self.parameters())
-        tensors = [state[name].to(first.device) for name in names]
-        self.warm_start = WarmStart(Trajectory(*tensors) if tensors else None, tuple(state[ends]))
+        trajectory, device = None, next(self.parameters()).device
+        if state["trajectory"] is not None:
+            trajectory = Trajectory(**{name: x.to(device) for name, x in state["trajectory"].items()})
+        self.warm_start = WarmStart(trajectory, tuple(state["ends"]))
+
+
+def mlp(
+    size: int,
+    make_ode_block: MakeOdeBlock,
+    hidden: Sequence[int],
+    activation: str,
+    bias: bool = True,
+    weight_std: float | None = None,
+) -> TrajectoryNetwork:
+    """A trajectory network whose f is an ``Mlp``."""
+    block = make_ode_block(Mlp(size, hidden, activation, bias, weight_std))
+    assert isinstance(block, OdeBlock)
+    return TrajectoryNetwork(block)

@@ -10,7 +10,12 @@ from tabulate import tabulate
 
 from anode_exp.records.reading import read_results
 
-MEASURES = ("test_accuracy", "best_test_accuracy", "train_loss", "peak_memory_bytes", "train_time_s")
+COSTS = ("train_loss", "peak_memory_bytes", "train_time_s")
+
+
+def is_measure(key: str) -> bool:
+    """Whether a row's entry is a number that a run ends with: of its test split, or of its cost."""
+    return key in COSTS or key.startswith(("test_", "best_test_"))
 
 
 def _job(directory: Path, given: Path) -> tuple[dict[str, str], dict[str, Any]]:
@@ -46,18 +51,22 @@ def sweep_rows(directory: Path) -> list[dict[str, Any]]:
     jobs = [_job(*place) for place in places]
     keys = dict.fromkeys(key for settings, _ in jobs for key in settings)
     varied = [k for k in keys if len({settings.get(k) for settings, _ in jobs}) > 1]
+    scores = dict.fromkeys(k for _, results in jobs for k in results if k.startswith(("test_", "best_test_")))
+    measures = [*(scores or ("test_accuracy", "best_test_accuracy")), *COSTS]
     rows = []
     for (run, _), (settings, results) in zip(places, jobs, strict=True):
         job = ".".join(part.partition("_")[0] for part in run.relative_to(directory).parts)
         row = {"job": job, **{k: settings.get(k) for k in varied}, "status": results["status"]}
-        row |= {m: results.get(m) for m in MEASURES}
+        row |= {m: results.get(m) for m in measures}
         rows.append({**row, "error": results.get("error"), "mistake": results.get("mistake", False)})
     return rows
 
 
 def over_seeds(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Mean and sample standard deviation of each measure over the completed jobs that differ in their seed alone."""
-    fixed = [k for k in (rows[0] if rows else {}) if k not in ("job", "seed", "status", "error", "mistake", *MEASURES)]
+    first = rows[0] if rows else {}
+    measures = [k for k in first if is_measure(k)]
+    fixed = [k for k in first if k not in ("job", "seed", "status", "error", "mistake", *measures)]
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for row in rows:
         groups.setdefault(tuple(str(row[k]) for k in fixed), []).append(row)
@@ -65,7 +74,7 @@ def over_seeds(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     for group in groups.values():
         completed = [row for row in group if row["status"] == "completed"]
         line: dict[str, Any] = {k: group[0][k] for k in fixed} | {"seeds": f"{len(completed)} of {len(group)}"}
-        for measure in MEASURES:
+        for measure in measures:
             values = [row[measure] for row in completed if row[measure] is not None]
             line[f"{measure}_mean"] = statistics.fmean(values) if values else None
             line[f"{measure}_std"] = statistics.stdev(values) if len(values) > 1 else None
@@ -95,7 +104,7 @@ def sweep_table(directory: Path, rows: list[dict[str, Any]]) -> str:
         return f"no job of {directory} began"
     write_csv(directory / "sweep.csv", rows)
     columns = [key for key in rows[0] if key not in ("error", "mistake")]
-    shown = [{k: _number(row[k], k) if k in MEASURES else row[k] for k in columns} for row in rows]
+    shown = [{k: _number(row[k], k) if is_measure(k) else row[k] for k in columns} for row in rows]
     text = tabulate(shown, headers="keys", disable_numparse=True)
     if "seed" in rows[0]:
         means = over_seeds(rows)
@@ -103,6 +112,6 @@ def sweep_table(directory: Path, rows: list[dict[str, Any]]) -> str:
         fixed = [k for k in means[0] if not k.endswith(("_mean", "_std"))]
         shown = [{k: m[k] for k in fixed} for m in means]
         for row, m in zip(shown, means, strict=True):
-            row |= {x: f"{_number(m[f'{x}_mean'], x)} ± {_number(m[f'{x}_std'], x)}" for x in MEASURES}
+            row |= {x: f"{_number(m[f'{x}_mean'], x)} ± {_number(m[f'{x}_std'], x)}" for x in rows[0] if is_measure(x)}
         text += "\n\n" + tabulate(shown, headers="keys", disable_numparse=True)
     return f"{text}\n{directory / 'sweep.csv'}"

@@ -56,7 +56,7 @@ def both_ways(directory: Path, epoch: int, calibrate: int, here: TrainConfig) ->
     return row
 
 
-def rows(config: TrainConfig, study: StudyConfig, num_classes: int, batch: None, directory: Path) -> Iterator[Row]:
+def rows(config: TrainConfig, study: StudyConfig, outputs: int, batch: None, directory: Path) -> Iterator[Row]:
     runs = [(folder, kept_epochs(folder)) for folder in map(Path, (study.run or "").split(","))]
     with bar(sum(len(epochs) for _, epochs in runs), study.name) as progress:
         for folder, epochs in runs:

@@ -13,9 +13,9 @@ from tabulate import tabulate
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from anode_exp.build import Assembly, assemble, build_data, build_device, set_backends
+from anode_exp.build import Assembly, assemble, build_data, build_device, dtype_of, set_backends
 from anode_exp.config.schema import TrainConfig
-from anode_exp.data import Augmentation, ImageData
+from anode_exp.data import Augmentation, DataSet, ImageData
 from anode_exp.data.torchvision_loader import torchvision_loader
 from anode_exp.models import ode_blocks
 from anode_exp.ode import Solver, Theta, TimeGrid, Tolerance, VectorField, solve_forward
@@ -51,13 +51,13 @@ def run_bench(entries: list[tuple[str, TrainConfig, str | None]], rounds: int, d
     device = build_device(entries[0][1].runtime)
     # One process, one setting of the global flags: that of the first entry.
     set_backends(entries[0][1].runtime)
-    images: dict[str, ImageData] = {}
+    data: dict[str, DataSet] = {}
     contestants = []
     for label, config, baseline in entries:
         key = json.dumps(vars(config.dataset), sort_keys=True)
-        if key not in images:
-            images[key] = build_data(config.dataset, device)
-        contestants.append(_contestant(label, config, baseline, images[key], device))
+        if key not in data:
+            data[key] = build_data(config.dataset, device)
+        contestants.append(_contestant(label, config, baseline, data[key], device))
     with bar(len(contestants) * (1 + rounds), "bench") as progress:
         rows, bandwidth, rates = time_in_turn(contestants, device, rounds, progress.update)
     limits = {"copy_bytes_per_s": bandwidth, "matrix_flops_per_s": {str(d)[6:]: rate for d, rate in rates.items()}}
@@ -71,15 +71,15 @@ def run_bench(entries: list[tuple[str, TrainConfig, str | None]], rounds: int, d
 
 
 def _contestant(
-    label: str, config: TrainConfig, baseline: str | None, images: ImageData, device: torch.device
+    label: str, config: TrainConfig, baseline: str | None, data: DataSet, device: torch.device
 ) -> Contestant:
     """A step of each of the configuration's seeds, on CUDA each on a stream of its own, as in a run."""
     streams = run_streams(device, config.seeds)
     networks = []
     for seed, stream in enumerate(streams, config.seed):
         with torch.cuda.stream(stream):
-            networks.append(_steps(replace(config, seed=seed), baseline, images))
-    size = min(config.recipe.batch_size, len(images.train))
+            networks.append(_steps(replace(config, seed=seed), baseline, data))
+    size = min(config.recipe.batch_size, len(data.train))
 
     def take(which: int) -> None:
         for stream, of_network in zip(streams, networks, strict=True):
@@ -89,25 +89,27 @@ def _contestant(
     def own() -> list[Tensor]:
         return [x for _, _, tensors in networks for x in tensors()]
 
-    epoch_steps = -(-len(images.train) // size)
-    dtype = torch.bfloat16 if config.runtime.precision == "bf16" else torch.float32
+    epoch_steps = config.recipe.steps_per_epoch or -(-len(data.train) // size)
+    dtype = torch.bfloat16 if config.runtime.precision == "bf16" else dtype_of(config.runtime.precision)
     step, eagerly, alone = partial(take, 0), partial(take, 1), baseline == "dataloader"
     return Contestant(label, step, eagerly, config.seeds * size, epoch_steps, own, dtype, alone)
 
 
 def _steps(
-    config: TrainConfig, baseline: str | None, images: ImageData
+    config: TrainConfig, baseline: str | None, data: DataSet
 ) -> tuple[Callable[[], object], Callable[[], object], Callable[[], list[Tensor]]]:
     """What takes one training step, what takes it eagerly, and what gives the tensors held between steps."""
     if baseline in ("eager", "dataloader"):
         config = replace(config, runtime=replace(config.runtime, channels_last=False))
-    assembly = assemble(config, images)
+    assembly = assemble(config, data)
     network, optimizer = assembly.network, assembly.optimizer
     if baseline == "torch_checkpoint":
         for block in ode_blocks(network):
             block.gradient = TorchCheckpoint()
     set_learning_rate(optimizer, 1e-4)  # weights must stay finite, and not matter
-    source = _loaded(assembly, images) if baseline == "dataloader" else _on_device(assembly)
+    source = _on_device(assembly)
+    if baseline == "dataloader" and isinstance(data, ImageData):
+        source = _loaded(assembly, data)
     counted: Step = partial(train_step, *assembly.stepped)
     take = training_step(assembly) if baseline is None else counted
 

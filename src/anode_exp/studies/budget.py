@@ -20,11 +20,11 @@ from anode_exp.training.graphed_step import capture_of
 from anode_exp.training.progress import bar
 
 
-def rows(config: TrainConfig, study: StudyConfig, num_classes: int, batch: Batch, directory: Path) -> Iterator[Row]:
+def rows(config: TrainConfig, study: StudyConfig, outputs: int, batch: Batch, directory: Path) -> Iterator[Row]:
     n_steps, precision = config.solver.n_steps, config.runtime.precision
 
     def network() -> tuple[nn.Module, torch.memory_format]:
-        made = varied(config, GradientConfig(name="dto_checkpoint"), num_classes)
+        made = varied(config, GradientConfig(name="dto_checkpoint"), outputs)
         return placed(made, config, batch[0].device)
 
     measured_network, layout = network()

@@ -43,7 +43,7 @@ def kernels_over_time(network: nn.Module) -> Iterator[tuple[Row, Tensor]]:
             yield row, w.flatten(1, 2)[:, most]
 
 
-def rows(config: TrainConfig, study: StudyConfig, num_classes: int, batch: None, directory: Path) -> Iterator[Row]:
+def rows(config: TrainConfig, study: StudyConfig, outputs: int, batch: None, directory: Path) -> Iterator[Row]:
     assert study.run is not None
     kernels = {}
     for row, kernel in kernels_over_time(load_run(study.run, study.checkpoint).network):

@@ -44,7 +44,7 @@ def split_error(reverse: Tensor, stored: Tensor, exact: Tensor) -> dict[str, flo
     return {"reversal_error": reversal, "inconsistency_error": relative_error(stored, exact)}
 
 
-def rows(config: TrainConfig, study: StudyConfig, num_classes: int, batch: Batch, directory: Path) -> Iterator[Row]:
+def rows(config: TrainConfig, study: StudyConfig, outputs: int, batch: Batch, directory: Path) -> Iterator[Row]:
     images, labels = batch[0].double(), batch[1]
     settings: list[dict[str, Any]] = [{"solver": s, "n_steps": n} for s in study.solvers for n in study.n_steps]
     each_its_own = config.model.evolution != "none" and config.model.evolution_coupling == "joint"
@@ -70,7 +70,7 @@ def rows(config: TrainConfig, study: StudyConfig, num_classes: int, batch: Batch
             for setting in settings:
 
                 def gradient(mode: GradientConfig, setting: dict[str, Any] = setting, weights: Any = weights) -> Tensor:
-                    network = varied(config, mode, num_classes, **setting)
+                    network = varied(config, mode, outputs, **setting)
                     if weights is not None:
                         network.load_state_dict(weights)
                     return flat_gradient(network.to(images.device).double(), images, labels)

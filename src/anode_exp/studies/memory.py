@@ -92,14 +92,14 @@ def peaks_and_times(
         yield {"gradient": label, **peaks[label], **times}
 
 
-def rows(config: TrainConfig, study: StudyConfig, num_classes: int, batch: Batch, directory: Path) -> Iterator[Row]:
+def rows(config: TrainConfig, study: StudyConfig, outputs: int, batch: Batch, directory: Path) -> Iterator[Row]:
     images, labels = batch
     grids = [("n_steps", n) for n in study.n_steps] + [("blocks_per_stage", n) for n in study.blocks_per_stage]
     with bar(len(grids) * len(study.gradients) * (1 + study.repeats), study.name) as progress:
         for axis, value in grids:
             networks: dict[str, nn.Module] = {}
             for label, gradient in study.gradients.items():
-                network = varied(config, gradient, num_classes, **{axis: value})
+                network = varied(config, gradient, outputs, **{axis: value})
                 networks[label], layout = placed(network, config, images.device)
             on_device = (images.contiguous(memory_format=layout), labels)
             precision, new_capture = config.runtime.precision, capture_of(config, images.device)

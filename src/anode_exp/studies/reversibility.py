@@ -171,7 +171,7 @@ def images_there_and_back(
             yield row, {"output": y1, "reversed": again}
 
 
-def rows(config: TrainConfig, study: StudyConfig, num_classes: int, batch: Batch, directory: Path) -> Iterator[Row]:
+def rows(config: TrainConfig, study: StudyConfig, outputs: int, batch: Batch, directory: Path) -> Iterator[Row]:
     images = batch[0]
     n = config.solver.n_steps
     grids: dict[str, tuple[str, Grid, Grid]] = {}

@@ -7,9 +7,9 @@ from pathlib import Path
 import torch
 from omegaconf import OmegaConf
 
-from anode_exp.build import build_data, build_device, set_backends
+from anode_exp.build import build_device, build_images, output_size, set_backends
 from anode_exp.config.schema import StudyConfig, TrainConfig
-from anode_exp.data import DATASETS, Normalisation, evaluation_batches
+from anode_exp.data import Normalisation, evaluation_batches
 from anode_exp.records.environment import environment
 from anode_exp.records.reading import read_lines, write_json
 from anode_exp.training.streams import run_streams
@@ -22,14 +22,14 @@ def run_study(config: TrainConfig, study: StudyConfig, directory: Path) -> Path:
     """
     device = build_device(config.runtime)
     set_backends(config.runtime)
-    num_classes = DATASETS[config.dataset.name][1]
+    outputs = output_size(config.dataset)
     of = config.model.name
     batch = None
     if study.batch_size is not None:
         normalise = Normalisation(config.dataset.mean, config.dataset.std, device, torch.contiguous_format)
         if study.name == "reversibility":  # pictures, to be looked at
             normalise = Normalisation([0.0] * 3, [1.0] * 3, device)
-        batch = next(evaluation_batches(build_data(config.dataset, device).train, study.batch_size, normalise))
+        batch = next(evaluation_batches(build_images(config.dataset, device).train, study.batch_size, normalise))
         of = f"{of}, {config.dataset.name}, batch {len(batch[1])}"
     directory.mkdir(parents=True, exist_ok=True)
     setting = {"train": config, "study": study}
@@ -40,7 +40,7 @@ def run_study(config: TrainConfig, study: StudyConfig, directory: Path) -> Path:
     rows = import_module(f"anode_exp.studies.{study.name}").rows
     (stream,) = run_streams(device, 1)
     with torch.cuda.stream(stream), (directory / "study.jsonl").open("w") as file:
-        for row in rows(config, study, num_classes, batch, directory):
+        for row in rows(config, study, outputs, batch, directory):
             file.write(json.dumps(row) + "\n")
             file.flush()
     table = import_module(f"anode_exp.report.{study.name}").report(read_lines(directory / "study.jsonl"), directory)

@@ -58,7 +58,7 @@ class ImageBatches:
     ) -> None:
         self.images, self.batch_size, self.seed = images, batch_size, seed
         self.augmentation, self.normalise = augmentation, normalise
-        self.device, self.nbytes = images.train.labels.device, images.nbytes
+        self.device, self.nbytes = images.device, images.nbytes
 
     def size(self, split: str) -> int:
         return len(getattr(self.images, split))

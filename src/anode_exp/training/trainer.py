@@ -88,7 +88,7 @@ class EpochPart:
 
 def total_steps(recipe: RecipeConfig, samples: int) -> int:
     """Training steps of the whole recipe on so many samples."""
-    steps = recipe.epochs * -(-samples // recipe.batch_size)
+    steps = recipe.epochs * (recipe.steps_per_epoch or -(-samples // recipe.batch_size))
     return steps if recipe.max_steps is None else min(steps, recipe.max_steps)
 
 
@@ -244,7 +244,8 @@ class Trainer:
         now = self._clock()
         shown = bar(n_steps, f"epoch {progress.epochs + 1}/{self.recipe.epochs}", taken)
         size, n = self.recipe.batch_size, self.data.size("train")
-        sizes = [min(size, n - i * size) for i in range(n_steps)]
+        passes = -(-n // size)  # steps that see every sample once
+        sizes = [min(size, n - i % passes * size) for i in range(n_steps)]
         return _Epoch(part, batches.starting_at(taken), sizes, lr, taken, taken, now, now, shown)
 
     def _take_step(self, epoch: _Epoch) -> None:
@@ -273,7 +274,7 @@ class Trainer:
             metrics = self.task.metrics({name: float(x) for name, x in part.sums.items()}, epoch.count())
             rate = epoch.count(epoch.first) / (self._clock() - epoch.started)
             shown = {"loss": f"{float(part.losses[i]):.3f}", **{name: f"{x:.3g}" for name, x in metrics.items()}}
-            epoch.shown.set_postfix({**shown, f"{self.task.unit}_per_s": f"{rate:.0f}"})
+            epoch.shown.set_postfix({**shown, f"{self.task.unit}_per_s": f"{rate:.0f}"}, refresh=False)
 
     def _settle(self, epoch: _Epoch, i: int) -> None:
         """Time one of the first steps, which pay for more than themselves."""
