@@ -49,6 +49,12 @@ TASKS = {
         recipe=("adamw",),
         model_settings=("hidden", "activation", "bias", "weight_std"),
     ),
+    "density": Parts(
+        model=("flow",),
+        dataset=("moons", "eight_gaussians", "checkerboard", "pinwheel", "digits64", "power", "miniboone", "bsds300"),
+        recipe=("adam",),
+        model_settings=("hidden", "activation", "blocks_per_stage"),
+    ),
 }
 """The tasks by name, and what goes with each."""
 

@@ -165,7 +165,7 @@ class DensityData:
     def nbytes(self) -> int:
         return self.train.nbytes + self.validation.nbytes + self.test.nbytes
 
-    def to(self, device: torch.device, dtype: torch.dtype) -> DensityData:
+    def to(self, device: torch.device, dtype: torch.dtype | None = None) -> DensityData:
         train, validation, test = (x.to(device, dtype) for x in (self.train, self.validation, self.test))
         return DensityData(train, validation, test, self.offset)
 
