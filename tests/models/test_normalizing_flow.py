@@ -160,6 +160,7 @@ def test_samples_go_back_to_where_they_came_from_and_densities_integrate_to_one(
 def test_evaluations_are_counted_and_compiled_fields_agree():
     network, x, noise = flow("stage_checkpoint"), samples(), samples(seed=5)
     plain = network(x, noise)
+    network.log_prob(x)
     assert network.blocks[0].field.evaluations.forward == 12
     network.blocks[0].field.compile(backend="aot_eager", batch_size=len(x))
     torch.testing.assert_close(network(x, noise), plain, rtol=1e-13, atol=0)

@@ -178,8 +178,8 @@ class NormalizingFlow(nn.Module):
         """
         y = _state(x, None)
         for block in self.blocks:
-            field = block.field
-            y, _ = solve_forward(field, y, field.theta, tolerance, SOLVERS["dopri5"]())  # type: ignore[arg-type,union-attr]
+            field = VectorField(block.f)  # type: ignore[arg-type]  # of its own: the block's counts the run's own steps
+            y, _ = solve_forward(field, y, field.theta, tolerance, SOLVERS["dopri5"]())
         return _log_density(y, x.shape[1])
 
     @torch.no_grad()

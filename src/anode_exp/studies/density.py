@@ -104,7 +104,7 @@ def rows(config: TrainConfig, study: StudyConfig, outputs: int, batch: None, dir
         if run.config.task.name != "density" or run.config.dataset != runs[0].config.dataset:
             raise UserError(f"run={run.directory}: give runs with task=density on the same data set")
     name = runs[0].config.dataset.name
-    pictures: dict[str, np.ndarray] = {}
+    pictures: dict[str, Any] = {}  # arrays by name
     data = build_data(config.dataset, device)
     assert isinstance(data, DensityData)
     few = [x[: study.samples].double().cpu().numpy() for x in (data.train, data.validation, data.test)]
