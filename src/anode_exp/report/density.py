@@ -55,11 +55,12 @@ def _draw_plane(flows: list[dict[str, Any]], pictures: Any, path: Path) -> None:
     axis = np.unique(pictures["points"][:, 0])
     brightest = float(pictures["truth"].max())
     extent = (axis[0], axis[-1], axis[0], axis[-1])
+    window = 1.2 * np.abs(pictures["data"]).max()
     size = (3 * len(columns), 9)
     figure, panels = plt.subplots(3, len(columns), figsize=size, squeeze=False, layout="constrained")
     for column, (name, samples, density, by_steps) in zip(panels.T, columns, strict=True):
-        column[0].plot(*samples[:5000].T, ",", color="black")
-        column[0].set(xlim=extent[:2], ylim=extent[2:], title=name)
+        column[0].plot(*samples[:5000].T, ".", color="black", markersize=1)
+        column[0].set_title(name)
         for ax, values in zip(column[1:], (density, by_steps), strict=True):
             ax.grid(False)
             if values is None:
@@ -68,7 +69,7 @@ def _draw_plane(flows: list[dict[str, Any]], pictures: Any, path: Path) -> None:
             picture = values.reshape(len(axis), len(axis)).T
             ax.imshow(picture, origin="lower", extent=extent, vmin=0, vmax=brightest)
         for ax in column:
-            ax.set(xticks=[], yticks=[], aspect="equal")
+            ax.set(xticks=[], yticks=[], aspect="equal", xlim=(-window, window), ylim=(-window, window))
     panels[0][0].set_ylabel("samples")
     panels[1][0].set_ylabel("density")
     if len(columns) > 1:
