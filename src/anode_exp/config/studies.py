@@ -23,12 +23,16 @@ STUDY_READS: dict[str, tuple[str, ...]] = {
     "evolution": (),
     "batchnorm": ("dataset.root", "dataset.download", "runtime.device"),
     "stiff": ("runtime.device",),
+    "density": ("dataset.root", "runtime.device"),
 }  # fmt: skip
 """The settings, besides its own, that each study uses. What a run brings with it is not to be set beside it."""
 
 
-SEVERAL_RUNS = ("batchnorm", "stiff")
-"""Studies of one or more recorded runs."""
+SEVERAL_RUNS = {"batchnorm": "runtime.keep_every=1", "stiff": "task=trajectory", "density": "task=density"}
+"""Studies of one or more recorded runs, and what these were given."""
+
+OF_TASK = {"stiff": "trajectory", "density": "density"}
+"""The task of a study's runs, where it is not classification."""
 
 
 def study(name: str, overrides: list[str], thorough: bool = False) -> tuple[TrainConfig, StudyConfig]:
@@ -94,10 +98,12 @@ def study(name: str, overrides: list[str], thorough: bool = False) -> tuple[Trai
         config = replace(config, model=recorded.model, dataset=recorded.dataset, seed=recorded.seed)
         if checked.checkpoint == "every" or name == "batchnorm":
             config = replace(config, solver=recorded.solver)
-        if (recorded.task.name == "trajectory") != (name == "stiff"):
-            raise UserError(f"study {name}: is not for a run of task={recorded.task.name}, such as {folders[0]}")
+        task = OF_TASK.get(name, "classification")
+        if recorded.task.name != task:
+            raise UserError(f"study {name}: is for runs of task={task}, {folders[0]} is of task={recorded.task.name}")
     elif name in SEVERAL_RUNS:
-        raise UserError(f"study {name}: needs run=DIR, or run=DIR,DIR for several trained with runtime.keep_every=1")
+        kind = f"a run with {SEVERAL_RUNS[name]}"
+        raise UserError(f"study {name}: needs run=DIR, {kind}, or run=DIR,DIR for several")
     if name == "evolution" and (checked.run is None or config.model.evolution == "none"):
         raise UserError("study evolution: needs run=DIR, a run with model.evolution=reaction_diffusion_advection")
     adaptive = ("study.tolerances", "study.adaptive_solvers", "solver.max_evaluations", "solver.min_step")
