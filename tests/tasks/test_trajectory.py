@@ -146,7 +146,7 @@ def test_the_study_of_stiff_trajectories(trained, tmp_path):
 def test_what_the_study_does_not_take(trained, tmp_path):
     with pytest.raises(UserError, match="study stiff: needs run=DIR"):
         study("stiff", [])
-    with pytest.raises(UserError, match="study evolution: is not for a run of task=trajectory"):
+    with pytest.raises(UserError, match=r"is for runs of task=classification, .* is of task=trajectory"):
         study("evolution", [f"study.run={trained}"])
     with pytest.raises(UserError, match=r"solver\.n_steps: study stiff with run=DIR does not use it"):
         study("stiff", [f"study.run={trained}", "solver.n_steps=3"])

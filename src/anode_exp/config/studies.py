@@ -91,16 +91,17 @@ def study(name: str, overrides: list[str], thorough: bool = False) -> tuple[Trai
             raise UserError(f"{key}: {who} does not use it; it uses {taken}")
     if checked.run is not None:
         folders = checked.run.split(",") if name in SEVERAL_RUNS else [checked.run]
-        recorded, *_ = [typed(read_config(Path(f))) for f in folders]
+        task, runs = OF_TASK.get(name, "classification"), [typed(read_config(Path(f))) for f in folders]
+        for folder, other in zip(folders, runs, strict=True):
+            if other.task.name != task:
+                raise UserError(f"study {name}: is for runs of task={task}, {folder} is of task={other.task.name}")
+        recorded = runs[0]
         for key in ("root", "download"):
             if f"dataset.{key}" in given:
                 setattr(recorded.dataset, key, getattr(config.dataset, key))
         config = replace(config, model=recorded.model, dataset=recorded.dataset, seed=recorded.seed)
         if checked.checkpoint == "every" or name == "batchnorm":
             config = replace(config, solver=recorded.solver)
-        task = OF_TASK.get(name, "classification")
-        if recorded.task.name != task:
-            raise UserError(f"study {name}: is for runs of task={task}, {folders[0]} is of task={recorded.task.name}")
     elif name in SEVERAL_RUNS:
         kind = f"a run with {SEVERAL_RUNS[name]}"
         raise UserError(f"study {name}: needs run=DIR, {kind}, or run=DIR,DIR for several")

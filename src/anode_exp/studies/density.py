@@ -101,8 +101,8 @@ def rows(config: TrainConfig, study: StudyConfig, outputs: int, batch: None, dir
     device = build_device(config.runtime)
     runs = [load_run(folder, study.checkpoint) for folder in (study.run or "").split(",")]
     for run in runs:
-        if run.config.task.name != "density" or run.config.dataset != runs[0].config.dataset:
-            raise UserError(f"run={run.directory}: give runs with task=density on the same data set")
+        if run.config.dataset != runs[0].config.dataset:
+            raise UserError(f"run={run.directory}: give runs on the same data set")
     name = runs[0].config.dataset.name
     pictures: dict[str, Any] = {}  # arrays by name
     data = build_data(config.dataset, device)

@@ -12,7 +12,6 @@ from anode_exp.build import build_device
 from anode_exp.config.check import read_config, typed
 from anode_exp.config.schema import StudyConfig, TrainConfig
 from anode_exp.data import TrajectoryData, load_trajectory
-from anode_exp.errors import UserError
 from anode_exp.models import TrajectoryNetwork, ode_blocks
 from anode_exp.ode import SOLVERS, SolveFailed, TimeGrid, Tolerance, VectorField, linearised
 from anode_exp.records.checkpoints import Checkpoints
@@ -110,14 +109,6 @@ def _number(x: Tensor) -> float | None:
     return float(x.detach()) if bool(x.isfinite()) else None
 
 
-def fitted(folder: Path) -> TrainConfig:
-    """A run's configuration; UserError if it fits no trajectory."""
-    config = typed(read_config(folder))
-    if config.task.name != "trajectory":
-        raise UserError(f"{folder}: is a run of task={config.task.name}; give runs of task=trajectory")
-    return config
-
-
 def rows(config: TrainConfig, study: StudyConfig, outputs: int, batch: None, directory: Path) -> Iterator[Row]:
     """Rows of three kinds, and ``trajectories.npz`` with the arrays of each run by its number.
 
@@ -127,7 +118,7 @@ def rows(config: TrainConfig, study: StudyConfig, outputs: int, batch: None, dir
     """
     device = build_device(config.runtime)
     folders = [Path(folder) for folder in (study.run or "").split(",")]
-    owns = [fitted(folder) for folder in folders]
+    owns = [typed(read_config(folder)) for folder in folders]
     kept = [Checkpoints(folder / "checkpoints").epochs() for folder in folders]
     per_epoch = len(study.adaptive_solvers) * len(study.tolerances)
     total = len(folders) * (1 + len(study.solvers) * len(study.n_steps)) + per_epoch * sum(map(len, kept))
