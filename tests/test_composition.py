@@ -54,8 +54,8 @@ def test_defaults():
 def test_every_option_composes_and_builds(group, name):
     config = one(*with_task(f"{group}={name}"))
     network = build_model(config.model, config.solver, config.gradient, outputs=10)
-    blocks = {"alexnet": 1, "resnet4": 1, "resnet10": 2, "mlp": 1}.get(config.model.name, 4)
-    assert len(list(ode_blocks(network))) == blocks
+    blocks = {"alexnet": 1, "resnet4": 1, "resnet10": 2, "mlp": 1, "flow": 1}.get(config.model.name, 4)
+    assert len(list(ode_blocks(network))) == blocks * config.model.blocks_per_stage
     build_optimizer(network, config.recipe)
 
 
@@ -63,9 +63,9 @@ def test_every_name_in_code_has_its_configuration_and_the_other_way_round():
     assert set(options("solver")) == set(SOLVERS) >= set(TABLEAUX)
     assert set(options("gradient")) - {"budget"} == set(GRADIENT_MODES), "a budget chooses among them"
     assert set(options("model")) == set(MODELS)
-    from anode_exp.data import DATASETS, TRAJECTORIES
+    from anode_exp.data import DATASETS, DENSITIES, TRAJECTORIES
 
-    assert set(options("dataset")) == {*DATASETS, *TRAJECTORIES}
+    assert set(options("dataset")) == {*DATASETS, *TRAJECTORIES, *DENSITIES}
     assert set(options("task")) == set(TASKS)
     for group in ("model", "dataset", "recipe"):
         goes_with = [name for parts in TASKS.values() for name in getattr(parts, group)]
@@ -155,7 +155,10 @@ def test_what_an_implicit_solver_cannot_do_is_refused(settings, message):
         ("gradient=batched_adjoint", "for the small states of task=trajectory; .* use stage_checkpoint"),
         ("runtime.precision=fp64", "task=classification has fp32, tf32 and bf16"),
         ("recipe.steps_per_epoch=5", "recipe.steps_per_epoch: there is no such setting"),
-        ("task.name=regression", "task.name=regression: choose one of classification, trajectory, as task=NAME"),
+        (
+            "task.name=regression",
+            "task.name=regression: choose one of classification, trajectory, density, as task=NAME",
+        ),
         ("task=trajectory model=resnet4", "model=resnet4: not with task=trajectory, which takes mlp"),
         ("task=trajectory recipe=paper", "recipe=paper: not with task=trajectory, which takes adamw"),
         ("task=trajectory gradient=budget", "gradient=budget: plans for the blocks of images' networks"),
@@ -300,8 +303,8 @@ WRONG = {
     "gradient.memory=1GiB": "gradient.memory: there is no such setting",
     "solver.adaptive=true": "solver.adaptive=true: euler has no error estimate; choose solver=heun",
     "gradient=adjoint": "step_checkpoint, stored_adjoint; did you mean stored_adjoint?",
-    "dataset=cifar": "choose one of cifar10, cifar100, digits, fake, robertson, van_der_pol; did you mean cifar10",
-    "recipe=": "recipe=: there is no such recipe; choose one of adamw, modern, paper",
+    "dataset=cifar": "robertson, van_der_pol; did you mean cifar10",
+    "recipe=": "recipe=: there is no such recipe; choose one of adam, adamw, modern, paper",
     "experiment=digit": "there is no such experiment; choose one of anode/fig3_euler, ",
     "solver.n_steps=abc": "solver.n_steps=abc: give a whole number",
     "solver.n_steps=2.5": "solver.n_steps=2.5: give a whole number",
@@ -314,7 +317,7 @@ WRONG = {
     "+solver.n_steps=4": "settings can be changed, not added or removed; write solver.n_steps=VALUE",
     "~solver.n_steps": "settings can be changed, not added or removed",
     "+model.width=2": "model.width: there is no such setting",
-    "~model": "~model: a run needs a model; choose one of alexnet, mlp, resnet10",
+    "~model": "~model: a run needs a model; choose one of alexnet, flow, mlp, resnet10",
     "model=null": "model=None: there is no such model",
     "model.norm=${nowhere}": "model.norm: Interpolation key 'nowhere' not found",
     "hydra/launcher=none": "Could not find 'hydra/launcher/none'",
@@ -330,7 +333,7 @@ WRONG = {
     "model.activation=tanh": "choose one of relu, leaky_relu, softplus, gelu",
     "model.width=2": "model.width: there is no such setting",
     "model.name=vgg": (
-        "model.name=vgg: choose one of alexnet, mlp, resnet10, resnet18, resnet4, squeezenext, as model=NAME"
+        "model.name=vgg: choose one of alexnet, flow, mlp, resnet10, resnet18, resnet4, squeezenext, as model=NAME"
     ),
     "runtime.device=tpu": "runtime.device=tpu: choose one of auto, cuda, cpu",
     "runtime.precision=fp16": "choose one of fp32, tf32, bf16, fp64",

@@ -22,19 +22,24 @@ from anode_exp.config.schema import (
 )
 from anode_exp.data import (
     DATASETS,
+    DENSITIES,
     TRAJECTORIES,
     Augmentation,
     DataSet,
+    DensityData,
     ImageData,
     Normalisation,
     load,
+    load_density,
     load_trajectory,
 )
+from anode_exp.data.densities import PLANAR
 from anode_exp.errors import UserError
 from anode_exp.gradient import GRADIENT_MODES
 from anode_exp.models import MODELS, Autonomous, Evolution, OdeBlock, TimedBatchNorm, ode_blocks
 from anode_exp.ode import SOLVERS, TABLEAUX, NewtonKrylov, Solver, TimeGrid, Tolerance
 from anode_exp.tasks.classification import Classification, ImageBatches
+from anode_exp.tasks.density import Density, DensityBatches
 from anode_exp.tasks.task import Data, Task
 from anode_exp.tasks.trajectory import TrajectoryBatches, TrajectoryFit
 
@@ -68,6 +73,10 @@ def build_data(dataset: DatasetConfig, device: torch.device) -> DataSet:
     """The data set on the device; UserError if it is not there, or cannot be made."""
     if dataset.name in TRAJECTORIES:
         return load_trajectory(dataset.name, dataset.points or 1, dataset.stiffness or 1.0).to(device)
+    if dataset.name in DENSITIES:
+        names = ("train_size", "validation_size", "test_size") if dataset.name in PLANAR else ()
+        sizes = {name: size for name in names if (size := getattr(dataset, name)) is not None}
+        return load_density(dataset.name, Path(dataset.root), **sizes, split=dataset.split).to(device)
     return build_images(dataset, device)
 
 
@@ -78,6 +87,8 @@ def build_images(dataset: DatasetConfig, device: torch.device) -> ImageData:
 
 def output_size(dataset: DatasetConfig) -> int:
     """Numbers that a network for the data set returns for a sample: classes, or components of a state."""
+    if dataset.name in DENSITIES:
+        return DENSITIES[dataset.name]
     return TRAJECTORIES[dataset.name].size if dataset.name in TRAJECTORIES else DATASETS[dataset.name][1]
 
 
@@ -155,7 +166,9 @@ def build_optimizer(network: nn.Module, recipe: RecipeConfig) -> torch.optim.Opt
     for group in groups:  # each its own tensor: one that groups share would be filled by the last of them
         group["lr"] = torch.tensor(recipe.lr, device=device) if on_cuda else recipe.lr
     optimizer: torch.optim.Optimizer
-    if recipe.optimizer == "adamw":
+    if recipe.optimizer == "adam":
+        optimizer = torch.optim.Adam(groups, weight_decay=recipe.weight_decay, fused=on_cuda, capturable=on_cuda)
+    elif recipe.optimizer == "adamw":
         optimizer = torch.optim.AdamW(groups, weight_decay=recipe.weight_decay, fused=on_cuda, capturable=on_cuda)
     else:
         settings = {name: getattr(recipe, name) for name in ("momentum", "weight_decay", "nesterov")}
@@ -173,8 +186,8 @@ def build_optimizer(network: nn.Module, recipe: RecipeConfig) -> torch.optim.Opt
 def build_schedule(recipe: RecipeConfig) -> Callable[[int], float]:
     """The learning rate after so many epochs.
 
-    ``steps``: lr·gamma for every milestone passed. ``cosine``: lr·(1 + cos(π·epochs/recipe.epochs))/2. Before, it rises
-    in equal steps over ``warmup_epochs``.
+    ``steps``: lr·gamma for every milestone passed. ``cosine``: lr·(1 + cos(π·epochs/recipe.epochs))/2. ``plateau``: lr;
+    the trainer, which knows the scores, multiplies it by gamma. Before, it rises in equal steps over ``warmup_epochs``.
     """
 
     def rate(epochs: int) -> float:
@@ -293,5 +306,10 @@ def build_task(config: TrainConfig, data: DataSet, layout: torch.memory_format) 
         normalise = Normalisation(dataset.mean, dataset.std, device, layout)
         batches = ImageBatches(data, recipe.batch_size, augment, normalise, config.seed)
         return Classification(recipe.label_smoothing), batches
+    if isinstance(data, DensityData):
+        samples = data.to(device, dtype_of(config.runtime.precision))
+        trace = config.task.trace or "exact"
+        of_density = DensityBatches(samples, recipe.batch_size, trace, config.seed, recipe.steps_per_epoch)
+        return Density(data.offset), of_density
     states = data.to(device, dtype_of(config.runtime.precision))
     return TrajectoryFit(config.task.loss or "mae"), TrajectoryBatches(states, recipe.steps_per_epoch or 1)

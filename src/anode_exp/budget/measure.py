@@ -90,8 +90,12 @@ class Planner:
         self.batch_size = len(batch[0]) if batch_size is None else batch_size
         self.optimizer = new_optimizer(network)
         set_learning_rate(self.optimizer, 0.0)
+        momenta = ("momentum_buffer",) if isinstance(self.optimizer, torch.optim.SGD) else ("exp_avg", "exp_avg_sq")
         for p in network.parameters():  # a run has momentum from its second step on
-            self.optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
+            self.optimizer.state[p].update({name: torch.zeros_like(p) for name in momenta})
+            if len(momenta) > 1:  # Adam's
+                on_host = not self.optimizer.defaults["capturable"] and not self.optimizer.defaults["fused"]
+                self.optimizer.state[p]["step"] = torch.zeros((), device="cpu" if on_host else p.device)
         self.blocks = list(ode_blocks(network))
         self.device = batch[0].device
         self.choices = policies(max(b.grid.n_steps for b in self.blocks), self.blocks[0].solver)  # type: ignore[union-attr]

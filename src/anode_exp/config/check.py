@@ -214,7 +214,12 @@ def _check_task(config: TrainConfig) -> None:
     precision, mode = config.runtime.precision, config.gradient.name
     modes = "gradient=batched_adjoint, stage_checkpoint or step_checkpoint"
     _refuse(
-        (precision == "fp64" and not trajectory, f"runtime.precision=fp64: task={task} has fp32, tf32 and bf16"),
+        (precision == "fp64" and task == "classification",
+         f"runtime.precision=fp64: task={task} has fp32, tf32 and bf16"),
+        (precision == "bf16" and task == "density",
+         "runtime.precision=bf16: a density's trace needs more digits; use fp32, tf32 or fp64"),
+        (task == "density" and config.model.activation not in ("softplus", "gelu"),
+         f"model.activation={config.model.activation}: a density contains its derivative; choose softplus or gelu"),
         (mode == "batched_adjoint" and not trajectory,
          f"gradient=batched_adjoint: for the small states of task=trajectory; with task={task} use stage_checkpoint"),
         (mode == "budget" and trajectory, f"gradient=budget: plans for the blocks of images' networks; use {modes}"),
@@ -253,6 +258,8 @@ def typed(config: DictConfig) -> TrainConfig:
     _refuse(
         (recipe.optimizer == "sgd" and recipe.nesterov and recipe.momentum == 0,
          "recipe.nesterov=true: needs recipe.momentum above 0"),
+        ((recipe.patience is None) and recipe.schedule == "plateau",
+         "recipe.schedule=plateau: needs recipe.patience, epochs without a better score, such as 10"),
         (planned and checked.seeds > 1, "gradient=budget: plans for one run on its device; set seeds=1"),
         (planned and solver.adaptive, "gradient=budget: plans for a known number of steps; set solver.adaptive=false"),
     )  # fmt: skip
@@ -297,14 +304,17 @@ NEEDS: tuple[tuple[tuple[str, ...], str, Callable[[TrainConfig], bool]], ...] = 
     (("model.evolution_*", "recipe.evolution_lr"), "model.evolution=reaction_diffusion_advection",
      lambda c: c.model.evolution != "none"),
     (("model.evolution_steps",), "model.evolution_activation=tanh", lambda c: c.model.evolution_activation != "none"),
-    (("recipe.milestones", "recipe.gamma"), "recipe.schedule=steps", lambda c: c.recipe.schedule == "steps"),
+    (("recipe.milestones",), "recipe.schedule=steps", lambda c: c.recipe.schedule == "steps"),
+    (("recipe.gamma",), "recipe.schedule=steps or plateau", lambda c: c.recipe.schedule in ("steps", "plateau")),
+    (("recipe.patience",), "recipe.schedule=plateau", lambda c: c.recipe.schedule == "plateau"),
     (("recipe.momentum", "recipe.nesterov", "recipe.restart_momentum"), "recipe.optimizer=sgd",
      lambda c: c.recipe.optimizer == "sgd"),
     (("recipe.restart_momentum",), "recipe.momentum above 0", lambda c: c.recipe.momentum > 0),
     (("recipe.decay_all",), "recipe.weight_decay above 0", lambda c: c.recipe.weight_decay > 0),
     (("runtime.channels_last", "runtime.cudnn_benchmark"), "task=classification",
      lambda c: c.task.name == "classification"),
-    (("dataset.root", "dataset.download"), "dataset=cifar10 or cifar100", lambda c: c.dataset.name.startswith("cifar")),
+    (("dataset.root", "dataset.download"), "dataset=cifar10 or cifar100, or a table such as miniboone",
+     lambda c: c.dataset.name.startswith("cifar") or c.dataset.name in ("power", "miniboone", "bsds300")),
 )  # fmt: skip
 """Settings, what they need to have an effect, and whether a configuration has it."""
 

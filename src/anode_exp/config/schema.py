@@ -23,6 +23,7 @@ class TaskConfig:
 
     name: str = "classification"
     loss: str | None = _setting(None, one_of=("mae", "mse"))
+    trace: str | None = _setting(None, one_of=("exact", "gaussian", "rademacher"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +48,12 @@ TASKS = {
         dataset=("robertson", "van_der_pol"),
         recipe=("adamw",),
         model_settings=("hidden", "activation", "bias", "weight_std"),
+    ),
+    "density": Parts(
+        model=("flow",),
+        dataset=("moons", "eight_gaussians", "checkerboard", "pinwheel", "digits64", "power", "miniboone", "bsds300"),
+        recipe=("adam",),
+        model_settings=("hidden", "activation", "blocks_per_stage"),
     ),
 }
 """The tasks by name, and what goes with each."""
@@ -160,6 +167,7 @@ class DatasetConfig:
     train_size: int | None = _setting(None, at_least=1)
     test_size: int | None = _setting(None, at_least=1)
     validation_size: int = _setting(0, at_least=0)
+    split: int = _setting(0, at_least=0)
     crop_padding: int = _setting(0, at_least=0)
     flip: bool = False
     mean: list[float] = field(default_factory=lambda: [0.0, 0.0, 0.0])
@@ -180,7 +188,7 @@ class RecipeConfig:
     max_steps: int | None = _setting(at_least=1)
     batch_size: int = _setting(1, at_least=1)
     test_batch_size: int | None = _setting(None, at_least=1)
-    optimizer: str = _setting("sgd", one_of=("sgd", "adamw"))
+    optimizer: str = _setting("sgd", one_of=("sgd", "adam", "adamw"))
     lr: float = _setting(at_least=0)
     momentum: float = _setting(0.0, at_least=0)
     weight_decay: float = _setting(at_least=0)
@@ -190,7 +198,9 @@ class RecipeConfig:
     nesterov: bool = False
     restart_momentum: bool = False
     decay_all: bool = True
-    schedule: str = _setting("steps", one_of=("steps", "cosine"))
+    schedule: str = _setting("steps", one_of=("steps", "cosine", "plateau"))
+    patience: int | None = _setting(None, at_least=1)
+    stop_after: int | None = _setting(None, at_least=1)
     warmup_epochs: int = _setting(0, at_least=0)
     label_smoothing: float = _setting(0.0, at_least=0, below=1)
     moving_average: float = _setting(0.0, at_least=0, below=1)
@@ -250,6 +260,7 @@ class StudyConfig:
     run: str | None = None
     checkpoint: str = "best"
     calibrate: int = _setting(50, at_least=1)
+    samples: int | None = _setting(None, at_least=1)
 
 
 @dataclass(kw_only=True)

@@ -23,8 +23,17 @@ STUDY_READS: dict[str, tuple[str, ...]] = {
     "reversibility": ("experiment", "solver", "solver.n_steps", *_REVERSIBLE, *_DATA[:-2], "seed", "runtime.device"),
     "evolution": (),
     "batchnorm": ("dataset.root", "dataset.download", "runtime.device"),
+    "stiff": ("runtime.device",),
+    "density": ("dataset.root", "runtime.device"),
 }  # fmt: skip
 """The settings, besides its own, that each study uses. What a run brings with it is not to be set beside it."""
+
+
+SEVERAL_RUNS = {"batchnorm": "runtime.keep_every=1", "stiff": "task=trajectory", "density": "task=density"}
+"""Studies of one or more recorded runs, and what these were given."""
+
+OF_TASK = {"stiff": "trajectory", "density": "density"}
+"""The task of a study's runs, where it is not classification."""
 
 
 def study(name: str, overrides: list[str], thorough: bool = False) -> tuple[TrainConfig, StudyConfig]:
@@ -50,7 +59,11 @@ def study(name: str, overrides: list[str], thorough: bool = False) -> tuple[Trai
     for group, names in (("solver", checked.solvers + own), ("gradient", [g.name for g in checked.gradients.values()])):
         for unknown in set(names) - set(options(group)):
             raise UserError(f"study {name}: {unknown} is no {group}; choose from {', '.join(options(group))}")
-    compared = checked.solvers or ([config.solver.name] if name in ("memory", "budget", "reversibility") else [])
+    compared = (
+        []
+        if name == "stiff"
+        else checked.solvers or ([config.solver.name] if name in ("memory", "budget", "reversibility") else [])
+    )
     for solver in set(compared + own) - set(solvers_that("static")):
         choice = f"choose from {', '.join(solvers_that('static'))}"
         raise UserError(f"study {name}: {solver} is implicit, and the study compares explicit methods; {choice}")
@@ -86,16 +99,21 @@ def study(name: str, overrides: list[str], thorough: bool = False) -> tuple[Trai
             who = f"study {name}" + (" with run=DIR" if checked.run is not None else "")
             raise UserError(f"{key}: {who} does not use it; it uses {taken}")
     if checked.run is not None:
-        folders = checked.run.split(",") if name == "batchnorm" else [checked.run]
-        recorded, *_ = [typed(read_config(Path(f))) for f in folders]
+        folders = checked.run.split(",") if name in SEVERAL_RUNS else [checked.run]
+        task, runs = OF_TASK.get(name, "classification"), [typed(read_config(Path(f))) for f in folders]
+        for folder, other in zip(folders, runs, strict=True):
+            if other.task.name != task:
+                raise UserError(f"study {name}: is for runs of task={task}, {folder} is of task={other.task.name}")
+        recorded = runs[0]
         for key in ("root", "download"):
             if f"dataset.{key}" in given:
                 setattr(recorded.dataset, key, getattr(config.dataset, key))
         config = replace(config, model=recorded.model, dataset=recorded.dataset, seed=recorded.seed)
         if checked.checkpoint == "every" or name == "batchnorm":
             config = replace(config, solver=recorded.solver)
-    elif name == "batchnorm":
-        raise UserError("study batchnorm: needs run=DIR, or run=DIR,DIR for several trained with runtime.keep_every=1")
+    elif name in SEVERAL_RUNS:
+        kind = f"a run with {SEVERAL_RUNS[name]}"
+        raise UserError(f"study {name}: needs run=DIR, {kind}, or run=DIR,DIR for several")
     if name == "evolution" and (checked.run is None or config.model.evolution == "none"):
         raise UserError("study evolution: needs run=DIR, a run with model.evolution=reaction_diffusion_advection")
     adaptive = ("study.tolerances", "study.adaptive_solvers", "solver.max_evaluations", "solver.min_step")

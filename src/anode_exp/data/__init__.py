@@ -1,6 +1,7 @@
 """Data sets to tensors, and augmentation."""
 
 from anode_exp.data.datasets import DATASETS, load
+from anode_exp.data.densities import DENSITIES, DensityData, load_density
 from anode_exp.data.image_data import (
     Augmentation,
     EpochBatches,
@@ -12,14 +13,16 @@ from anode_exp.data.image_data import (
 )
 from anode_exp.data.trajectories import TRAJECTORIES, TrajectoryData, load_trajectory
 
-DataSet = ImageData | TrajectoryData
+DataSet = ImageData | TrajectoryData | DensityData
 """A loaded data set. All have ``device``, ``nbytes`` and ``train``, whose length is the number of samples."""
 
 __all__ = [
     "DATASETS",
+    "DENSITIES",
     "TRAJECTORIES",
     "Augmentation",
     "DataSet",
+    "DensityData",
     "EpochBatches",
     "ImageData",
     "Normalisation",
@@ -28,5 +31,6 @@ __all__ = [
     "balanced_subset",
     "evaluation_batches",
     "load",
+    "load_density",
     "load_trajectory",
 ]

@@ -8,12 +8,14 @@ from anode_exp.models.alexnet import AlexNet
 from anode_exp.models.evolution import COUPLINGS, EVOLUTION_ACTIVATIONS, SHARINGS, Evolution, ReactionDiffusionAdvection
 from anode_exp.models.layers import ACTIVATIONS, NORMS, Autonomous, MakeOdeBlock, TimedBatchNorm
 from anode_exp.models.mlp import Mlp, TrajectoryNetwork, mlp
+from anode_exp.models.normalizing_flow import FlowField, NormalizingFlow, flow
 from anode_exp.models.ode_block import OdeBlock, count_parameters, ode_blocks, take_evaluations
 from anode_exp.models.resnet import RESNET4, RESNET10, RESNET18, ResNet
 from anode_exp.models.squeezenext import SqueezeNext
 
 MODELS: dict[str, Callable[..., nn.Module]] = {
     "alexnet": AlexNet,
+    "flow": flow,
     "mlp": mlp,
     "resnet4": RESNET4,
     "resnet10": RESNET10,
@@ -31,8 +33,10 @@ __all__ = [
     "AlexNet",
     "Autonomous",
     "Evolution",
+    "FlowField",
     "MakeOdeBlock",
     "Mlp",
+    "NormalizingFlow",
     "OdeBlock",
     "ReactionDiffusionAdvection",
     "ResNet",

@@ -9,7 +9,7 @@ from anode_exp.ode.explicit import ExplicitRungeKutta, weighted_sum
 from anode_exp.ode.grid import Steps, TimeGrid, Tolerance
 from anode_exp.ode.implicit import DiagonallyImplicitRungeKutta
 from anode_exp.ode.integrate import end_state, integrate, integrate_adaptive, solve_forward
-from anode_exp.ode.newton_krylov import NewtonKrylov
+from anode_exp.ode.newton_krylov import NewtonKrylov, linearised
 from anode_exp.ode.reversible import AsynchronousLeapfrog, ReversibleRungeKutta
 from anode_exp.ode.solver import (
     EmbeddedSolver,
@@ -62,6 +62,7 @@ __all__ = [
     "end_state",
     "integrate",
     "integrate_adaptive",
+    "linearised",
     "newton_at_once",
     "solve_forward",
     "weighted_sum",

@@ -24,8 +24,11 @@ from anode_exp.ode.newton_krylov import change_of, linearised
 from anode_exp.ode.tableau import ButcherTableau, ImplicitTableau
 from anode_exp.ode.vector_field import Theta, VectorField
 
-MOST_ITERATIONS = 10
+MOST_ITERATIONS = 25
 """Of Newton's method for all steps; beyond, solving step by step is faster."""
+
+LARGEST_CHANGE = 0.06
+"""Of a state in one iteration, relative. Where trajectories diverge, the linearised equations overshoot."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +112,9 @@ def newton_at_once(
     """The trajectory from y0 by Newton's method for all stages of all steps together, from a guess of the same steps.
 
     Each iteration evaluates f and its Jacobians once for all stages, and solves the linearised equations from the
-    first step to the last. Converged as ``NewtonKrylov`` is, for every stage of every step.
+    first step to the last; a change above ``LARGEST_CHANGE`` of a state is scaled down to that. It has converged when
+    what is left is below rtol of every stage: the last change times ρ / (1 − ρ), where ρ is the ratio of the last two
+    (E. Hairer and G. Wanner, Solving Ordinary Differential Equations II, IV.8).
 
     Returns:
         None if it has not converged after ``MOST_ITERATIONS``, or the iterates are not finite.
@@ -118,7 +123,7 @@ def newton_at_once(
     times = stage_times(tableau, guess.times, guess.sizes)
     stages, states = guess.stages, torch.cat([y0[None], guess.states[1:]])
     eye = torch.eye(y0.shape[-1], dtype=y0.dtype, device=y0.device).expand(*stages.shape, -1)
-    before = float("inf")
+    before = float("nan")
     for _ in range(MOST_ITERATIONS):
         field.evaluations.newton += 1
         slopes, jacobian, _ = slopes_and_jacobians(field, theta, times, stages)
@@ -136,13 +141,17 @@ def newton_at_once(
             moves.append(torch.baddbmm(constant, matrix, moves[-1]))
         of_states = torch.stack(moves)
         of_stages = torch.stack([x[..., -1] + (x[..., :-1] @ of_states[:-1])[..., 0] for x in changes])
-        stages, states = stages + of_stages, states + of_states[..., 0]
         change = change_of(of_stages.flatten(0, 2), stages.flatten(0, 2))
         if not change < float("inf"):
             return None
-        if change <= rtol or (change >= before and change <= rtol**0.75):
+        part = min(1.0, LARGEST_CHANGE / change) if change > 0 else 1.0
+        stages, states = stages + part * of_stages, states + part * of_states[..., 0]
+        ratio = change / before
+        # At the limit of rounding changes stop shrinking before they are below the tolerance.
+        rounding = ratio >= 1.0 and change <= rtol**0.75
+        if change <= rtol or rounding or (ratio < 1.0 and change * ratio / (1.0 - ratio) <= rtol):
             return Trajectory(guess.times, guess.sizes, stages, states)
-        before = change
+        before = change if part == 1.0 else float("nan")  # the next one says nothing of how fast changes shrink
     return None
 
 

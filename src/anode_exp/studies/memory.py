@@ -15,7 +15,7 @@ from anode_exp.config.schema import StudyConfig, TrainConfig
 from anode_exp.models import take_evaluations
 from anode_exp.records.reading import Row
 from anode_exp.tasks.classification import Classification
-from anode_exp.tasks.task import Batch
+from anode_exp.tasks.task import Batch, Task
 from anode_exp.training.graphed_step import CudaCapture, GraphedStep, capture_of
 from anode_exp.training.peak_memory import allocator_of, peak_while
 from anode_exp.training.progress import bar
@@ -32,6 +32,7 @@ def peaks_and_times(
     repeats: int,
     tick: Callable[[], object],
     new_capture: Callable[[], CudaCapture] | None = None,
+    task: Task | None = None,
 ) -> Iterator[Row]:
     """A row for each network: peak bytes, median seconds a step, and the median of its ratios to the first's.
 
@@ -42,9 +43,9 @@ def peaks_and_times(
 
     Args:
         new_capture: makes recordings, whose replays are timed: so do runs on CUDA. None times eager steps.
+        task: whose loss the steps take; by default classification.
     """
-    device = batch[0].device
-    task = Classification()
+    device, task = batch[0].device, task or Classification()
     autocast = autocast_for(precision, device)
     optimizers = {k: torch.optim.SGD(n.parameters(), lr=LEARNING_RATE, momentum=0.9) for k, n in networks.items()}
 

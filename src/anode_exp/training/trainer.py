@@ -46,6 +46,7 @@ class Progress:
     validation_score: float | None = None
     best_epoch: int | None = None
     best_score: float | None = None
+    lr_drops: int = 0  # of recipe.schedule=plateau
     nfe: dict[str, Any] = field(default_factory=dict)  # a step: forward, backward, and both for each block
     train_time_s: float = 0.0
     evaluation_time_s: float = 0.0
@@ -101,6 +102,9 @@ def memory_for(what: str, remedy: str) -> Iterator[None]:
         traceback.clear_frames(error.__traceback__)  # they hold activations, and runs at its side go on
         raise UserError(f"{what}: out of memory ({str(error).splitlines()[0]}); {remedy}") from error
 
+
+MOST_DROPS = 2
+"""Of the learning rate, with recipe.schedule=plateau; later drops keep nothing moving (FFJORD's and PNODE's code)."""
 
 REHEARSED_STEPS = 3
 """One eager, one that records and replays a graph, and one more where an epoch's smaller batch comes between."""
@@ -207,7 +211,7 @@ class Trainer:
         What drives several runs does something else in between.
         """
         if self._epoch is None:
-            if self.status != "completed" or (self._part is None and self.progress.steps >= self.total_steps):
+            if self.status != "completed" or (self._part is None and self._finished):
                 return False
             self._epoch = self._begin_epoch()
         epoch = self._epoch
@@ -219,6 +223,17 @@ class Trainer:
         self._end_epoch(epoch)
         return True
 
+    @property
+    def _stale(self) -> int:
+        """Epochs since the best score."""
+        progress = self.progress
+        return 0 if progress.best_epoch is None else progress.epochs - progress.best_epoch
+
+    @property
+    def _finished(self) -> bool:
+        stop_after = self.recipe.stop_after
+        return self.progress.steps >= self.total_steps or (stop_after is not None and self._stale >= stop_after)
+
     def close(self) -> None:
         """Take the bar of an epoch in progress off the terminal."""
         if self._epoch is not None:
@@ -228,7 +243,7 @@ class Trainer:
         progress = self.progress
         self.network.train()
         take_evaluations(self.network)
-        lr = self.schedule(progress.epochs)
+        lr = self.schedule(progress.epochs) * self.recipe.gamma**progress.lr_drops
         set_learning_rate(self.optimizer, lr)
         if self.recipe.restart_momentum and self._part is None:
             restart_momentum(self.optimizer)
@@ -329,7 +344,7 @@ class Trainer:
         log.info(self._describe(line))
         if self.status == "completed":
             self._save(line)
-            if self.world.any(self.stop.signal is not None) and progress.steps < self.total_steps:
+            if self.world.any(self.stop.signal is not None) and not self._finished:
                 self.status = "interrupted"
 
     def _evaluations_per_step(self, steps: int) -> dict[str, Any]:
@@ -349,6 +364,9 @@ class Trainer:
         best = self._better(score, progress.best_score) == score != progress.best_score
         if best:
             progress.best_score, progress.best_epoch = score, progress.epochs
+        patience = self.recipe.patience
+        if self.recipe.schedule == "plateau" and patience is not None and progress.lr_drops < MOST_DROPS:
+            progress.lr_drops += self._stale >= patience * (progress.lr_drops + 1)
         every = self.runtime.keep_every
         keep = progress.epochs if every is not None and progress.epochs % every == 0 else None
         self.checkpoints.save(self.state(), best, keep)
