@@ -55,7 +55,9 @@ def test_the_help_of_a_study_shows_its_settings_and_their_defaults(call, name):
     assert code == 0 and f"study {name}" in out.split("examples")[1]
     assert about("study", name).line[1:20] in out
     assert "hydra.run.dir=" in out
-    assert ("run=" in out.replace("hydra.run", "")) == (name in ("batchnorm", "gradient_error", "evolution"))
+    assert ("run=" in out.replace("hydra.run", "")) == (
+        name in ("batchnorm", "density", "gradient_error", "evolution", "stiff")
+    )
     for key in comments(CONF / "study" / f"{name}.yaml"):
         assert key in out or key in ("study.run", "study.checkpoint", "study.gradients", "solver.n_steps"), key
 
@@ -65,11 +67,26 @@ def test_help_shows_the_values_that_settings_lead_to(call):
     assert code == 0
     for line in ("model.width=1.0 ", "recipe.schedule=cosine ", "dataset.flip=false "):
         assert f"  {line}" in out
-    defaults = call("train --help")[0]
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        "",
+        "recipe.optimizer=adam",
+        "task=trajectory dataset=van_der_pol",
+        "task=density",
+        "task=density dataset=digits64",
+    ],
+)
+def test_help_explains_every_setting(call, overrides):
+    defaults = call(f"train {overrides} --help")[0]
     settings = [line for line in defaults.splitlines() if line.startswith("  ") and "=" in line.split(" ")[2]]
-    assert len(settings) > 50
+    assert len(settings) > 40
     bare = [line for line in settings if len(line.split()) < 2 and len(line) < 44]
     assert not bare, "every setting is explained"
+    if "density" in overrides:
+        assert "class-balanced" not in defaults, "what the data set's own files say, not another's"
 
 
 def test_the_help_of_a_paper_lists_its_figures_and_methods(call):
@@ -170,7 +187,7 @@ REFUSED = {
     "train hydra.mode=MULTIRUN": "hydra.mode: give -m for a sweep",
     "train hydra/launcher=joblib": "hydra/launcher: is for sweeps; add -m",
     "train --config-name nosuch": "--config-name: not a flag of train",
-    "train recipe.name=mine": "recipe.name=mine: choose one of modern, paper",
+    "train recipe.name=mine": "recipe.name=mine: choose one of adam, adamw, modern, paper",
     "train resume={run} dataset.root=/x": "dataset.root: has no effect here",
     "study memory study.name=budget": "study.name: chosen by the word after study",
     "study memory study.batch_size=null": "study.batch_size=null: give a whole number",

@@ -230,7 +230,8 @@ def test_a_gradient_mode_of_ones_own():
         (
             "memry",
             [],
-            "choose one of batchnorm, budget, evolution, gradient_error, memory, reversibility; did you mean memory?",
+            "choose one of batchnorm, budget, density, evolution, gradient_error, memory, reversibility, stiff; "
+            "did you mean memory?",
         ),
         ("memory", ["study.n_steps=[0]"], "study.n_steps=[0]: give a list of whole numbers, at least 1"),
         ("memory", ["study.n_steps=[a]"], "study.n_steps[0]=a: give a list of whole numbers"),

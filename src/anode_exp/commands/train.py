@@ -15,7 +15,7 @@ from anode_exp.commands.arguments import PROGRAM, help_text, own_settings, versi
 from anode_exp.config.change import resumed
 from anode_exp.config.check import split_settings, typed
 from anode_exp.config.compose import composed_settings, jobs
-from anode_exp.config.describe import CONF, PRESETS, described, groups, options
+from anode_exp.config.describe import CONF, PRESETS, described, files_of, groups, options
 from anode_exp.config.schema import ResumeSettings, TrainConfig
 from anode_exp.errors import UserError, fail
 from anode_exp.records.reading import write_json
@@ -42,8 +42,8 @@ EXAMPLES = (
 def help_page(overrides: list[str]) -> str:
     config = composed_settings(overrides)
     choices = [(f"{g}:", ", ".join(options(g))) for g in groups()]
-    chosen = [(g, name) for g in groups() if g not in PRESETS for name in ("_common", "paper", config[g].name)]
-    files = [CONF / "train.yaml", *(CONF / g / f"{name}.yaml" for g, name in chosen)]
+    chosen = [(g, config[g].name) for g in groups() if g not in PRESETS]
+    files = [CONF / "train.yaml", *(file for g, name in chosen for file in files_of(g, name))]
     place = ("hydra.run.dir=outputs/DATE/TIME", "where the run is recorded; with -m hydra.sweep.dir")
     settings = [place, *own_settings(ResumeSettings), *described(config, files)]
     parts = [(f"groups, described by: {PROGRAM} list", choices), ("settings", settings), ("flags", FLAGS)]

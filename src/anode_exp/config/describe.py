@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+import yaml
 from omegaconf import DictConfig, OmegaConf
 
 _PACKAGED = Path(__file__).parents[1] / "conf"
@@ -29,6 +30,14 @@ PRESETS = ("experiment", "length", "compat")
 
 def groups() -> list[str]:
     return sorted(d.name for d in CONF.iterdir() if d.is_dir() and d.name not in ("hydra", "study", "reproduce"))
+
+
+def files_of(group: str, option: str) -> list[Path]:
+    """An option's file, after those of its group that it is made of."""
+    path = CONF / group / f"{option}.yaml"
+    defaults = (yaml.safe_load(path.read_text()) or {}).get("defaults", [])
+    bases = [entry.partition("@")[0] for entry in defaults if isinstance(entry, str)]
+    return [file for base in bases if base != "_self_" for file in files_of(group, base)] + [path]
 
 
 @dataclass(frozen=True)
