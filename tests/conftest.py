@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map
 
+from anode_exp.config.schema import TASKS
 from anode_exp.gradient import GRADIENT_MODES, GradientMode
 from anode_exp.models import OdeBlock, ode_blocks
 from anode_exp.ode import TABLEAUX, Evaluations, ExplicitRungeKutta, ReversibleRungeKutta, Solver, TimeGrid
@@ -15,6 +16,10 @@ from anode_exp.training.graphed_step import WARM_UP_STEPS
 
 # Tests run several processes side by side: each with threads of its own for every core slows all of them many times.
 torch.set_num_threads(1)
+
+IMAGE_MODELS = TASKS["classification"].model
+IMAGE_MODES = [mode for mode in GRADIENT_MODES if mode != "batched_adjoint"]
+"""Gradient modes that take states of any shape."""
 
 
 class Field(nn.Module):

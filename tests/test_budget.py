@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from conftest import Repeat, make_ode_block
+from conftest import IMAGE_MODELS, Repeat, make_ode_block
 
 from anode_exp.budget.measure import REPEATS, Planner
 from anode_exp.budget.plan import RESERVE, Plan, policies
@@ -103,7 +103,7 @@ def test_no_plan_that_fits_is_faster():
     assert p.plan(most).policies == ("full_backprop",) * 4
 
 
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", IMAGE_MODELS)
 def test_from_nothing_fits_to_everything_kept(model):
     p = by_evaluations(planner(model, n_steps=3, batch=4))
     least, most = p.least() + RESERVE, p.predict(["full_backprop"] * len(p.blocks)) + RESERVE

@@ -5,7 +5,7 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import make_ode_block
+from conftest import IMAGE_MODES, make_ode_block
 
 from anode_exp.build import autocast_for, build_data
 from anode_exp.commands.bench import bench_entries
@@ -14,7 +14,6 @@ from anode_exp.config.compose import jobs
 from anode_exp.config.studies import study
 from anode_exp.data import Augmentation, EpochBatches, Normalisation, Split
 from anode_exp.errors import UserError
-from anode_exp.gradient import GRADIENT_MODES
 from anode_exp.models import MODELS
 from anode_exp.studies.bench import _contestant
 from anode_exp.studies.study import run_study
@@ -27,7 +26,7 @@ from anode_exp.training.streams import MOST_STREAMS, run_streams
 pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
 
-@pytest.mark.parametrize("mode", GRADIENT_MODES)
+@pytest.mark.parametrize("mode", IMAGE_MODES)
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_step_never_waits_for_the_device(mode, precision):
     device = torch.device("cuda")
@@ -46,7 +45,7 @@ def test_a_step_never_waits_for_the_device(mode, precision):
         torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.parametrize("mode", sorted(set(GRADIENT_MODES) - {"reverse_adjoint", "stored_adjoint"}))
+@pytest.mark.parametrize("mode", sorted(set(IMAGE_MODES) - {"reverse_adjoint", "stored_adjoint"}))
 def test_exact_modes_agree_in_float64(mode):
     def gradient(mode):
         torch.manual_seed(0)
@@ -123,7 +122,7 @@ def test_adaptive_steps(tmp_path):
     assert results["nfe"]["accepted"] > 0 and results["nfe"]["backward_accepted"] > 0
 
 
-@pytest.mark.parametrize("mode", GRADIENT_MODES)
+@pytest.mark.parametrize("mode", IMAGE_MODES)
 def test_the_captured_step_trains_as_the_eager_one(mode):
     """Bit for bit over 50 steps with deterministic cuDNN, through a smaller batch and a change of learning rate."""
     device = torch.device("cuda")

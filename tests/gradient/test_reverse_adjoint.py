@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import Field, make_ode_block, solver
+from conftest import IMAGE_MODELS, Field, make_ode_block, solver
 from torch import nn
 from torchdiffeq import odeint_adjoint
 
@@ -135,7 +135,7 @@ def test_theta_of_the_step_that_is_reversed():
     assert y0.grad.item() == pytest.approx(a, rel=1e-14)
 
 
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", IMAGE_MODELS)
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_leaves_the_buffers_that_full_backpropagation_leaves(model, precision):
     def buffers(mode):

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from conftest import make_ode_block
+from conftest import IMAGE_MODELS, make_ode_block
 from torch import nn
 
 from anode_exp.build import build_model, build_optimizer
@@ -97,7 +97,7 @@ def test_no_coefficients_are_constant_weights_to_the_last_bit(activation, coupli
 
 @pytest.mark.parametrize(
     ("name", "coupling", "sharing", "activation"),
-    [*itertools.product(MODELS, COUPLINGS, SHARINGS, ["none"]),
+    [*itertools.product(IMAGE_MODELS, COUPLINGS, SHARINGS, ["none"]),
      *itertools.product(["resnet4"], COUPLINGS, SHARINGS, list(EVOLUTION_ACTIVATIONS)[1:])],
 )  # fmt: skip
 def test_every_coefficient_has_a_gradient_at_the_start(name, coupling, sharing, activation):

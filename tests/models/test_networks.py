@@ -3,7 +3,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import make_ode_block
+from conftest import IMAGE_MODELS, make_ode_block
 from torch import nn
 
 from anode_exp.build import build_model
@@ -27,14 +27,14 @@ def test_parameter_counts_of_the_published_code(name, total, in_blocks, blocks):
     assert len(list(ode_blocks(network))) == blocks
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", IMAGE_MODELS)
 @pytest.mark.parametrize("classes", [10, 100])
 def test_output_shape(name, classes):
     network = MODELS[name](classes, make_ode_block())
     assert network(torch.randn(2, 3, 32, 32)).shape == (2, classes)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", IMAGE_MODELS)
 @pytest.mark.parametrize("blocks", [0, 1, 3])
 def test_blocks_per_stage(name, blocks):
     network = MODELS[name](10, make_ode_block(), blocks_per_stage=blocks)
@@ -45,7 +45,7 @@ def test_blocks_per_stage(name, blocks):
     assert network(torch.randn(2, 3, 32, 32)).shape == (2, 10)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", IMAGE_MODELS)
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_norms_and_activations_train(name, norm, activation):
@@ -115,7 +115,7 @@ def test_initialisation_of_the_published_code():
         assert (norm.weight == 1).all() and not norm.bias.any()
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", IMAGE_MODELS)
 def test_f_has_the_layers_of_the_reference(name):
     network = MODELS[name](10, make_ode_block())
     block = next(ode_blocks(network))

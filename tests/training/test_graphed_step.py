@@ -4,11 +4,10 @@ import logging
 
 import pytest
 import torch
-from conftest import Repeat, make_ode_block
+from conftest import IMAGE_MODES, Repeat, make_ode_block
 from torch import nn
 
 from anode_exp.build import autocast_for
-from anode_exp.gradient import GRADIENT_MODES
 from anode_exp.models import MODELS, take_evaluations
 from anode_exp.tasks.classification import Classification
 from anode_exp.training.graphed_step import GraphedStep
@@ -73,7 +72,7 @@ def trained(
     return [*losses, *network.parameters(), *network.buffers(), *state], evaluations, replays
 
 
-@pytest.mark.parametrize(("mode", "by_time"), [*((mode, False) for mode in GRADIENT_MODES), ("dto_checkpoint", True)])
+@pytest.mark.parametrize(("mode", "by_time"), [*((mode, False) for mode in IMAGE_MODES), ("dto_checkpoint", True)])
 def test_trains_as_the_eager_step_does(mode, by_time):
     """Bit for bit: through recording, another batch size, and a change of the learning rate."""
     ours, our_evaluations, replays = trained(mode, True, by_time)

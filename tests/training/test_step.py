@@ -3,12 +3,11 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import make_ode_block
+from conftest import IMAGE_MODES, make_ode_block
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from anode_exp.build import autocast_for
 from anode_exp.data import Augmentation, EpochBatches, Normalisation, Split
-from anode_exp.gradient import GRADIENT_MODES
 from anode_exp.models import MODELS
 from anode_exp.ode import TABLEAUX
 from anode_exp.tasks.classification import Classification
@@ -46,7 +45,7 @@ def test_the_guard_works():
         bool(torch.ones(1) > 0)
 
 
-@pytest.mark.parametrize("mode", GRADIENT_MODES)
+@pytest.mark.parametrize("mode", IMAGE_MODES)
 @pytest.mark.parametrize("tableau", TABLEAUX)
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_nothing_is_read_on_the_host(mode, tableau, precision):
@@ -58,7 +57,7 @@ def test_nothing_is_read_on_the_host(mode, tableau, precision):
             train_step(net, optimizer, autocast_for(precision, CPU), Classification(), (images, labels))
 
 
-@pytest.mark.parametrize("mode", GRADIENT_MODES)
+@pytest.mark.parametrize("mode", IMAGE_MODES)
 def test_a_whole_step_runs_on_the_meta_device(mode):
     """It holds no values: a read on the host, or a tensor left on the CPU, is an error."""
     meta = torch.device("meta")
@@ -85,7 +84,7 @@ def test_a_whole_step_runs_on_the_meta_device(mode):
         float(loss)
 
 
-@pytest.mark.parametrize("mode", GRADIENT_MODES)
+@pytest.mark.parametrize("mode", IMAGE_MODES)
 def test_nothing_is_read_on_the_host_of_a_resnet(mode):
     net = network(mode, "euler", "resnet18")
     with NoHostRead():
