@@ -203,7 +203,7 @@ def test_hooks_of_a_theta_that_is_no_leaf_fire_once(mode):
     fired = []
     for i, entry in enumerate((*theta, *leaves)):
         entry.register_hook(lambda grad, i=i: fired.append(i))
-    y0 = torch.ones(3, dtype=torch.float64, requires_grad=True)
+    y0 = torch.ones(1, 3, dtype=torch.float64, requires_grad=True)
     y0.register_hook(lambda grad: fired.append("y0"))
     y1 = GRADIENT_MODES[mode]().solve(VectorField(module), y0, theta, TimeGrid(3), solver("rk2", mode))
     y1.sum().backward()
@@ -219,7 +219,7 @@ def test_frozen_and_unused_parameters(mode):
             super().__init__()
             self.unused = nn.Parameter(torch.ones(2, dtype=torch.float64))
 
-    y0 = torch.tensor([0.3, -0.2, 0.9], dtype=torch.float64)  # needs no gradient itself
+    y0 = torch.tensor([[0.3, -0.2, 0.9]], dtype=torch.float64)  # needs no gradient itself
     whole, frozen = Extra(), Extra()
     frozen.v.requires_grad_(False)
     for module in (whole, frozen):

@@ -90,7 +90,7 @@ def _recomposed(base: DictConfig, overrides: list[str], may_change: tuple[str, .
             check_key(override, setting_names(cast(dict[str, Any], OmegaConf.to_container(changed))))
             OmegaConf.update(changed, key_of(override), override.value())
     before, after = (flat(cast(dict[str, Any], OmegaConf.to_container(c))) for c in (base, changed))
-    for key in sorted(before.keys() | after.keys()):
+    for key in sorted(after):  # what an option's files do not name keeps the schema's value
         allowed = any(key == k or key.startswith(k + ".") for k in may_change)
         if not allowed and before.get(key) != after.get(key):
             allows = f"{who} may change {', '.join(may_change)}"
