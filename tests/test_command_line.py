@@ -61,7 +61,7 @@ def test_a_given_run_directory_is_used_once(tmp_path):
     ("arguments", "code", "stream", "text"),
     [
         (["--help"], 0, "stdout", "train -m"),
-        (["train", "--help"], 0, "stdout", "  solver:      backward_euler, bosh3, crank_nicolson, dopri5, euler"),
+        (["train", "--help"], 0, "stdout", "  solver:      alf, backward_euler, bosh3, crank_nicolson, dopri5, euler"),
         (["train", "--cfg", "job"], 0, "stdout", "n_steps: 2"),
         ([], 2, "stderr", "no verb given; verbs are train"),
         (["model=squeezenext"], 2, "stderr", "did you mean: python -m anode_exp train model=squeezenext"),
