@@ -1,6 +1,7 @@
 """Shared pieces: a small vector field, and where the real CIFAR data are."""
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from anode_exp.config.schema import TASKS
 from anode_exp.gradient import GRADIENT_MODES, GradientMode
 from anode_exp.models import OdeBlock, ode_blocks
 from anode_exp.ode import TABLEAUX, Evaluations, ExplicitRungeKutta, ReversibleRungeKutta, Solver, TimeGrid
+from anode_exp.records.checkpoints import Checkpoints
 from anode_exp.training.graphed_step import WARM_UP_STEPS
 
 # Tests run several processes side by side: each with threads of its own for every core slows all of them many times.
@@ -76,6 +78,29 @@ def make_ode_block(
 ) -> "type[OdeBlock] | object":
     gradient, name = (GRADIENT_MODES[mode](), mode) if isinstance(mode, str) else (mode, None)
     return lambda f: OdeBlock(f, solver(tableau, name), TimeGrid(n_steps), gradient)
+
+
+def trained_to_the_end(trainer):
+    while trainer.advance():
+        pass
+    return trainer
+
+
+def interrupted_and_resumed(make, directory, advances: int):
+    """A trainer stopped within an epoch, after so many advances, and another that goes on from its checkpoint.
+
+    Args:
+        make: a trainer in a directory, which may go on with what is there after (epochs, steps).
+    """
+    begun = make(directory)
+    for _ in range(advances):
+        assert begun.advance()
+    begun.stop.signal = signal.SIGTERM
+    trained_to_the_end(begun)
+    begun.record.close()
+    resumed = make(directory, resume_after=(begun.progress.epochs, begun.progress.steps))
+    resumed.restore(Checkpoints(directory / "checkpoints").load())
+    return begun, trained_to_the_end(resumed)
 
 
 @pytest.fixture

@@ -170,6 +170,9 @@ def test_what_an_implicit_solver_cannot_do_is_refused(settings, message):
         ("task=trajectory runtime.channels_last=false", "it needs task=classification"),
         ("task=trajectory model.evolution=none", "model.evolution: there is no such setting"),
         ("task=trajectory task.loss=l3", "task.loss=l3: choose one of mae, mse"),
+        ("task=trajectory task.loss=null", "task.loss=null: choose one of mae, mse"),
+        ("task=trajectory dataset.points=null", "dataset.points=null: give a whole number, at least 2"),
+        ("task=trajectory dataset=van_der_pol dataset.stiffness=null", "dataset.stiffness=null: give a number"),
         ("recipe.optimizer=adamw recipe.nesterov=true", "recipe.nesterov: .* it needs recipe.optimizer=sgd"),
     ],
 )

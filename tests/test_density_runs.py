@@ -37,6 +37,9 @@ def test_a_run_without_improvement_lowers_its_rate_twice_and_stops(tmp_path):
     assert rates == pytest.approx(sorted(rates, reverse=True))
     assert rates[best + 3] == pytest.approx(rates[best] if rates[best] < 0.05 else 0.1 * rates[best])
     assert min(rates) == pytest.approx(0.01)
+    with pytest.raises(UserError, match=r"has ended after \d+ epochs; the last 7 brought no better score"):
+        main([f"resume={tmp_path}"])
+    assert len(metrics(tmp_path)) == best + 1 + 7
 
 
 @pytest.mark.parametrize(
@@ -62,6 +65,7 @@ def test_the_papers_flows(preset, size, hidden, blocks):
         ("recipe.patience=3", "recipe.patience: has no effect here; it needs recipe.schedule=plateau"),
         ("gradient=batched_adjoint", "use stage_checkpoint"),
         ("task.trace=sometimes", "choose one of exact, gaussian, rademacher"),
+        ("task.trace=null", "task.trace=null: choose one of exact, gaussian, rademacher"),
         ("dataset=digits64 dataset.train_size=5", "dataset.train_size: there is no such setting"),
         ("dataset=cifar10", "not with task=density, which takes moons"),
     ],

@@ -33,7 +33,6 @@ from anode_exp.data import (
     load_density,
     load_trajectory,
 )
-from anode_exp.data.densities import PLANAR
 from anode_exp.errors import UserError
 from anode_exp.gradient import GRADIENT_MODES
 from anode_exp.models import MODELS, Autonomous, Evolution, OdeBlock, TimedBatchNorm, ode_blocks
@@ -72,16 +71,19 @@ def build_memory_format(runtime: RuntimeConfig, network: nn.Module, device: torc
 def build_data(dataset: DatasetConfig, device: torch.device) -> DataSet:
     """The data set on the device; UserError if it is not there, or cannot be made."""
     if dataset.name in TRAJECTORIES:
-        return load_trajectory(dataset.name, dataset.points or 1, dataset.stiffness or 1.0).to(device)
+        assert dataset.points is not None
+        return load_trajectory(dataset.name, dataset.points, dataset.stiffness or 1.0).to(device)
     if dataset.name in DENSITIES:
-        names = ("train_size", "validation_size", "test_size") if dataset.name in PLANAR else ()
-        sizes = {name: size for name in names if (size := getattr(dataset, name)) is not None}
+        sizes = {name: size for name in SIZES if (size := getattr(dataset, name)) is not None}
         return load_density(dataset.name, Path(dataset.root), **sizes, split=dataset.split).to(device)
     return build_images(dataset, device)
 
 
+SIZES = ("train_size", "validation_size", "test_size")
+
+
 def build_images(dataset: DatasetConfig, device: torch.device) -> ImageData:
-    sizes = {name: getattr(dataset, name) for name in ("train_size", "test_size", "validation_size")}
+    sizes = {name: getattr(dataset, name) for name in SIZES}
     return load(dataset.name, Path(dataset.root), dataset.download, **sizes).to(device)
 
 
@@ -128,14 +130,14 @@ def build_model(
             f.time_norms(times, by_time and solver.adaptive, intervals if model.norm_affine == "by_time" else None)
         evolution = None
         if model.evolution != "none":
-            chosen = ("coupling", "sharing", "activation", "steps")
-            evolution = Evolution(f, *(getattr(model, f"evolution_{name}") for name in chosen))
+            names = ("coupling", "sharing", "activation", "steps")
+            evolution = Evolution(f, *(getattr(model, f"evolution_{name}") for name in names))
         block = OdeBlock(f, method, grid, mode, evolution)
         block.field.leaves_trace = model.statistics == "every_evaluation"
         return block
 
-    (names,) = (parts.model_settings for parts in TASKS.values() if model.name in parts.model)
-    settings = {name: value for name in names if (value := getattr(model, name)) is not None}
+    (takes,) = (parts.model_settings for parts in TASKS.values() if model.name in parts.model)
+    settings = {name: value for name in takes if (value := getattr(model, name)) is not None}
     network = MODELS[model.name](outputs, make_ode_block, **settings)
     for block in ode_blocks(network):
         norms = [m for m in block.modules() if isinstance(m, nn.BatchNorm2d | nn.GroupNorm)]
@@ -147,7 +149,7 @@ def build_model(
 
 
 def build_optimizer(network: nn.Module, recipe: RecipeConfig) -> torch.optim.Optimizer:
-    """SGD or AdamW; on CUDA one fused kernel, and a learning rate on the device, for captured steps to read.
+    """SGD, Adam or AdamW; on CUDA one fused kernel, and a learning rate on the device, for captured steps to read.
 
     With ``clip_norm`` a step first scales the gradient down to that norm where it is larger, which reads no tensor on
     the host.
@@ -166,13 +168,12 @@ def build_optimizer(network: nn.Module, recipe: RecipeConfig) -> torch.optim.Opt
     for group in groups:  # each its own tensor: one that groups share would be filled by the last of them
         group["lr"] = torch.tensor(recipe.lr, device=device) if on_cuda else recipe.lr
     optimizer: torch.optim.Optimizer
-    if recipe.optimizer == "adam":
-        optimizer = torch.optim.Adam(groups, weight_decay=recipe.weight_decay, fused=on_cuda, capturable=on_cuda)
-    elif recipe.optimizer == "adamw":
-        optimizer = torch.optim.AdamW(groups, weight_decay=recipe.weight_decay, fused=on_cuda, capturable=on_cuda)
-    else:
+    if recipe.optimizer == "sgd":
         settings = {name: getattr(recipe, name) for name in ("momentum", "weight_decay", "nesterov")}
         optimizer = torch.optim.SGD(groups, **settings, fused=on_cuda or None)
+    else:
+        adam = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[recipe.optimizer]
+        optimizer = adam(groups, weight_decay=recipe.weight_decay, fused=on_cuda, capturable=on_cuda)
     if recipe.clip_norm is not None:
         parameters, most = list(network.parameters()), recipe.clip_norm
 
@@ -300,16 +301,16 @@ def assemble(config: TrainConfig, data: DataSet) -> Assembly:
 
 def build_task(config: TrainConfig, data: DataSet, layout: torch.memory_format) -> tuple[Task, Data]:
     """The task, and its batches of the data."""
-    recipe, dataset, device = config.recipe, config.dataset, data.device
+    recipe, dataset, task, device = config.recipe, config.dataset, config.task, data.device
     if isinstance(data, ImageData):
         augment = Augmentation(dataset.crop_padding, dataset.flip)
         normalise = Normalisation(dataset.mean, dataset.std, device, layout)
         batches = ImageBatches(data, recipe.batch_size, augment, normalise, config.seed)
         return Classification(recipe.label_smoothing), batches
+    data = data.to(device, dtype_of(config.runtime.precision))
     if isinstance(data, DensityData):
-        samples = data.to(device, dtype_of(config.runtime.precision))
-        trace = config.task.trace or "exact"
-        of_density = DensityBatches(samples, recipe.batch_size, trace, config.seed, recipe.steps_per_epoch)
+        assert task.trace is not None
+        of_density = DensityBatches(data, recipe.batch_size, task.trace, config.seed, recipe.steps_per_epoch)
         return Density(data.offset), of_density
-    states = data.to(device, dtype_of(config.runtime.precision))
-    return TrajectoryFit(config.task.loss or "mae"), TrajectoryBatches(states, recipe.steps_per_epoch or 1)
+    assert task.loss is not None and recipe.steps_per_epoch is not None
+    return TrajectoryFit(task.loss), TrajectoryBatches(data, recipe.steps_per_epoch)

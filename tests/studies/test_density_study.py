@@ -37,6 +37,7 @@ def test_likelihood_integrals_and_round_trip(monkeypatch):
     assert row["nll"] == pytest.approx(1.5 - float(flow(factor=2.0).log_prob(data().test).mean()), abs=1e-4)
     assert row["nll_by_steps"] == pytest.approx(row["nll"], abs=1e-3)
     assert row["integral"] == pytest.approx(1, abs=5e-3) and row["round_trip"] < 1e-4
+    assert not row["exploits_steps"]
     assert pictures["samples"].shape == (50, 2) and pictures["density"].shape == (120**2,)
     points, area = grid_of(data().train)
     assert points.min() == -points.max() and points.max() == pytest.approx(float(data().train.abs().max()) + 3)
@@ -48,7 +49,7 @@ def test_a_density_of_coarse_steps_does_not_integrate_to_one(monkeypatch):
     row, _ = likelihood(flow(tableau="euler", n_steps=1, factor=6.0), data(), samples=50)
     assert row["integral"] == pytest.approx(1, abs=5e-3)
     assert abs(row["integral_by_steps"] - 1) > 0.02
-    assert abs(row["nll_by_steps"] - row["nll"]) > 0.05
+    assert abs(row["nll_by_steps"] - row["nll"]) > 0.05 and row["exploits_steps"]
 
 
 def test_rows_of_gradient_modes():
@@ -65,7 +66,8 @@ def test_rows_of_gradient_modes():
 def rows_of(**flow_row):
     yield {"kind": "density", "name": "the true density", "nll": 2.39}
     yield {"kind": "density", "name": "mixture", "chosen": "20 components", "nll": 2.4}
-    found = {"nll": 2.45, "nll_by_steps": 2.45, "round_trip": 1e-5, "chosen": "rk4, 4 steps", **flow_row}
+    found = {"nll": 2.45, "nll_by_steps": 2.45, "round_trip": 1e-5, "chosen": "rk4, 4 steps", "exploits_steps": False}
+    found |= flow_row
     yield {"kind": "density", "name": "run", "epoch": 3, **found}
     for i, mode in enumerate(("full_backprop", "stage_checkpoint")):
         sizes = {"counted_bytes": 4_000_000 >> i, "cuda_bytes": None}
@@ -87,7 +89,7 @@ def test_the_report_of_densities_in_the_plane(tmp_path):
 
 
 def test_the_report_of_other_densities_warns_of_coarse_steps(tmp_path):
-    rows = [json.loads(json.dumps(row)) for row in rows_of(nll_by_steps=2.35)]
+    rows = [json.loads(json.dumps(row)) for row in rows_of(nll_by_steps=2.35, exploits_steps=True)]
     text = report(rows, tmp_path)
     assert "run: the flow has learned the errors of its steps, rk4, 4 steps; −log p by them is off by -0.100" in text
     assert (tmp_path / "study.png").stat().st_size > 5000

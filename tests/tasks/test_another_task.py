@@ -1,11 +1,11 @@
 """A task and data that are not images: the trainer needs no more of them than their protocols say."""
 
 import json
-import signal
 
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import interrupted_and_resumed, trained_to_the_end
 from torch import nn
 
 from anode_exp.build import Assembly, autocast_for, build_optimizer
@@ -132,22 +132,13 @@ def test_a_run_of_another_task_and_its_records(tmp_path):
 
 
 def test_interrupted_within_an_epoch_it_continues_to_the_same_weights(tmp_path):
-    whole = trainer_in(tmp_path / "whole", "recipe.epochs=3")
-    while whole.advance():
-        pass
-    begun = trainer_in(tmp_path / "parts", "recipe.epochs=3")
-    for _ in range(6):  # 4 steps and the end of the first epoch, and a step
-        assert begun.advance()
-    begun.stop.signal = signal.SIGTERM
-    while begun.advance():
-        pass
+    def make(directory, **keywords):
+        return trainer_in(directory, "recipe.epochs=3", **keywords)
+
+    whole = trained_to_the_end(make(tmp_path / "whole"))
+    # 4 steps and the end of the first epoch, and a step
+    begun, resumed = interrupted_and_resumed(make, tmp_path / "parts", 6)
     assert begun.status == "interrupted" and begun.progress.steps == 6
-    begun.record.close()
-    state = Checkpoints(tmp_path / "parts" / "checkpoints").load()
-    resumed = trainer_in(tmp_path / "parts", "recipe.epochs=3", resume_after=(1, 6))
-    resumed.restore(state)
-    while resumed.advance():
-        pass
     for ours, theirs in zip(resumed.network.parameters(), whole.network.parameters(), strict=True):
         assert torch.equal(ours, theirs)
     last = [json.loads((tmp_path / p / "metrics.jsonl").read_text().splitlines()[-1]) for p in ("parts", "whole")]

@@ -3,10 +3,10 @@
 import json
 import logging
 import math
-import signal
 
 import pytest
 import torch
+from conftest import interrupted_and_resumed, trained_to_the_end
 
 from anode_exp.build import Assembly, autocast_for
 from anode_exp.config.compose import composed
@@ -124,26 +124,17 @@ def trainer_in(directory, *overrides, resume_after=None):
 
 
 def test_a_run_learns_and_continues_to_the_same_bits(tmp_path):
-    whole = trainer_in(tmp_path / "whole", "recipe.epochs=4")
-    while whole.advance():
-        pass
+    def make(directory, **keywords):
+        return trainer_in(directory, "recipe.epochs=4", **keywords)
+
+    whole = trained_to_the_end(make(tmp_path / "whole"))
     lines = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
     assert lines[-1]["test_nll"] < lines[0]["test_nll"] - 0.1
     assert lines[-1]["validation_loss"] - lines[-1]["validation_nll"] == lines[-1]["validation_step_error"]
     assert whole.progress.best_score == min(line["validation_nll"] for line in lines)
-    begun = trainer_in(tmp_path / "parts", "recipe.epochs=4")
-    for _ in range(7):  # 4 steps and the end of the first epoch, and 2 steps
-        assert begun.advance()
-    begun.stop.signal = signal.SIGTERM
-    while begun.advance():
-        pass
+    # 4 steps and the end of the first epoch, and 2 steps
+    begun, resumed = interrupted_and_resumed(make, tmp_path / "parts", 7)
     assert begun.status == "interrupted"
-    begun.record.close()
-    state = Checkpoints(tmp_path / "parts" / "checkpoints").load()
-    resumed = trainer_in(tmp_path / "parts", "recipe.epochs=4", resume_after=(1, begun.progress.steps))
-    resumed.restore(state)
-    while resumed.advance():
-        pass
     for ours, theirs in zip(resumed.network.parameters(), whole.network.parameters(), strict=True):
         assert torch.equal(ours, theirs)
 

@@ -46,7 +46,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     def shown(key: str, value: Any) -> Any:
         if not isinstance(value, float):
             return value
-        return f"{value:.2%}" if key.endswith("accuracy") else f"{value:.4f}" if value >= 0.1 else f"{value:.3e}"
+        return f"{value:.2%}" if key.endswith("accuracy") else f"{value:.4f}" if abs(value) >= 0.1 else f"{value:.3e}"
 
     shown_rows = [{key: shown(key, value) for key, value in row.items()} for row in rows]
     return tabulate(shown_rows, headers="keys", disable_numparse=True)

@@ -8,7 +8,10 @@ from anode_exp.config.schema import StudySettings
 from anode_exp.config.studies import STUDY_READS, study
 from anode_exp.errors import UserError
 
-ABOUT = "a measurement with its table and plot: memory, budgets, gradient errors, reversibility, evolving weights"
+ABOUT = (
+    "a measurement with its table and plot: memory, budgets, gradient errors, reversibility, evolving weights, "
+    "stiff systems, densities"
+)
 
 OF_RUN = ("study.run=", "study.checkpoint=")
 

@@ -32,8 +32,6 @@ from anode_exp.training.trainer import Progress, Trainer, memory_for, total_step
 
 log = logging.getLogger(__name__)
 
-LINEAR_SOLVES = {"jacobians": "Jacobians", "linear": "products of GMRES"}
-
 ALONE_STEPS = 3
 """Steps that each of several runs takes before the next begins: one eager, one that records a graph, one replayed."""
 
@@ -255,11 +253,13 @@ def _check_can_go_on(directory: Path, config: TrainConfig, state: dict[str, Any]
         raise Ended(f"{directory}: diverged after {results['steps']} steps, and would again")
     if state is None:  # stopped before its first checkpoint: from the beginning, then
         return
-    steps = state["progress"]["steps"]
-    if results is not None and state["epoch_part"] is None and steps >= total_steps(config.recipe, len(data.train)):
-        epochs = state["progress"]["epochs"]
+    done = Progress.of(state["progress"])
+    if results is not None and state["epoch_part"] is None and done.at_end_of(config.recipe, len(data.train)):
+        epochs = done.epochs
         more = f"to go on, give recipe.epochs={2 * epochs} or so"
-        if config.recipe.schedule == "cosine":
+        if done.steps < total_steps(config.recipe, len(data.train)):
+            more = f"the last {done.stale} brought no better score, and recipe.stop_after={config.recipe.stop_after}"
+        elif config.recipe.schedule == "cosine":
             more = "its schedule ends there, so nothing can be added"
         raise Ended(f"{directory}: has ended after {epochs} epochs; {more}")
     if state["device_type"] != device.type:
@@ -302,6 +302,7 @@ def _table(results: dict[str, Any], trainer: Trainer) -> str:
                 solves += f", {nfe['backward_accepted']:g} and {nfe['backward_rejected']:g} backward"
             rows.append(("adaptive steps", f"{solves}, a training step"))
         if nfe.get("newton"):
-            linear = [f"{nfe[k]:g} {text}" for k, text in LINEAR_SOLVES.items() if nfe.get(k)]
+            linear_solves = {"jacobians": "Jacobians", "linear": "products of GMRES"}
+            linear = [f"{nfe[k]:g} {text}" for k, text in linear_solves.items() if nfe.get(k)]
             rows.append(("Newton iterations", ", ".join([f"{nfe['newton']:g}", *linear]) + " a step"))
     return "\n".join(f"  {name:<18}{value}" for name, value in rows)

@@ -226,6 +226,11 @@ def _check_task(config: TrainConfig) -> None:
         (config.runtime.compile and trajectory, "runtime.compile=true: not with task=trajectory; leave it out"),
         (trajectory and config.recipe.steps_per_epoch is None,
          "recipe.steps_per_epoch=null: give the training steps that are recorded together, such as 100"),
+        (trajectory and config.task.loss is None, "task.loss=null: choose one of mae, mse"),
+        (task == "density" and config.task.trace is None, "task.trace=null: choose one of exact, gaussian, rademacher"),
+        (trajectory and config.dataset.points is None, "dataset.points=null: give a whole number, at least 2"),
+        (config.dataset.name == "van_der_pol" and config.dataset.stiffness is None,
+         "dataset.stiffness=null: give a number above 0"),
     )  # fmt: skip
 
 

@@ -59,11 +59,9 @@ def study(name: str, overrides: list[str], thorough: bool = False) -> tuple[Trai
     for group, names in (("solver", checked.solvers + own), ("gradient", [g.name for g in checked.gradients.values()])):
         for unknown in set(names) - set(options(group)):
             raise UserError(f"study {name}: {unknown} is no {group}; choose from {', '.join(options(group))}")
-    compared = (
-        []
-        if name == "stiff"
-        else checked.solvers or ([config.solver.name] if name in ("memory", "budget", "reversibility") else [])
-    )
+    compared = [] if name == "stiff" else checked.solvers  # that one compares implicit methods too
+    if not compared and name in ("memory", "budget", "reversibility"):
+        compared = [config.solver.name]
     for solver in set(compared + own) - set(solvers_that("static")):
         choice = f"choose from {', '.join(solvers_that('static'))}"
         raise UserError(f"study {name}: {solver} is implicit, and the study compares explicit methods; {choice}")

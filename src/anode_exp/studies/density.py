@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from anode_exp.build import build_data, build_device, build_network
+from anode_exp.build import build_data, build_device, build_network, dtype_of
 from anode_exp.config.schema import GradientConfig, StudyConfig, TrainConfig
 from anode_exp.data.densities import PLANAR, DensityData
 from anode_exp.errors import UserError
@@ -21,7 +21,7 @@ from anode_exp.runs import load_run
 from anode_exp.studies.baselines import baselines
 from anode_exp.studies.gradient_error import relative_error
 from anode_exp.studies.memory import peaks_and_times
-from anode_exp.tasks.density import Density, DensityBatches
+from anode_exp.tasks.density import ALLOWED_STEP_ERROR, Density, DensityBatches
 from anode_exp.tasks.task import Batch
 from anode_exp.training.progress import bar
 
@@ -49,15 +49,16 @@ def likelihood(flow: NormalizingFlow, data: DensityData, samples: int) -> tuple[
     """What the flow makes of the test split, and pictures of it.
 
     Returns:
-        ``nll`` in nats by accurate steps, ``nll_by_steps`` by the run's own; in the plane the integrals of both
-        densities over a square around the data; ``round_trip``, the largest difference between normally distributed
-        points and what their samples are taken back to. Pictures: ``samples`` [n, d], and in the plane ``density`` and
-        ``density_by_steps`` [n²].
+        ``nll`` in nats by accurate steps, ``nll_by_steps`` by the run's own, and ``exploits_steps``, whether these
+        differ by more than is allowed; in the plane the integrals of both densities over a square around the data;
+        ``round_trip``, the largest difference between normally distributed points and what their samples are taken back
+        to. Pictures: ``samples`` [n, d], and in the plane ``density`` and ``density_by_steps`` [n²].
     """
     row: Row = {}
     densities: dict[str, Callable[[Tensor], Tensor]] = {"": flow.log_prob, "_by_steps": flow}
     for name, log_p in densities.items():
         row[f"nll{name}"] = data.offset - float(in_parts(log_p, data.test).double().mean())
+    row["exploits_steps"] = abs(row["nll_by_steps"] - row["nll"]) > ALLOWED_STEP_ERROR
     generator = torch.Generator().manual_seed(0)
     normals = torch.randn(min(samples, len(data.test)), data.output_size, generator=generator).to(data.test)
     pictures = {"samples": in_parts(flow.sample, normals)}
@@ -128,8 +129,7 @@ def rows(config: TrainConfig, study: StudyConfig, outputs: int, batch: None, dir
         progress.update()
         for label, run in zip(labels, runs, strict=True):
             own = run.config
-            dtype = torch.float64 if own.runtime.precision == "fp64" else torch.float32
-            flow, here = run.network.to(device), data.to(device, dtype)
+            flow, here = run.network.to(device), data.to(device, dtype_of(own.runtime.precision))
             assert isinstance(flow, NormalizingFlow)
             row, drawn = likelihood(flow, here, study.samples or len(data.test))
             pictures |= {f"{label}|{key}": x.cpu().numpy() for key, x in drawn.items()}

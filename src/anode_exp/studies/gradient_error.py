@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from anode_exp.build import autocast_for, build_device, set_backends, varied
+from anode_exp.build import autocast_for, build_device, dtype_of, set_backends, varied
 from anode_exp.config.check import lacking
 from anode_exp.config.schema import GradientConfig, StudyConfig, TrainConfig
 from anode_exp.ode import SolveFailed
@@ -54,7 +54,7 @@ def split_error(reverse: Tensor, stored: Tensor, exact: Tensor) -> dict[str, flo
     return {"reversal_error": reversal, "inconsistency_error": relative_error(stored, exact)}
 
 
-def rows(config: TrainConfig, study: StudyConfig, num_classes: int, batch: Batch, directory: Path) -> Iterator[Row]:
+def rows(config: TrainConfig, study: StudyConfig, outputs: int, batch: Batch, directory: Path) -> Iterator[Row]:
     """A row for each mode that the solver can have, in each precision, against ``full_backprop`` in float64.
 
     In float64 an error is the mode's own. In float32 it has rounding in it, for which ``full_backprop`` has a row too,
@@ -90,10 +90,10 @@ def rows(config: TrainConfig, study: StudyConfig, num_classes: int, batch: Batch
                 def gradient(
                     mode: GradientConfig, precision: str, setting: dict[str, Any] = setting, weights: Any = weights
                 ) -> Tensor:
-                    network = varied(config, mode, num_classes, **setting)
+                    network = varied(config, mode, outputs, **setting)
                     if weights is not None:
                         network.load_state_dict(weights)
-                    dtype = torch.float64 if precision == "fp64" else torch.float32
+                    dtype = dtype_of(precision)
                     set_backends(replace(config.runtime, precision=precision))
                     network, x = network.to(images.device, dtype), images.to(dtype)
                     return flat_gradient(network, x, labels, autocast_for(precision, images.device)).double()

@@ -8,11 +8,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from anode_exp.build import build_device
+from anode_exp.build import build_data, build_device
 from anode_exp.config.check import read_config, typed
 from anode_exp.config.schema import StudyConfig, TrainConfig
-from anode_exp.data import TrajectoryData, load_trajectory
-from anode_exp.models import TrajectoryNetwork, ode_blocks
+from anode_exp.data import DataSet, TrajectoryData
+from anode_exp.models import TrajectoryNetwork, ode_blocks, take_evaluations
 from anode_exp.ode import SOLVERS, SolveFailed, TimeGrid, Tolerance, VectorField, linearised
 from anode_exp.records.checkpoints import Checkpoints
 from anode_exp.records.reading import Row
@@ -37,11 +37,9 @@ class Subject:
     data: TrajectoryData
 
     @classmethod
-    def of(cls, run: Run, device: torch.device) -> "Subject":
-        dataset = run.config.dataset
-        data = load_trajectory(dataset.name, dataset.points or 1, dataset.stiffness or 1.0).to(device)
-        network = run.network.to(device, torch.float64)
-        assert isinstance(network, TrajectoryNetwork)
+    def of(cls, run: Run, data: DataSet) -> "Subject":
+        network = run.network.to(data.device, torch.float64)
+        assert isinstance(network, TrajectoryNetwork) and isinstance(data, TrajectoryData)
         return cls(network, data)
 
     @property
@@ -58,8 +56,7 @@ class Subject:
         """
         (block,) = ode_blocks(self.network)
         block.solver, block.grid = SOLVERS[solver](), grid
-        field = block.field
-        field.evaluations = type(field.evaluations)()
+        take_evaluations(self.network)
         self.network.zero_grad()
         truth = self.data.train[:, 1:]
         row: Row = {"solver": solver, "mae": None, "gradient": None, "reason": None}
@@ -71,7 +68,7 @@ class Subject:
             return torch.full_like(truth[0], torch.nan), {**row, "reason": str(error)}
         norm = torch.stack([p.grad.norm() for p in self.network.parameters() if p.grad is not None]).norm()
         row |= {"mae": _number(loss), "gradient": _number(norm)}
-        counted = field.evaluations
+        (counted,) = take_evaluations(self.network)
         steps = grid.n_steps * len(truth[0]) if isinstance(grid, TimeGrid) else counted.accepted
         return states[0].detach(), {**row, "forward": counted.forward, "steps": steps}
 
@@ -127,19 +124,19 @@ def rows(config: TrainConfig, study: StudyConfig, outputs: int, batch: None, dir
         for i, (folder, own, epochs) in enumerate(zip(folders, owns, kept, strict=True)):
             name = {"run": str(folder), "trained_by": own.solver.describe(), "seed": own.seed}
             run = load_run(folder, study.checkpoint)
-            subject = Subject.of(run, device)
+            data = build_data(own.dataset, device)
+            subject = Subject.of(run, data)
             (block,) = ode_blocks(subject.network)
             states, row = subject.solve(own.solver.name, block.grid)
             exact = subject.tight()
-            found = subject.eigenvalues(states)
-            data = subject.data
+            found, known = subject.eigenvalues(states), subject.data
             arrays |= {f"{i}.{k}": np.asarray(x.cpu()) for k, x in {
-                "times": data.times[1:], "low": data.low, "high": data.high, "data": data.train[0, 1:],
+                "times": known.times[1:], "low": known.low, "high": known.high, "data": known.train[0, 1:],
                 "model": states, "exact": exact, "eigenvalues": found}.items()}  # fmt: skip
             losses = [x for line in run.metrics for x in line["step_losses"] if x is not None]
             yield {
                 "kind": "run", **name, "epoch": run.epoch, "iterations": len(losses), "mae": row["mae"],
-                "exact_mae": _number((exact - data.train[0, 1:]).abs().mean()), "gradient": row["gradient"],
+                "exact_mae": _number((exact - known.train[0, 1:]).abs().mean()), "gradient": row["gradient"],
                 "best_after": {str(n): min(losses[:n]) for n in AFTER if len(losses) >= n},
                 "status": None if run.results is None else run.results["status"],
             }  # fmt: skip
@@ -151,7 +148,7 @@ def rows(config: TrainConfig, study: StudyConfig, outputs: int, batch: None, dir
                     yield {"kind": "steps", **name, "n_steps": n, **row, "error": error}
                     progress.update()
             for epoch in epochs:
-                then = Subject.of(load_run(folder, str(epoch)), device)
+                then = Subject.of(load_run(folder, str(epoch)), data)
                 (block,) = ode_blocks(then.network)
                 states, mine = then.solve(own.solver.name, block.grid)
                 found = then.eigenvalues(states[states.isfinite().all(1)])

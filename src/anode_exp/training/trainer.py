@@ -60,6 +60,16 @@ class Progress:
         """From a checkpoint, also of the time when all runs were classifications."""
         return cls(**{_renamed(name): value for name, value in saved.items()})
 
+    @property
+    def stale(self) -> int:
+        """Epochs since the best score."""
+        return 0 if self.best_epoch is None else self.epochs - self.best_epoch
+
+    def at_end_of(self, recipe: RecipeConfig, samples: int) -> bool:
+        """Whether the recipe, on so many samples, has no step left."""
+        gave_up = recipe.stop_after is not None and self.stale >= recipe.stop_after
+        return gave_up or self.steps >= total_steps(recipe, samples)
+
 
 def _renamed(name: str) -> str:
     return name.replace("_accuracy", "_score").replace("images", "samples")
@@ -224,15 +234,8 @@ class Trainer:
         return True
 
     @property
-    def _stale(self) -> int:
-        """Epochs since the best score."""
-        progress = self.progress
-        return 0 if progress.best_epoch is None else progress.epochs - progress.best_epoch
-
-    @property
     def _finished(self) -> bool:
-        stop_after = self.recipe.stop_after
-        return self.progress.steps >= self.total_steps or (stop_after is not None and self._stale >= stop_after)
+        return self.progress.at_end_of(self.recipe, self.data.size("train"))
 
     def close(self) -> None:
         """Take the bar of an epoch in progress off the terminal."""
@@ -259,8 +262,8 @@ class Trainer:
         now = self._clock()
         shown = bar(n_steps, f"epoch {progress.epochs + 1}/{self.recipe.epochs}", taken)
         size, n = self.recipe.batch_size, self.data.size("train")
-        passes = -(-n // size)  # steps that see every sample once
-        sizes = [min(size, n - i % passes * size) for i in range(n_steps)]
+        per_pass = -(-n // size)  # steps that see every sample once
+        sizes = [min(size, n - i % per_pass * size) for i in range(n_steps)]
         return _Epoch(part, batches.starting_at(taken), sizes, lr, taken, taken, now, now, shown)
 
     def _take_step(self, epoch: _Epoch) -> None:
@@ -366,7 +369,7 @@ class Trainer:
             progress.best_score, progress.best_epoch = score, progress.epochs
         patience = self.recipe.patience
         if self.recipe.schedule == "plateau" and patience is not None and progress.lr_drops < MOST_DROPS:
-            progress.lr_drops += self._stale >= patience * (progress.lr_drops + 1)
+            progress.lr_drops += progress.stale >= patience * (progress.lr_drops + 1)
         every = self.runtime.keep_every
         keep = progress.epochs if every is not None and progress.epochs % every == 0 else None
         self.checkpoints.save(self.state(), best, keep)
