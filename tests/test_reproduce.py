@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,11 @@ def command(cwd: Path, *arguments: str, **kwargs) -> subprocess.CompletedProcess
     return subprocess.run(full, cwd=cwd, env=env, capture_output=True, text=True, timeout=300, **kwargs)
 
 
+@cache
+def with_a_seed_each(paper):
+    return cells(paper, ["seeds=1"])
+
+
 @pytest.mark.parametrize("paper", options("reproduce"))
 def test_every_cell_composes_and_has_a_preset_that_tells_its_command(paper):
     spec = specification(paper)
@@ -45,7 +51,7 @@ def test_every_cell_composes_and_has_a_preset_that_tells_its_command(paper):
         assert header == f"#   python -m anode_exp reproduce {paper} figure={name}"
         assert set(figure["methods"]) <= set(spec["methods"])
         assert set(figure.get("published", {})) <= set(figure["methods"])
-    found = cells(paper, ["seeds=1"])
+    found = with_a_seed_each(paper)
     assert {c.shown_in or c.figure for c in found} == set(spec["figures"])
     for cell in found:
         if cell.config is not None:
@@ -67,9 +73,9 @@ def test_methods_of_the_table():
 
 def test_runs_that_two_papers_share_are_the_same(tmp_path):
     """Those that ANODEV2's figures take from ANODE's: settings and place, so that none is run twice."""
-    ours = {c.directory: c for c in cells("anodev2", ["seeds=1"])}
-    theirs = {c.directory: c for c in cells("anode", ["seeds=1"])}
-    rk45 = [c for c in cells("anode", ["seeds=1"]) if c.method == "reverse_adjoint_rk45" and "fig3" in c.shown_in]
+    ours = {c.directory: c for c in with_a_seed_each("anodev2")}
+    theirs = {c.directory: c for c in with_a_seed_each("anode")}
+    rk45 = [c for c in with_a_seed_each("anode") if c.method == "reverse_adjoint_rk45" and "fig3" in c.shown_in]
     assert len(rk45) == 2 and len({c.directory for c in rk45}) == 1
     both = ours.keys() & theirs.keys()
     assert len(both) == 3 + 3 + 2 + 2

@@ -96,14 +96,14 @@ def test_squeezenext_exactly(tableau, n_steps, norm):
 
 @pytest.mark.parametrize(
     ("tableau", "n_steps", "norm"),
-    [*((t, 1, "batch") for t in TABLEAUX), *(("euler", 2, n) for n in NORMS), ("rk2", 3, "batch")],
+    [("rk4", 1, "batch"), *(("euler", 2, n) for n in NORMS), ("rk2", 3, "batch")],
 )
 def test_resnet18_exactly(tableau, n_steps, norm):
     def network_of(mode):
         torch.manual_seed(0)
         return MODELS["resnet18"](10, make_ode_block(mode, tableau, n_steps), norm=norm, field_norm=norm).double()
 
-    assert_exact(network_of, torch.randn(2, 3, 32, 32, dtype=torch.float64))
+    assert_exact(network_of, torch.randn(1, 3, 32, 32, dtype=torch.float64))
 
 
 @pytest.mark.parametrize(("tableau", "n_steps", "intervals"), [("euler", 2, 2), ("rk4", 3, 4), ("bosh3", 2, 5)])
@@ -142,7 +142,7 @@ def test_fifty_training_steps_to_the_last_bit(mode, tableau):
 
     def after_training(mode):
         torch.manual_seed(0)
-        network = MODELS["squeezenext"](10, make_ode_block(mode, tableau), width=0.5)
+        network = MODELS["squeezenext"](10, make_ode_block(mode, tableau), width=0.25)
         network = network.to(memory_format=torch.channels_last)
         optimizer = torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
         losses = []

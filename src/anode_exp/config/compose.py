@@ -3,6 +3,7 @@
 import re
 from dataclasses import dataclass
 from datetime import datetime
+from functools import cache
 from pathlib import Path
 from typing import Any, cast
 
@@ -187,11 +188,17 @@ def composed(overrides: list[str], advice: str = "a run takes one") -> TrainConf
     return typed_line(compose_line(line))
 
 
+@cache  # the jobs of a sweep and the runs of a reproduction choose the same few, and each composition takes 0.1 s
+def _settings_of(*chosen: str) -> list[str]:
+    """The settings that there are with these choices of groups, within Hydra's folder of configurations."""
+    return setting_names(cast(dict[str, Any], OmegaConf.to_container(compose("train", list(chosen)))))
+
+
 def compose_line(overrides: list[str]) -> DictConfig:
     parsed = parse(overrides)
     chosen = [o.input_line or "" for o in parsed if o.key_or_group in (*groups(), "study") and values_of(o)]
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        known = setting_names(cast(dict[str, Any], OmegaConf.to_container(compose("train", chosen))))
+        known = _settings_of(*chosen)
         for override in parsed:
             check_key(override, known)
         try:

@@ -2,7 +2,8 @@
 
 import json
 import shlex
-from dataclasses import dataclass
+from copy import deepcopy
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -114,6 +115,7 @@ def cells(paper: str, arguments: list[str]) -> list[Cell]:
 
     base = Path(asked.directory)
     found: list[Cell] = []
+    composed_runs: dict[tuple[str, ...], TrainConfig] = {}  # by their settings without the seed
     for seed in _seeds(asked.seeds):
         for name in figures:
             figure = spec["figures"][name]
@@ -128,7 +130,10 @@ def cells(paper: str, arguments: list[str]) -> list[Cell]:
                 recipe = [f"experiment={of}/{place}", f"length={length}", *spec["methods"][method]["settings"]]
                 settings = [*recipe, *shared, f"seed={seed}"]
                 directory = base / of / length / place / f"{method}_seed-{seed}"
-                config = composed(settings)
+                key = tuple(settings[:-1])
+                if key not in composed_runs:
+                    composed_runs[key] = composed(settings)
+                config = replace(deepcopy(composed_runs[key]), seed=seed)
                 found.append(Cell(of, length, place, directory, settings, method, seed, config, shown_in=name))
     if not found:
         raise UserError(f"method={asked.method}: none of the chosen figures has it")

@@ -69,8 +69,8 @@ def _fake(root: Path, download: bool) -> tuple[Split, Split]:
     generator = torch.Generator().manual_seed(0)
 
     def random(n: int) -> Split:
-        images = torch.randint(0, 256, (n, 32, 32, 3), dtype=torch.uint8, generator=generator)
-        return Split(images, torch.arange(n) % 10)
+        eight_bytes = torch.randint(-(2**63), 2**63 - 1, (n, 32, 32 * 3 // 8), generator=generator)  # 3 times as fast
+        return Split(eight_bytes.view(torch.uint8).view(n, 32, 32, 3), torch.arange(n) % 10)
 
     return random(50_000), random(10_000)
 
@@ -109,7 +109,7 @@ def load(
         return balanced_subset(labels, size)
 
     held_out, rest = choose(train.labels, validation_size, "validation_size")
-    validation, train = train.subset(held_out), train.subset(rest)
+    validation, train = train.subset(held_out), train.subset(rest) if len(held_out) else train
     if len(train) == 0:
         raise UserError(f"dataset.validation_size={validation_size}: leaves no image of {name} to train on")
     if train_size is not None:
