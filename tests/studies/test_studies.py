@@ -41,7 +41,7 @@ def rows(cwd: Path) -> list[dict]:
 
 def test_memory(tmp_path):
     done = run(
-        tmp_path, "memory", "model.width=0.5", "study.n_steps=[4,8]", "study.blocks_per_stage=[1,2]",
+        tmp_path, "memory", "model.width=0.25", "study.n_steps=[4,8]", "study.blocks_per_stage=[1,2]",
         "study.repeats=1", "study.batch_size=4",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -71,7 +71,7 @@ def test_memory(tmp_path):
 
 
 def test_gradient_error_at_initialisation_and_for_a_trained_run(tmp_path):
-    small = ["study.n_steps=[1,4]", "study.solvers=[euler,rk2,alf]", "study.batch_size=4",
+    small = ["study.n_steps=[1,2]", "study.solvers=[euler,rk2,alf]", "study.batch_size=4",
              "study.adaptive_solvers=[bosh3]", "study.tolerances=[1e-1,1e-3]"]  # fmt: skip
     trained = tmp_path / "trained"
     train = [
@@ -81,7 +81,7 @@ def test_gradient_error_at_initialisation_and_for_a_trained_run(tmp_path):
     ]  # fmt: skip
     subprocess.run(train, check=True, capture_output=True)
     for folder, extra in (
-        ("a", ["model.width=0.25", "study.n_steps=[4]", "study.tolerances=[1e-3]", "study.batch_size=2"]),
+        ("a", ["model.width=0.25", "study.n_steps=[2]", "study.tolerances=[1e-3]", "study.batch_size=2"]),
         ("b", [f"run={trained}", "study.precisions=[fp64]"]),
     ):
         (tmp_path / folder).mkdir()

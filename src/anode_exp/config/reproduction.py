@@ -130,10 +130,10 @@ def cells(paper: str, arguments: list[str]) -> list[Cell]:
                 recipe = [f"experiment={of}/{place}", f"length={length}", *spec["methods"][method]["settings"]]
                 settings = [*recipe, *shared, f"seed={seed}"]
                 directory = base / of / length / place / f"{method}_seed-{seed}"
-                key = tuple(settings[:-1])
-                if key not in composed_runs:
-                    composed_runs[key] = composed(settings)
-                config = replace(deepcopy(composed_runs[key]), seed=seed)
+                of_any_seed = tuple(settings[:-1])
+                if of_any_seed not in composed_runs:
+                    composed_runs[of_any_seed] = composed(settings)
+                config = replace(deepcopy(composed_runs[of_any_seed]), seed=seed)
                 found.append(Cell(of, length, place, directory, settings, method, seed, config, shown_in=name))
     if not found:
         raise UserError(f"method={asked.method}: none of the chosen figures has it")
