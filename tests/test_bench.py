@@ -1,15 +1,14 @@
 """The verb bench: what it counts, what it compares, and what it refuses."""
 
 import json
-import os
 import runpy
-import subprocess
 import sys
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
+from command import command
 from conftest import Field, solver
 
 from anode_exp.build import build_data, build_model
@@ -174,10 +173,7 @@ def test_torchvision_loader_gives_the_images():
 
 def test_the_command(tmp_path):
     compare = "compare=[gradient=full_backprop, gradient=dto_checkpoint solver=rk2, baseline=dataloader]"
-    command = [sys.executable, "-m", "anode_exp", "bench", *SMALL, compare, "rounds=2"]
-    done = subprocess.run(
-        command, cwd=tmp_path, capture_output=True, text=True, timeout=200, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
+    done = command(tmp_path, "bench", *SMALL, compare, "rounds=2")
     assert done.returncode == 0, done.stderr
     (file,) = tmp_path.glob("outputs/*/*/bench.json")
     rows = json.loads(file.read_text())["rows"]
@@ -216,9 +212,7 @@ def test_mistakes(arguments, message):
 
 
 def test_several_seeds_are_one_contestant(tmp_path):
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "anode_exp", "bench", *SMALL, "compare=[seeds=1, seeds=2]", "rounds=1"]
-    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
+    done = command(tmp_path, "bench", *SMALL, "compare=[seeds=1, seeds=2]", "rounds=1")
     assert done.returncode == 0, done.stderr
     one, two = json.loads(next(tmp_path.rglob("bench.json")).read_text())["rows"]
     assert two["operators_per_step"] == 2 * one["operators_per_step"]
@@ -229,8 +223,8 @@ def test_several_seeds_are_one_contestant(tmp_path):
 def test_the_script_for_a_gpu_composes_its_entries():
     script = runpy.run_path("scripts/speed_on_a_gpu.py")
     labels = []
-    for command in (part.command for part in script["parts"](["model.field_gain=0.5"]) if "bench" in part.command):
-        entries, _ = bench_entries(command[command.index("bench") + 1 :])
+    for words in (part.command for part in script["parts"](["model.field_gain=0.5"]) if "bench" in part.command):
+        entries, _ = bench_entries(words[words.index("bench") + 1 :])
         labels += [label for label, *_ in entries]
         assert {config.model.field_gain for _, config, _ in entries} == {0.5}
     assert len(set(labels)) == len(labels) == sum(map(len, script["ENTRIES"].values()))

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from command import command
 
 from anode_exp.config.describe import CONF
 
@@ -17,9 +18,9 @@ SMALL = [
 ]  # fmt: skip
 
 
-def anode_exp(cwd, *arguments, command=(sys.executable, "-m", "anode_exp"), **environment):
+def anode_exp(cwd, *arguments, program=(sys.executable, "-m", "anode_exp"), **environment):
     env = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", **environment}
-    return subprocess.run([*command, *arguments], cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
+    return subprocess.run([*program, *arguments], cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
 
 
 def test_a_run_from_any_folder(tmp_path):
@@ -35,7 +36,7 @@ def test_a_run_from_any_folder(tmp_path):
 
 
 def test_a_sweep_puts_its_jobs_side_by_side_named_by_what_varies(tmp_path):
-    done = anode_exp(tmp_path, "train", "-m", *SMALL, "gradient=full_backprop,dto_checkpoint,reverse_adjoint")
+    done = command(tmp_path, "train", "-m", *SMALL, "gradient=full_backprop,dto_checkpoint,reverse_adjoint")
     assert done.returncode == 0, done.stderr
     found = sorted(p.parent for p in tmp_path.glob("outputs/*/*/*/results.json"))
     assert [p.name for p in found] == [
@@ -49,10 +50,10 @@ def test_a_sweep_puts_its_jobs_side_by_side_named_by_what_varies(tmp_path):
 
 
 def test_a_given_run_directory_is_used_once(tmp_path):
-    first = anode_exp(tmp_path, "train", *SMALL, "hydra.run.dir=here")
+    first = command(tmp_path, "train", *SMALL, "hydra.run.dir=here")
     assert first.returncode == 0 and (tmp_path / "here" / "results.json").exists()
     before = {f: f.read_bytes() for f in tmp_path.rglob("*") if f.is_file()}
-    second = anode_exp(tmp_path, "train", *SMALL, "hydra.run.dir=here")
+    second = command(tmp_path, "train", *SMALL, "hydra.run.dir=here")
     assert second.returncode == 2 and "nothing is overwritten" in second.stderr
     assert {f: f.read_bytes() for f in tmp_path.rglob("*") if f.is_file()} == before
 
@@ -77,7 +78,7 @@ def test_a_given_run_directory_is_used_once(tmp_path):
     ],
 )
 def test_answers(tmp_path, arguments, code, stream, text):
-    done = anode_exp(tmp_path, *arguments, CUDA_VISIBLE_DEVICES="")
+    done = command(tmp_path, *arguments, CUDA_VISIBLE_DEVICES="")
     assert done.returncode == code, done.stderr
     assert text in getattr(done, stream)
     assert "Traceback" not in done.stdout + done.stderr
@@ -87,7 +88,7 @@ def test_answers(tmp_path, arguments, code, stream, text):
 
 @pytest.mark.cifar
 def test_the_main_command_on_real_cifar100(tmp_path, cifar_root):
-    done = anode_exp(
+    done = command(
         tmp_path, "train", "model=squeezenext", "solver=rk2", "dataset=cifar100", "dataset.download=false",
         "recipe.max_steps=2", "recipe.batch_size=16", "dataset.test_size=100", "hydra.run.dir=run",
         ANODE_DATA=str(cifar_root),
@@ -111,8 +112,8 @@ def test_the_wheel_carries_its_configuration_and_runs_from_any_folder(tmp_path):
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     script = (str(site / "bin" / "anode-exp"),)
-    for command in ((sys.executable, "-m", "anode_exp"), (sys.executable, *script)):
-        done = anode_exp(elsewhere, "train", *SMALL, command=command, PYTHONPATH=str(site))
+    for program in ((sys.executable, "-m", "anode_exp"), (sys.executable, *script)):
+        done = anode_exp(elsewhere, "train", *SMALL, program=program, PYTHONPATH=str(site))
         assert done.returncode == 0, done.stderr
     assert len(list(elsewhere.glob("outputs/*/*/results.json"))) == 2
     where = [sys.executable, "-c", "import anode_exp; print(anode_exp.__file__)"]

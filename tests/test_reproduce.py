@@ -7,10 +7,10 @@ import signal
 import subprocess
 import sys
 import time
-from functools import cache
-from pathlib import Path
+from functools import cache, partial
 
 import pytest
+from command import command as run_command
 
 from anode_exp.commands.reproduce import is_done, recorded_config, reproduce
 from anode_exp.commands.together import train_together
@@ -29,10 +29,7 @@ from anode_exp.training.signals import StopRequest
 SMALL = ["recipe.epochs=1", "dataset=digits", "dataset.train_size=64", "dataset.test_size=32", "recipe.batch_size=32"]
 
 
-def command(cwd: Path, *arguments: str, **kwargs) -> subprocess.CompletedProcess:
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "CUDA_VISIBLE_DEVICES": ""}
-    full = [sys.executable, "-m", "anode_exp", *arguments]
-    return subprocess.run(full, cwd=cwd, env=env, capture_output=True, text=True, timeout=300, **kwargs)
+command = partial(run_command, CUDA_VISIBLE_DEVICES="")
 
 
 @cache

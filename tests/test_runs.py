@@ -2,12 +2,11 @@
 
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from command import command
 
 import anode_exp
 from anode_exp.build import autocast_for
@@ -123,8 +122,7 @@ def test_a_checkpoint_that_is_not_there(trained, tmp_path):
 
 
 def test_the_command(trained, tmp_path):
-    command = [sys.executable, "-m", "anode_exp", "evaluate", f"run={trained}", "solver=rk4", "solver.n_steps=1,2"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    done = command(tmp_path, "evaluate", f"run={trained}", "solver=rk4", "solver.n_steps=1,2")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("rk4") == 2
     assert not list(tmp_path.iterdir())

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from command import command
 from torch.utils._pytree import tree_leaves
 
 from anode_exp.report.sweep import over_seeds, runs_of_seeds, sweep_rows, sweep_table
@@ -20,9 +21,11 @@ SMALL = [
 
 
 def sweep(cwd: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
+    if not environment and "hydra/launcher=joblib" not in arguments:  # its workers begin anew
+        return command(cwd, "train", "-m", *SMALL, *arguments)
     env = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", **environment}
-    command = [sys.executable, "-m", "anode_exp", "train", "-m", *SMALL, *arguments]
-    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
+    full = [sys.executable, "-m", "anode_exp", "train", "-m", *SMALL, *arguments]
+    return subprocess.run(full, cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
 
 
 def rows(cwd: Path) -> list[dict[str, str]]:
@@ -100,18 +103,7 @@ def test_jobs_in_parallel_processes(tmp_path):
 
 
 def test_the_slurm_launcher_is_configured(tmp_path):
-    command = [
-        sys.executable,
-        "-m",
-        "anode_exp",
-        "train",
-        "hydra/launcher=slurm",
-        "--cfg",
-        "hydra",
-        "-p",
-        "hydra.launcher",
-    ]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    done = command(tmp_path, "train", "hydra/launcher=slurm", "--cfg", "hydra", "-p", "hydra.launcher")
     assert done.returncode == 0, done.stderr
     assert "SlurmLauncher" in done.stdout and "gres: gpu:1" in done.stdout
 
@@ -148,11 +140,9 @@ def test_a_table_from_records_alone(tmp_path):
 def test_seeds_at_once_are_the_seeds_alone(tmp_path):
     """Losses, weights, buffers, momentum and peak memory, bit for bit; in a folder each, and summed up in a table."""
     small = [a for a in SMALL if not a.startswith("hydra")] + ["recipe.epochs=2"]
-    command = [sys.executable, "-m", "anode_exp", "train", *small]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
     runs = [["seed=3", "seeds=2", "hydra.run.dir=both"], ["seed=3", "hydra.run.dir=a"], ["seed=4", "hydra.run.dir=b"]]
     for run in runs:
-        done = subprocess.run([*command, *run], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
+        done = command(tmp_path, "train", *small, *run)
         assert done.returncode == 0, done.stderr
         if "seeds=2" in run:
             assert "1 of 1" not in done.stdout and "2 of 2" in done.stdout
@@ -181,11 +171,9 @@ def test_seeds_at_once_are_the_seeds_alone(tmp_path):
 
 def test_seeds_at_once_go_on_together(tmp_path):
     small = [a for a in SMALL if not a.startswith("hydra")]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
 
     def train(*arguments):
-        command = [sys.executable, "-m", "anode_exp", "train", *arguments]
-        done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
+        done = command(tmp_path, "train", *arguments)
         assert done.returncode == 0, done.stderr
         return done.stdout
 

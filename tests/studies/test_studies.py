@@ -1,13 +1,12 @@
 """The studies as a user types them, and what they must find."""
 
 import json
-import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from command import command
 from conftest import Repeat, make_ode_block
 
 from anode_exp.budget.measure import Planner
@@ -27,9 +26,7 @@ from anode_exp.studies.study import run_study
 
 
 def run(cwd: Path, *arguments: str) -> subprocess.CompletedProcess:
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "anode_exp", "study", *arguments]
-    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
+    return command(cwd, "study", *arguments)
 
 
 def rows(cwd: Path) -> list[dict]:
@@ -74,12 +71,9 @@ def test_gradient_error_at_initialisation_and_for_a_trained_run(tmp_path):
     small = ["study.n_steps=[1,2]", "study.solvers=[euler,rk2,alf]", "study.batch_size=4",
              "study.adaptive_solvers=[bosh3]", "study.tolerances=[1e-1,1e-3]"]  # fmt: skip
     trained = tmp_path / "trained"
-    train = [
-        sys.executable, "-m", "anode_exp", "train", "dataset=digits", "dataset.train_size=64", "dataset.test_size=10",
-        "model=squeezenext", "model.width=0.25", "recipe.epochs=2", "recipe.batch_size=32",
-        "runtime.keep_every=1", f"hydra.run.dir={trained}",
-    ]  # fmt: skip
-    subprocess.run(train, check=True, capture_output=True)
+    settings = ["dataset=digits", "dataset.train_size=64", "dataset.test_size=10", "model=squeezenext",
+                "model.width=0.25", "recipe.epochs=2", "recipe.batch_size=32", "runtime.keep_every=1"]  # fmt: skip
+    train(jobs(settings, multirun=False).configs[0], trained)
     for folder, extra in (
         ("a", ["model.width=0.25", "study.n_steps=[2]", "study.tolerances=[1e-3]", "study.batch_size=2"]),
         ("b", [f"run={trained}", "study.precisions=[fp64]"]),
