@@ -213,6 +213,11 @@ def test_recorded_steps_are_timed_where_runs_replay_theirs():
     assert [row["nfe_backward"] for row in found] == [0, 16] and all(row["step_time_s"] > 0 for row in found)
 
 
+def test_some_of_the_modes():
+    _, settings = study("memory", ["study.modes=[alf reversible,full_backprop]"])
+    assert list(settings.gradients) == ["full_backprop", "alf reversible"], "the first is what times are over"
+
+
 def test_a_gradient_mode_of_ones_own():
     _, settings = study("memory", ["+study.gradients.mine={name: revolve, unit: step, slots: 7}"])
     assert settings.gradients["mine"].slots == 7 and len(settings.gradients) == 13
@@ -242,6 +247,8 @@ def test_a_gradient_mode_of_ones_own():
         ("gradient_error", ["study.checkpoint=first"], "choose best, last, the number of an epoch, or every"),
         ("gradient_error", ["study.solvers=[rk5]"], "rk5 is no solver; choose from alf, backward_euler, bosh3"),
         ("gradient_error", ["+study.gradients.a={name: sorcery}"], "sorcery is no gradient"),
+        ("memory", ["study.modes=[alf reversibel]"], "choose from full_backprop, dto_checkpoint, step_checkpoint keep"),
+        ("memory", ["study.modes=[alf reversibel]"], "did you mean alf reversible?"),
     ],
 )
 def test_mistakes(name, overrides, message):

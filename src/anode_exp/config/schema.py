@@ -248,6 +248,7 @@ class StudyConfig:
     batch_size: int | None = _setting(None, at_least=1)
     n_steps: list[int] = field(default_factory=list, metadata={"at_least": 1})
     gradients: dict[str, StudyGradient] = field(default_factory=dict)
+    modes: list[str] = field(default_factory=list)
     blocks_per_stage: list[int] = field(default_factory=list, metadata={"at_least": 1})
     repeats: int = _setting(0, at_least=0)
     solvers: list[str] = field(default_factory=list)

@@ -55,6 +55,13 @@ def study(name: str, overrides: list[str], thorough: bool = False) -> tuple[Trai
     composed = compose_line([f"+study={name}", *grid, *overrides])
     config = typed_line(composed, without=("hydra", "study"))
     checked = typed_study(composed.study)
+    for label in checked.modes:
+        if label not in checked.gradients:
+            known = list(checked.gradients)
+            raise UserError(f"study.modes: {label} is none of study.gradients; choose from {', '.join(known)}"
+                            + near(label, known))  # fmt: skip
+    if checked.modes:
+        checked.gradients = {label: g for label, g in checked.gradients.items() if label in checked.modes}
     own = [g.solver for g in checked.gradients.values() if g.solver is not None]
     for group, names in (("solver", checked.solvers + own), ("gradient", [g.name for g in checked.gradients.values()])):
         for unknown in set(names) - set(options(group)):
