@@ -4,6 +4,7 @@ The process is forked off one that has imported them and done nothing else, so t
 work: importing them takes five seconds. Tests of what is imported, and of the interpreter's start, call it themselves.
 """
 
+import gc
 import multiprocessing
 import os
 import subprocess
@@ -22,6 +23,7 @@ _forks.set_forkserver_preload(IMPORTED)
 def _main(arguments: tuple[str, ...], cwd: str, environment: dict[str, str], out: str, err: str) -> None:
     import torch
 
+    gc.freeze()  # what was imported stays: a collection of garbage need not go through it again
     torch.set_num_threads(1)  # OMP_NUM_THREADS was read when torch was imported
     for file, path in ((sys.stdout, out), (sys.stderr, err)):
         os.dup2(os.open(path, os.O_WRONLY), file.fileno())

@@ -141,11 +141,12 @@ def bench_table(rows: list[dict[str, Any]]) -> str:
     table = []
     for r in rows:
         low, high = r["step_s_quartiles"]
+        peak = r["peak_bytes"] / 1e6
         launched = {} if r["kernels_per_step"] is None else {"kernels": r["kernels_per_step"]}
         table.append({
             "": r["label"], "ms a step": f"{r['step_s'] * 1e3:,.1f} ({low * 1e3:,.1f}–{high * 1e3:,.1f})",
-            "over the first": f"×{r['ratio']:.3f}", "images/s": f"{r['images_per_s']:,.0f}",
-            "epoch, s": f"{r['epoch_s']:,.1f}", "peak, MB": f"{r['peak_bytes'] / 1e6:,.0f}",
+            "over the first": f"×{r['ratio']:.3f}", "samples/s": f"{r['images_per_s']:,.0f}",
+            "epoch, s": f"{r['epoch_s']:,.1f}", "peak, MB": f"{peak:,.{0 if peak >= 10 else 2}f}",
             "operators": r["operators_per_step"], **launched, "copy rate": f"{r['bandwidth_share']:.0%}",
             "matrix rate": f"{r['matrix_share']:.0%}", "floor, ms": f"{r['floor_s'] * 1e3:,.1f}",
         })  # fmt: skip
