@@ -1,4 +1,4 @@
-"""``report PAPER``: curves and tables of a reproduction next to the published ones, as one page."""
+"""``report PAPER`` or ``report DIR …``: curves and tables of a reproduction, or of any runs, as one page."""
 
 import shlex
 from pathlib import Path
@@ -12,13 +12,18 @@ from anode_exp.config.reproduction import cells, directories, specification
 from anode_exp.config.schema import ReportSettings
 from anode_exp.errors import UserError
 
-ABOUT = "curves and tables of a paper's runs next to the published ones, as one page"
+ABOUT = "curves and tables as one page: of any folders' runs, or of a paper's next to the published ones"
 
 
 def main(arguments: list[str]) -> None:
     parsed = Parser("report", "paper").parse_intermixed_args(arguments)
     if parsed.help:
         print(paper_help("report", ABOUT, parsed.paper, ReportSettings))
+        return
+    words = [parsed.paper] if parsed.paper is not None and "=" not in parsed.paper else []
+    words += [word for word in parsed.settings if "=" not in word]
+    if words and words[0] not in options("reproduce"):
+        report_runs(words, [a for a in (parsed.paper, *parsed.settings) if a not in words])
         return
     paper = paper_name("report", parsed.paper)
     own, others = split_settings(ReportSettings, parsed.settings, "report")
@@ -49,5 +54,27 @@ def main(arguments: list[str]) -> None:
     page = write_report(specification(paper), own.length, epochs, records, commands, target)
     if own.to is not None:
         copy_records(records, target / COPIES)
+    print((target / "README.md").read_text())
+    print(page)
+
+
+def report_runs(folders: list[str], settings: list[str]) -> None:
+    """The page of any runs; UserError for folders that hold none."""
+    for word in folders:
+        if not Path(word).is_dir():
+            papers = ", ".join(options("reproduce"))
+            raise UserError(f"{word}: no paper and no folder; papers are {papers}, a folder is such as outputs/DATE")
+    own, others = split_settings(ReportSettings, settings, "report")
+    for argument in (a for a in settings if a in others or not a.startswith("to=")):
+        raise UserError(f"{argument}: a report of folders takes to=, the folder of its page")
+
+    from anode_exp.records.folders import read_runs
+    from anode_exp.report.runs import write_runs_report
+
+    records = read_runs([Path(word) for word in folders])
+    if not records:
+        raise UserError(f"{', '.join(folders)}: no run lies there; give a folder of runs, such as outputs/DATE")
+    target = Path(own.to) if own.to is not None else Path(folders[0]) / "report"
+    page = write_runs_report(records, ", ".join(folders), target)
     print((target / "README.md").read_text())
     print(page)

@@ -39,7 +39,8 @@ def main(arguments: list[str]) -> None:
 def paper_name(verb: str, given: str | None) -> str:
     """The paper that was named; UserError if none was."""
     if given is None or "=" in given:
-        raise UserError(f"{verb}: needs the name of a paper; there are {', '.join(options('reproduce'))}")
+        folders = "" if verb == "reproduce" else "; or folders of runs, such as outputs/DATE"
+        raise UserError(f"{verb}: needs the name of a paper; there are {', '.join(options('reproduce'))}{folders}")
     return given
 
 
@@ -60,8 +61,14 @@ def paper_help(verb: str, text: str, paper: str | None, schema: type = Reproduce
         of_figure = f"reproduce {paper} figure=table_resnet4"
         examples += [f"{of_figure} seeds=3 length=short", f"{of_figure} runtime.precision=bf16"]
         notes = "Any setting of train besides applies to every run."
+    else:
+        examples += [f"{verb} outputs/DATE outputs/DATE/TIME", f"{verb} outputs/DATE to=page"]
+        notes = (
+            "A report of folders shows any runs in them, of any task, grouped by the settings that vary; it takes to=."
+        )
     parts.append(("settings", own_settings(schema)))
-    return help_text(f"{verb} PAPER [KEY=VALUE …]", f"{verb.capitalize()}: {text}.", parts, examples, notes)
+    usage = "PAPER" if verb == "reproduce" else "PAPER | DIR …"
+    return help_text(f"{verb} {usage} [KEY=VALUE …]", f"{verb.capitalize()}: {text}.", parts, examples, notes)
 
 
 def is_done(cell: Cell) -> bool:

@@ -22,19 +22,20 @@ def save(figure: Any, path: Path) -> None:
     plt.close(figure)
 
 
-def draw(groups: list[Group], title: str, path: Path) -> None:
-    """Training loss and test accuracy over epochs: the mean over seeds, the range as a band, ✕ where a run diverged."""
+def draw(groups: list[Group], title: str, path: Path, score: str = "accuracy") -> None:
+    """Training loss and test score over epochs: the mean over seeds, the range as a band, ✕ where a run diverged."""
+    scale, name = (100.0, "test accuracy, %") if score == "accuracy" else (1.0, f"test {score}")
     figure, panels = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
     drawn = [g for g in groups if any(run.epochs for run in g.runs)]
     for i, group in enumerate(drawn):
         line, marker = STYLES[i % len(STYLES)]
-        for axes, key, scale in zip(panels, ("train_loss", "test_accuracy"), (1.0, 100.0), strict=True):
+        for axes, key, times in zip(panels, ("train_loss", f"test_{score}"), (1.0, scale), strict=True):
             epochs, *curves = curves_of(group, key)
             if not epochs:  # diverged in its first epoch
                 axes.plot(1, 0.98, "x", markersize=10, markeredgewidth=2.5, color="black", label=group.label,
                           transform=axes.get_xaxis_transform())  # fmt: skip
                 continue
-            mean, low, high = ([scale * v for v in curve] for curve in curves)
+            mean, low, high = ([times * v for v in curve] for curve in curves)
             (drawn_line,) = axes.plot(
                 epochs, mean, linestyle=line, marker=marker, markersize=4, linewidth=1.5, label=group.label,
                 markevery=max(1, len(epochs) // 10),
@@ -43,10 +44,10 @@ def draw(groups: list[Group], title: str, path: Path) -> None:
             for run in group.runs:
                 if run.status == "diverged" and run.epochs:
                     last = [e for e in run.epochs if e.get(key) is not None][-1:]
-                    x, y = (last[0]["epoch"], scale * last[0][key]) if last else (run.epochs[-1]["epoch"], mean[-1])
+                    x, y = (last[0]["epoch"], times * last[0][key]) if last else (run.epochs[-1]["epoch"], mean[-1])
                     axes.plot(x, y, marker="x", markersize=10, markeredgewidth=2.5, color="black", zorder=5)
-    for axes, name in zip(panels, ("training loss", "test accuracy, %"), strict=True):
-        axes.set(xlabel="epoch", ylabel=name)
+    for axes, label in zip(panels, ("training loss", name), strict=True):
+        axes.set(xlabel="epoch", ylabel=label)
     if drawn:
         panels[0].legend(fontsize=8)
     figure.suptitle(title, fontsize=11)

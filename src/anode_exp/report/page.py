@@ -1,7 +1,7 @@
 """A paper's reproduction beside the paper: curves, tables, commands, as one HTML page, Markdown and CSV.
 
-Reads run records alone (``cell.json``, ``config.yaml``, ``metrics.jsonl``, ``results.json``), wherever they lie below a
-folder.
+``write_page`` makes such a page of any sections. Reads run records alone (``cell.json``, ``config.yaml``,
+``metrics.jsonl``, ``results.json``), wherever they lie below a folder.
 """
 
 import base64
@@ -87,10 +87,15 @@ def write_report(
     )
     if length != "paper":
         about += " A run this short is no measurement of the published accuracies: it shows an ordering at best."
-    (target / "index.html").write_text(_page(head, about, sections))
-    (target / "README.md").write_text(_markdown(head, about, sections, target))
     shown = [(s.title, table) for s in sections for caption, table in s.tables if caption == ACCURACY]
     write_csv(target / "accuracy.csv", [{"figure": title, **row} for title, table in shown for row in table])
+    return write_page(head, about, sections, target)
+
+
+def write_page(head: str, about: str, sections: list[Section], target: Path) -> Path:
+    """Write ``index.html``, with its pictures in it, and ``README.md``; returns the page."""
+    (target / "index.html").write_text(_page(head, about, sections))
+    (target / "README.md").write_text(_markdown(head, about, sections, target))
     return target / "index.html"
 
 

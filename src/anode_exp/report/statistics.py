@@ -55,7 +55,7 @@ def _three(values: list[float]) -> str:
     return " / ".join(f"{f(values):.2f}" for f in (min, max, statistics.fmean)) if values else MISSING
 
 
-def _spread(values: list[float], form: str) -> str:
+def spread(values: list[float], form: str) -> str:
     """Mean, and the range where it is one."""
     if not values:
         return MISSING
@@ -92,7 +92,8 @@ def _statistics(group: Group) -> str:
     return ", ".join(dict.fromkeys(names[run.config.model.statistics] for run in group.runs if run.config)) or MISSING
 
 
-def _runs(group: Group) -> str:
+def status_counts(group: Group) -> str:
+    """How many runs ended how, and how many are missing."""
     counts = {s: sum(run.status == s for run in group.runs) for s in dict.fromkeys(run.status for run in group.runs)}
     parts = [f"{n} {status}" for status, n in counts.items()]
     parts += [f"{len(group.missing)} not run"] if group.missing else []
@@ -103,7 +104,7 @@ def accuracy_rows(groups: list[Group]) -> list[dict[str, str]]:
     """Test accuracy in percent, min / max / mean over seeds, next to the published one."""
     rows = []
     for group in groups:
-        row = {"method": group.label, "runs": _runs(group)}
+        row = {"method": group.label, "runs": status_counts(group)}
         by_time, published = group.percents(_by_time), group.published
         if published:
             row["published"] = " / ".join(f"{x:.2f}" for x in published)
@@ -115,7 +116,7 @@ def accuracy_rows(groups: list[Group]) -> list[dict[str, str]]:
         row["best epoch"] = _three(group.percents(_best))
         row["statistics in training"] = _statistics(group)
         losses = [x for run in group.completed if (x := run.last("train_loss")) is not None]
-        rows.append({**row, "training loss": _spread(losses, ".4f")})
+        rows.append({**row, "training loss": spread(losses, ".4f")})
     return rows
 
 
@@ -127,16 +128,16 @@ def cost_rows(groups: list[Group]) -> list[dict[str, str]]:
         if not results:
             continue
         nfe = [r["nfe"] for r in results if r["nfe"]]
-        evaluations = [_spread([n[k] for n in nfe], ".3g") for k in ("forward", "backward")] if nfe else [MISSING]
+        evaluations = [spread([n[k] for n in nfe], ".3g") for k in ("forward", "backward")] if nfe else [MISSING]
         commits = [(r["commit"] or "unknown")[:10] + "-dirty" * str(r["commit"]).endswith("-dirty") for r in results]
         # A diverged run's last epoch is none, an interrupted one's time is not that of a run.
         seconds = [(r["wall_time_s"]["train"], r["epochs"]) for run in group.completed if (r := run.results)]
         rows.append(
             {
                 "method": group.label,
-                "peak memory, MB": _spread([r["peak_memory_bytes"] / 1e6 for r in results], ",.1f"),
-                "training, s an epoch": _spread([s / epochs for s, epochs in seconds], ",.1f"),
-                "training, min a run": _spread([s / 60 for s, _ in seconds], ",.1f"),
+                "peak memory, MB": spread([r["peak_memory_bytes"] / 1e6 for r in results], ",.1f"),
+                "training, s an epoch": spread([s / epochs for s, epochs in seconds], ",.1f"),
+                "training, min a run": spread([s / 60 for s, _ in seconds], ",.1f"),
                 "evaluations of f a step": " + ".join(evaluations),
                 "runs at once": ", ".join(dict.fromkeys(str(r.get("runs_at_once", 1)) for r in results)),
                 "device": ", ".join(dict.fromkeys(r["device"] for r in results)),

@@ -1,0 +1,74 @@
+"""Any runs below any folders, grouped by the settings in which they differ."""
+
+import json
+import shlex
+from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, cast
+
+from omegaconf import OmegaConf
+
+from anode_exp.config.change import differing
+from anode_exp.config.check import read_config, typed
+from anode_exp.config.describe import flat
+from anode_exp.records.cells import COPIES, Record
+from anode_exp.records.reading import read_lines, read_metrics, read_results
+
+
+def read_runs(folders: Iterable[Path]) -> list[Record]:
+    """Every run below the folders that has begun, by folder; copies beside a report, studies and benchmarks are none.
+
+    Raises UserError for a configuration that cannot be read.
+    """
+    found: dict[Path, Record] = {}
+    for place in folders:
+        for path in sorted(place.rglob("config.yaml")):
+            folder = path.parent
+            begun = any((folder / name).exists() for name in ("metrics.jsonl", "results.json"))
+            if not begun or COPIES in path.relative_to(place).parts[:-1] or folder.resolve() in found:
+                continue
+            config = typed(read_config(folder))
+            epochs = [{k: v for k, v in line.items() if k != "step_losses"} for line in read_metrics(folder)]
+            cell = {"seed": config.seed, "command": command_of(folder)}
+            evaluations = read_lines(folder / "evaluations.jsonl")
+            found[folder.resolve()] = Record(folder, cell, epochs, read_results(folder), evaluations, config)
+    return list(found.values())
+
+
+def command_of(folder: Path) -> str:
+    """What was typed for the run in a folder, or for it and the other seeds beside it."""
+    for place in (folder, folder.parent):
+        path = place / ".hydra" / "overrides.yaml"
+        if path.exists():
+            overrides = cast(list[str], OmegaConf.to_container(OmegaConf.load(path)))
+            return f"python -m anode_exp train {shlex.join(overrides)}".rstrip()
+    return f"not recorded; the settings are in {folder / 'config.yaml'}"
+
+
+def grouped(records: list[Record]) -> dict[str, list[Record]]:
+    """Runs that differ in their seed alone, by what sets them apart from the others: ``key=value, …``.
+
+    Settings count that change a number of a run. Of several that divide the runs in the same way the first is named:
+    that of a group, such as ``gradient=revolve``, before those that come with it.
+    """
+    configs = [record.config for record in records]
+    assert all(config is not None for config in configs)
+    whole = cast(list[Any], configs)
+    settings = [flat(asdict(config)) for config in whole]
+    varied = {key for other in whole[1:] for key in differing(whole[0], other)} - {"seed"}
+    names = sorted(varied, key=lambda key: (not key.endswith(".name"), key))
+
+    def parts(keys: list[str]) -> list[tuple[str, ...]]:
+        return [tuple(json.dumps(s.get(key)).strip('"') for key in keys) for s in settings]
+
+    chosen: list[str] = []
+    for key in names:
+        if len(set(parts([*chosen, key]))) > len(set(parts(chosen))):
+            chosen.append(key)
+    found: dict[str, list[Record]] = {}
+    for record, values in zip(records, parts(chosen), strict=True):
+        pairs = zip(chosen, values, strict=True)
+        label = ", ".join(f"{key.removesuffix('.name')}={value}" for key, value in pairs if value != "null")
+        found.setdefault(label or "as set by default", []).append(record)
+    return found
