@@ -23,7 +23,7 @@ from anode_exp.tasks.classification import Classification
 
 
 def planner(
-    model="squeezenext", n_steps=3, batch=4, precision="fp32", evolves=False, solver=None, **settings
+    model="squeezenext", n_steps=2, batch=4, precision="fp32", evolves=False, solver=None, **settings
 ) -> Planner:
     torch.manual_seed(0)
     if model == "squeezenext":
@@ -49,13 +49,13 @@ def by_evaluations(p: Planner) -> Planner:
 @pytest.mark.parametrize(
     "settings",
     [
-        {},
-        {"precision": "bf16", "n_steps": 2},
-        {"blocks_per_stage": 2, "n_steps": 2},
+        {"n_steps": 3},
+        {"precision": "bf16"},
+        {"blocks_per_stage": 2},
         {"norm": "group", "activation": "gelu", "n_steps": 1},
-        {"model": "resnet18", "n_steps": 2, "batch": 1},
-        {"evolves": True, "n_steps": 2},
-        {"solver": "alf"},
+        {"model": "resnet18", "batch": 1},
+        {"evolves": True},
+        {"solver": "alf", "n_steps": 3},
     ],
     ids=str,
 )
@@ -159,7 +159,7 @@ def test_the_least_budget_fits_whatever_an_allocator_adds(monkeypatch):
 
 def test_what_a_run_replays_is_what_is_timed():
     """Every block under every policy from a recording; eagerly where there can be none."""
-    p = planner(n_steps=2, batch=2)
+    p = planner(batch=2)
     captures = []
 
     def capture():

@@ -83,7 +83,7 @@ def test_gradcheck(mode, tableau):
     assert torch.autograd.gradcheck(solve, (y0, w, v))
 
 
-@pytest.mark.parametrize(("tableau", "n_steps", "norm"), [*itertools.product(TABLEAUX, (1, 3), NORMS)])
+@pytest.mark.parametrize(("tableau", "n_steps", "norm"), [*itertools.product(TABLEAUX, (1, 2), NORMS)])
 def test_squeezenext_exactly(tableau, n_steps, norm):
     def network_of(mode):
         torch.manual_seed(0)
@@ -132,7 +132,7 @@ def test_weight_and_bias_by_time_exactly(tableau, n_steps, intervals):
     assert len(reached) == 4 and all(r[:2].all() for r in reached)
 
 
-@pytest.mark.parametrize(("mode", "tableau"), [("dto_checkpoint", "rk2"), ("dto_checkpoint", "bosh3")])
+@pytest.mark.parametrize(("mode", "tableau"), [("dto_checkpoint", "rk2")])
 def test_fifty_training_steps_to_the_last_bit(mode, tableau):
     """Weights, momentum and buffers after 50 steps of the real training step on augmented images."""
     generator = torch.Generator().manual_seed(0)
