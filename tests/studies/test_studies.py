@@ -18,6 +18,7 @@ from anode_exp.errors import UserError
 from anode_exp.models import MODELS, ode_blocks
 from anode_exp.report.gradient_error import order_in_dt
 from anode_exp.report.memory import growth
+from anode_exp.report.memory import report as memory_report
 from anode_exp.studies.evolution import kernels_over_time
 from anode_exp.studies.gradient_error import rows as gradient_error_rows
 from anode_exp.studies.memory import peaks_and_times
@@ -65,6 +66,7 @@ def test_memory(tmp_path):
     assert all(r["step_time_s"] > 0 and r["nfe_forward"] > 0 for r in found)
     assert {r["time_ratio"] for r in found if r["gradient"] == "full_backprop"} == {1.0}
     assert "O(L N)" in done.stdout and "fit, MB" in done.stdout
+    assert "n_steps" not in memory_report(blocks, tmp_path), "of one grid alone"
 
 
 def test_gradient_error_at_initialisation_and_for_a_trained_run(tmp_path):

@@ -37,14 +37,15 @@ def growth(rows: list[dict[str, Any]], x: str) -> dict[str, tuple[float, float]]
 
 def report(rows: list[dict[str, Any]], directory: Path) -> str:
     """Writes ``study.png``; returns the tables of the rows of ``study.jsonl``."""
-    panels = [(x, [row for row in rows if row["varied"] == x]) for x in ("n_steps", "blocks_per_stage")]
-    steps = panels[0][1]
-    figure, axes = plt.subplots(1, 3, figsize=(15, 4.5), layout="constrained")
+    panels = [(x, part) for x in ("n_steps", "blocks_per_stage") if (part := [r for r in rows if r["varied"] == x])]
+    count = len(panels) + 1
+    figure, axes = plt.subplots(1, count, figsize=(5 * count, 4.5), layout="constrained")
     for ax, (x, part) in zip(axes, panels, strict=False):
         draw_lines(ax, part, x, lambda row: peak_of(row) / 1e6)
         ax.set(xlabel=x, ylabel="peak, MB", yscale="log")
-    draw_lines(axes[2], steps, "n_steps", lambda row: row["time_ratio"])
-    axes[2].set(xlabel="n_steps", ylabel=f"time of a step over {labels_of(steps)[0]}")
+    x, part = panels[0]
+    draw_lines(axes[-1], part, x, lambda row: row["time_ratio"])
+    axes[-1].set(xlabel=x, ylabel=f"time of a step over {labels_of(part)[0]}")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5)
     save(figure, directory / "study.png")
     text = []
