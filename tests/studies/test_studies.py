@@ -251,6 +251,11 @@ def test_a_gradient_mode_of_ones_own():
         ("gradient_error", ["+study.gradients.a={name: sorcery}"], "sorcery is no gradient"),
         ("memory", ["study.modes=[alf reversibel]"], "choose from full_backprop, dto_checkpoint, step_checkpoint keep"),
         ("memory", ["study.modes=[alf reversibel]"], "did you mean alf reversible?"),
+        (
+            "gradient_error",
+            ["study.modes=[dto_checkpoint,reversible]", "study.solvers=[rk2]", "study.adaptive_solvers=[]"],
+            "study.gradients.reversible: ",
+        ),
     ],
 )
 def test_mistakes(name, overrides, message):

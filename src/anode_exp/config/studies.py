@@ -76,7 +76,11 @@ def study(name: str, overrides: list[str], thorough: bool = False) -> tuple[Trai
         on = [gradient.solver] if gradient.solver else [*compared, *checked.adaptive_solvers]
         refused = [lacking(solver, gradient) for solver in on]
         if refused and all(refused):  # a mode that no solver here has; the study's own are left out
-            if gradient.solver or any(key.startswith(f"study.gradients.{label}") for key in given):
+            if (
+                gradient.solver
+                or label in checked.modes
+                or any(key.startswith(f"study.gradients.{label}") for key in given)
+            ):
                 raise UserError(f"study.gradients.{label}: {refused[0]}")
             del checked.gradients[label]
     if "run" in composed.study and checked.run is None and "study.checkpoint" in given:

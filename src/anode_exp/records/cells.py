@@ -61,17 +61,20 @@ class Record:
         return self.epochs[-1].get(key) if self.epochs else None
 
 
+def read_record(folder: Path, cell: dict[str, Any], config: TrainConfig | None) -> Record:
+    """What a run has written to its folder."""
+    epochs = [{k: v for k, v in line.items() if k != "step_losses"} for line in read_metrics(folder)]
+    return Record(folder, cell, epochs, read_results(folder), read_lines(folder / "evaluations.jsonl"), config)
+
+
 def read_records(*directories: Path) -> list[Record]:
     """All records below the folders, by seed; what ``copy_records`` made of them there is none."""
     found = []
     paths = [(place, path) for place in directories for path in place.rglob("cell.json")]
     for folder in (path.parent for place, path in paths if COPIES not in path.relative_to(place).parts):
         cell = json.loads((folder / "cell.json").read_text())
-        epochs = [{k: v for k, v in line.items() if k != "step_losses"} for line in read_metrics(folder)]
         begun = cell["method"] is not None and (folder / "config.yaml").exists()
-        config = typed(read_config(folder)) if begun else None
-        evaluations = read_lines(folder / "evaluations.jsonl")
-        found.append(Record(folder, cell, epochs, read_results(folder), evaluations, config))
+        found.append(read_record(folder, cell, typed(read_config(folder)) if begun else None))
     return sorted(found, key=lambda r: (r.cell["seed"] or 0, str(r.directory)))
 
 

@@ -12,8 +12,7 @@ from omegaconf import OmegaConf
 from anode_exp.config.change import differing
 from anode_exp.config.check import read_config, typed
 from anode_exp.config.describe import flat
-from anode_exp.records.cells import COPIES, Record
-from anode_exp.records.reading import read_lines, read_metrics, read_results
+from anode_exp.records.cells import COPIES, Record, read_record
 
 
 def read_runs(folders: Iterable[Path]) -> list[Record]:
@@ -29,10 +28,8 @@ def read_runs(folders: Iterable[Path]) -> list[Record]:
             if not begun or COPIES in path.relative_to(place).parts[:-1] or folder.resolve() in found:
                 continue
             config = typed(read_config(folder))
-            epochs = [{k: v for k, v in line.items() if k != "step_losses"} for line in read_metrics(folder)]
             cell = {"seed": config.seed, "command": command_of(folder)}
-            evaluations = read_lines(folder / "evaluations.jsonl")
-            found[folder.resolve()] = Record(folder, cell, epochs, read_results(folder), evaluations, config)
+            found[folder.resolve()] = read_record(folder, cell, config)
     return list(found.values())
 
 
