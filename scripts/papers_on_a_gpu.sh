@@ -6,7 +6,7 @@
 #   ResNet-18 (Figs. 4, 5)             about 40 minutes each
 #   the adaptive RK45 cells            until they diverge; else hours, for they run without a graph: last
 #
-#   bash scripts/papers_on_a_gpu.sh [FOLDER]      runs go to FOLDER/anode and FOLDER/anodev2 (outputs)
+#   bash scripts/papers_on_a_gpu.sh [FOLDER]      runs go to FOLDER/anode, FOLDER/anodev2 and FOLDER/pnode (outputs)
 set -euo pipefail
 out=${1:-outputs}
 failed=0
@@ -32,7 +32,8 @@ run reproduce anode "directory=$out" figure=table_alexnet,fig4,fig5 "method=$fix
 run reproduce anodev2 "directory=$out" figure=table_alexnet,squeezenext,resnet18 seeds=3
 run reproduce anode "directory=$out" method=reverse_adjoint_rk45 seeds=1
 run reproduce anode "directory=$out" figure=fig1_fig7
-for paper in anode anodev2; do
+run reproduce pnode "directory=$out" seeds=3
+for paper in anode anodev2 pnode; do
   run report "$paper" "directory=$out" "to=docs/results/$paper"
 done
 exit $failed

@@ -16,10 +16,10 @@ from anode_exp.commands.bench import bench_entries
 from anode_exp.data import Augmentation, Split
 from anode_exp.data.torchvision_loader import torchvision_loader
 from anode_exp.errors import UserError
-from anode_exp.gradient import FullBackprop
-from anode_exp.ode import TimeGrid, VectorField
+from anode_exp.gradient import FullBackprop, ReverseAdjoint
+from anode_exp.ode import TimeGrid, Tolerance, VectorField
 from anode_exp.studies import bench, throughput
-from anode_exp.studies.bench import TorchCheckpoint
+from anode_exp.studies.peers import TorchCheckpoint, TorchdiffeqAdjoint
 from anode_exp.studies.throughput import Contestant, Traffic, time_in_turn
 from anode_exp.training import graphed_step
 
@@ -162,6 +162,31 @@ def test_torch_checkpoint_is_exact():
     assert evaluations.forward == 2 * 12, "evaluated again"
 
 
+@pytest.mark.parametrize("name", ["euler", "rk2", "heun"])
+def test_torchdiffeq_adjoint_is_the_reverse_time_adjoint(name):
+    def gradient(mode, grid):
+        module = Field()
+        field = VectorField(module)
+        y0 = torch.tensor([[0.3, -0.2, 0.9]], dtype=torch.float64, requires_grad=True)
+        mode.solve(field, y0, field.theta, grid, solver(name)).square().sum().backward()
+        return [y0.grad, module.w.grad, module.v.grad], field.evaluations
+
+    theirs, evaluations = gradient(TorchdiffeqAdjoint(), TimeGrid(3))
+    ours, same = gradient(ReverseAdjoint(), TimeGrid(3))
+    exact, _ = gradient(FullBackprop(), TimeGrid(3))
+    for a, b, c in zip(theirs, ours, exact, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
+        assert not torch.allclose(a, c, rtol=1e-6), "it is the wrong gradient of these steps"
+    assert (evaluations.forward, evaluations.backward) == (same.forward, same.backward)
+    if name == "heun":
+        (theirs, _), (exact, _) = (
+            gradient(mode, Tolerance(1e-6, 1e-6, max_evaluations=100_000))
+            for mode in (TorchdiffeqAdjoint(), FullBackprop())
+        )
+        for a, b in zip(theirs, exact, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
 def test_torchvision_loader_gives_the_images():
     images = torch.arange(20, dtype=torch.uint8).view(20, 1, 1, 1).expand(20, 32, 32, 3).contiguous()
     loader = torchvision_loader(Split(images, torch.arange(20)), 6, Augmentation(0, True), [0.0] * 3, [1.0] * 3, 0)
@@ -194,12 +219,20 @@ def test_what_is_compared_by_default():
     [
         (["compare=gradient=full_backprop"], "compare=gradient=full_backprop: give a list of settings"),
         (["compare=[{a: 1}]"], "give a list of settings"),
-        (["compare=[baseline=eger]"], "baseline=eger: choose one of eager, dataloader, torch_checkpoint; did you mean"),
+        (
+            ["compare=[baseline=eger]"],
+            "baseline=eger: choose one of eager, dataloader, torch_checkpoint, torchdiffeq_adjoint; did",
+        ),
         (["compare=[solver=rk5]"], "solver=rk5: there is no such solver"),
         (["compare=[solver=rk2, solver=rk2]"], "names the same entry twice"),
         (["compare=[runtime.precision=tf32, runtime.precision=fp32]"], "compare those in two runs"),
         (["compare=[seed=0, runtime.cudnn_benchmark=true]"], "compare those in two runs"),
         (["gradient=budget"], "see study budget"),
+        (["compare=[baseline=torchdiffeq_adjoint solver=bosh3]"], "torchdiffeq has no bosh3 on fixed steps; choose"),
+        (
+            ["compare=[baseline=torchdiffeq_adjoint gradient=revolve]"],
+            "gradient: baseline=torchdiffeq_adjoint does not",
+        ),
         (["solver=rk2,rk4"], "list them in compare"),
         (["rounds=0"], "rounds=0: give a whole number, at least 1"),
         (["--fast"], "--fast: bench takes no flags"),

@@ -105,6 +105,10 @@ def build_solver(solver: schema.SolverConfig) -> Solver:
     return make()
 
 
+NOT_OF_MODES = ("name", "memory", "solver", "baseline")
+"""Settings of a gradient mode that its class does not take."""
+
+
 def build_model(
     model: schema.ModelConfig, solver: schema.SolverConfig, gradient: GradientConfig, outputs: int
 ) -> nn.Module:
@@ -112,7 +116,7 @@ def build_model(
     grid: TimeGrid | Tolerance = TimeGrid(solver.n_steps)
     if solver.adaptive:
         grid = Tolerance(solver.rtol, solver.atol, max_evaluations=solver.max_evaluations, min_step=solver.min_step)
-    chosen = {k: v for k, v in asdict(gradient).items() if k not in ("name", "memory", "solver") and v is not None}
+    chosen = {k: v for k, v in asdict(gradient).items() if k not in NOT_OF_MODES and v is not None}
     # A budget's plan needs the network, and replaces the modes of its blocks.
     mode = GRADIENT_MODES["dto_checkpoint" if gradient.name == "budget" else gradient.name](**chosen)
     method, by_time = build_solver(solver), model.statistics == "by_time"

@@ -10,6 +10,7 @@ import torch
 
 from anode_exp.data.densities import DENSITIES, PLANAR, load_density
 from anode_exp.errors import UserError
+from anode_exp.tasks.density import DensityBatches
 
 
 @pytest.mark.parametrize(
@@ -68,6 +69,29 @@ def test_whitened_digits_count_the_determinant():
     ).log_prob(torch.from_numpy(test))
     white = torch.distributions.Normal(0.0, 1.0).log_prob(data.test).sum(1)
     torch.testing.assert_close(white - data.offset, as_drawn, rtol=1e-9, atol=1e-9)
+
+
+def test_the_noise_of_digits_is_drawn_anew_in_every_step():
+    """Uniform over [0, 1) in pixels, on the training samples alone, and the same after a resume."""
+    data = load_density("digits64")
+    without, of_noise = data.quantised
+    moved = data.to(torch.device("cpu"), torch.float32)
+    assert moved.quantised[0].dtype == torch.float32
+    assert data.nbytes - 8 * 64 * 1797 == without.nbytes + of_noise.nbytes == 8 * 64 * (1257 + 64)
+    epoch = DensityBatches(data, 1257, "exact", seed=0, steps_per_epoch=3).epoch(1)
+    first, second, third = (x for (x,) in epoch.starting_at(0))
+    ((resumed,),) = epoch.starting_at(2)
+    assert torch.equal(resumed, third)
+    draws = []
+    for x in (data.train, first, second):
+        pixels, counts = (torch.linalg.solve(of_noise.T, y.T).T for y in (x, without))
+        shift = counts.min(0).values  # the darkest pixels are 0
+        pixels, counts = pixels - shift, counts - shift
+        assert pixels.min() >= -1e-9 and pixels.max() < 17 + 1e-9
+        draws.append((pixels + 1e-9) % 1)
+        assert torch.equal((pixels + 1e-9).floor().sum(0), counts.round().sum(0)), "all digits, once"
+        assert 0.49 < draws[-1].mean() < 0.51 and abs(draws[-1].std() - 12**-0.5) < 0.01
+    assert not torch.allclose(draws[0], draws[1]) and not torch.allclose(draws[1], draws[2])
 
 
 def table(root, name, array):

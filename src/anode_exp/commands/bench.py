@@ -3,7 +3,7 @@
 from fnmatch import fnmatchcase
 
 from anode_exp.commands.arguments import Parser, help_text, own_settings
-from anode_exp.config.check import check_used, split_settings, yaml_or_text
+from anode_exp.config.check import check_used, lacking_in_torchdiffeq, split_settings, yaml_or_text
 from anode_exp.config.compose import composed, folder, given_keys, parse
 from anode_exp.config.describe import near
 from anode_exp.config.schema import BenchSettings, TrainConfig
@@ -39,6 +39,7 @@ BASELINES = {
     "eager": "a plain loop: contiguous layout, images on the device, no graph",
     "dataloader": "the same, fed by torchvision's DataLoader with 4 workers",
     "torch_checkpoint": "this project's step with torch.utils.checkpoint around each block",
+    "torchdiffeq_adjoint": "this project's step with torchdiffeq's odeint_adjoint in each block, a wrong gradient",
 }
 
 NOT_TIMED = (
@@ -65,7 +66,7 @@ def bench_entries(arguments: list[str]) -> tuple[list[tuple[str, TrainConfig, st
     for key in given_keys(parse(shared)):
         if key.startswith(("hydra.", "hydra/")) and key != "hydra.run.dir":
             raise UserError(f"{key}: bench does not use it; give hydra.run.dir=DIR")
-    labels = compare or ["", *(f"baseline={name}" for name in BASELINES)]
+    labels = compare or ["", *(f"baseline={name}" for name in BASELINES if name != "torchdiffeq_adjoint")]
     entries = [_entry(label, shared) for label in labels]
     check_used(given_keys(parse(shared)), [config for _, config, _ in entries])
     if len(set(labels)) < len(labels):
@@ -92,7 +93,9 @@ def _entry(label: str, shared: list[str]) -> tuple[str, TrainConfig, str | None]
         raise UserError(f"compare: {label} names two baselines; write an entry for each")
     baseline = baselines[0] if baselines else None
     own_step = ("gradient*", "runtime.compile", "runtime.cuda_graph", "runtime.channels_last")
-    unused = own_step[:-1] if baseline == "torch_checkpoint" else own_step[1:]
+    unused = own_step[1:] if baseline in ("eager", "dataloader") else own_step[:-1]
+    if baseline == "torchdiffeq_adjoint" and (refused := lacking_in_torchdiffeq(config)):
+        raise UserError(f"baseline={baseline}: {refused}")
     for key in given_keys(parse(settings)):
         if key.startswith(("hydra.", "hydra/")):
             raise UserError(f"{key}: not a setting of an entry; give hydra.run.dir=DIR to bench itself")

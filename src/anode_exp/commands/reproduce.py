@@ -1,6 +1,7 @@
 """``reproduce PAPER``: the runs of a paper that are still missing."""
 
 import itertools
+import json
 import logging
 import statistics
 import sys
@@ -73,8 +74,16 @@ def paper_help(verb: str, text: str, paper: str | None, schema: type = Reproduce
 
 def is_done(cell: Cell) -> bool:
     """Whether a cell's run is recorded whole, completed or diverged; UserError for a run of other settings there."""
-    if cell.config is None:
-        return (cell.directory / "cell.json").exists()  # written last
+    if cell.config is None:  # cell.json is written last
+        path = cell.directory / "cell.json"
+        if not path.exists():
+            return False
+        recorded = json.loads(path.read_text())["settings"]
+        if cell.of_runs:
+            return bool(recorded == with_runs(cell).settings)
+        if _measured(recorded) != _measured(cell.settings):
+            raise UserError(f"{cell.directory}: holds a study with other settings; give directory= for another")
+        return True
     if not (cell.directory / "config.yaml").exists():
         return False
     # Training is the same whatever the running statistics, and a run is evaluated both ways.
@@ -84,6 +93,18 @@ def is_done(cell: Cell) -> bool:
         raise UserError(f"{cell.directory}: holds a run with another {', '.join(other[:3])}; {remedy}")
     results = read_results(cell.directory)
     return results is not None and results["status"] in ("completed", "diverged")
+
+
+def _measured(settings: list[str]) -> list[str]:
+    """Those that change what a study measures."""
+    return [s for s in settings if not s.startswith(("dataset.root=", "dataset.download=", "runtime.device="))]
+
+
+def with_runs(cell: Cell) -> Cell:
+    """A study of a figure's runs, with the completed ones in its settings; any other cell as it is."""
+    folders = sorted(path.parent for path in cell.directory.glob("*_seed-*/results.json"))
+    ended = [str(f) for f in folders if cell.of_runs and (read_results(f) or {}).get("status") == "completed"]
+    return replace(cell, settings=[f"study.run='{','.join(ended)}'", *cell.settings]) if ended else cell
 
 
 def recorded_config(cell: Cell) -> TrainConfig | None:
@@ -99,7 +120,7 @@ def lacks_calibration(cell: Cell) -> bool:
     config, results = recorded_config(cell), read_results(cell.directory)
     if config is None or results is None or results["status"] != "completed":
         return False
-    if config.model.block != "ode" or config.model.field_norm != "batch":
+    if config.task.name != "classification" or config.model.block != "ode" or config.model.field_norm != "batch":
         return False
     rows = read_lines(cell.directory / "evaluations.jsonl")
     return not config.solver.adaptive and not any(is_calibrated(row, config, results["epochs"]) for row in rows)
@@ -109,13 +130,15 @@ def reproduce(cells: list[Cell], tick: Callable[[], object] | None = None) -> in
     """Run what is missing, go on with what was interrupted, skip what is recorded with the same settings.
 
     On CUDA the seeds of one figure and method run at once. A run that another process is writing is left to it. A
-    failed one does not stop the others.
+    failed one does not stop the others, and one whose data set's file is not there is left out where nothing named it.
 
     Returns:
         The exit code: 0, 2 where runs failed by a mistake to mend alone, else 1, 128 and the signal that interrupted.
     """
     cells = list({cell.directory: cell for cell in cells}.values())  # figures may share some
     todo = [cell for cell in cells if not is_done(cell) or lacks_calibration(cell)]
+    changing = {cell.directory.parent for cell in todo}  # figures that will have more runs than their studies know
+    todo += [cell for cell in cells if cell.of_runs and cell.directory in changing and cell not in todo]
     print(f"{len(cells) - len(todo)} of {len(cells)} runs are recorded, {len(todo)} to go")
     failed: list[tuple[str, bool]] = []  # and whether the user can mend it
     groups, done_epochs = _together(todo), sum(map(_epochs, cells))
@@ -143,7 +166,7 @@ def _together(cells: list[Cell]) -> list[list[Cell]]:
 
     if not torch.cuda.is_available():
         return [[cell] for cell in cells]
-    cells = sorted(cells, key=lambda c: (c.figure, c.method or ""))
+    cells = sorted(cells, key=lambda c: (c.of_runs, c.figure, c.method or ""))
     return [list(group) for _, group in itertools.groupby(cells, key=lambda c: (c.figure, c.method))]
 
 
@@ -160,8 +183,11 @@ def _run_group(
     from anode_exp.studies.study import run_study
 
     try:
-        for cell in group:
+        for cell in map(with_runs, group):
             if cell.study is not None:
+                if cell.of_runs and not any(s.startswith("study.run=") for s in cell.settings):
+                    print(f"{cell.name}: none of its runs is completed")
+                    return
                 run_study(*study(cell.study, cell.settings), cell.directory)
             cell.directory.mkdir(parents=True, exist_ok=True)
             write_atomically(cell.directory / "cell.json", cell.describe())
@@ -179,6 +205,9 @@ def _run_group(
         print(error)
         return
     except UserError as error:
+        if all(cell.optional for cell in group):
+            print(f"{group[0].name}: left out; {error}")
+            return
         failed.append((str(error), True))
     except OSError as error:  # a folder that cannot be written, a full disk
         failed.append((f"{error.filename or group[0].directory}: {error.strerror}", True))

@@ -12,7 +12,16 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from anode_exp.config.schema import SOLVERS, TASKS, GradientConfig, SolverConfig, StudyConfig, T, TrainConfig
+from anode_exp.config.schema import (
+    SOLVERS,
+    TASKS,
+    TORCHDIFFEQ_METHODS,
+    GradientConfig,
+    SolverConfig,
+    StudyConfig,
+    T,
+    TrainConfig,
+)
 from anode_exp.errors import UserError
 
 
@@ -149,8 +158,10 @@ def typed_study(config: DictConfig) -> StudyConfig:
     for precision in set(study.precisions) - {"fp64", "fp32", "tf32", "bf16"}:
         raise UserError(f"study.precisions: {precision} is none; choose from fp64, fp32, tf32, bf16")
     for label, gradient in study.gradients.items():
-        if gradient.name == "budget":
-            raise UserError(f"study.gradients.{label}: a budget is no gradient mode to compare; see study budget")
+        if gradient.name == "budget" and study.name != "memory":
+            raise UserError(f"study.gradients.{label}: study {study.name} compares no budget; see study budget")
+        if gradient.baseline is not None and study.name != "memory":
+            raise UserError(f"study.gradients.{label}.baseline: study {study.name} does not use it; study memory does")
         _check_gradient(gradient, f"study.gradients.{label}.")
     return study
 
@@ -197,6 +208,17 @@ def lacking(name: str, gradient: GradientConfig) -> str | None:
     for asked, can, text in needs:
         if asked and not getattr(SOLVERS[name], can):
             return f"{text}; choose solver={', '.join(solvers_that(can))}"
+    return None
+
+
+def lacking_in_torchdiffeq(config: TrainConfig) -> str | None:
+    """Why torchdiffeq's adjoint cannot differentiate these solves; None where it can."""
+    methods = TORCHDIFFEQ_METHODS[config.solver.adaptive]
+    if config.solver.name not in methods:
+        steps = "adaptive" if config.solver.adaptive else "fixed"
+        return f"torchdiffeq has no {config.solver.name} on {steps} steps; choose solver={', '.join(methods)}"
+    if config.model.evolution != "none" and config.model.evolution_coupling == "joint":
+        return "weights that evolve with the activations are others in every step; set model.evolution=none"
     return None
 
 

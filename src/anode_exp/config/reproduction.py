@@ -4,6 +4,7 @@ import json
 import shlex
 from copy import deepcopy
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,6 +14,7 @@ from anode_exp.config.check import check_used, split_settings
 from anode_exp.config.compose import composed
 from anode_exp.config.describe import CONF, near, options
 from anode_exp.config.schema import ReproduceSettings, TrainConfig
+from anode_exp.config.studies import STUDY_READS
 from anode_exp.errors import UserError
 
 MOST_SEEDS = 1000
@@ -25,7 +27,9 @@ class Cell:
     Attributes:
         paper, figure: where the run belongs; ``shown_in`` is the figure of the reproduction that asks for it, which is
             another one where reproductions share runs.
-        settings: the overrides that compose it, for ``train``.
+        settings: the overrides that compose it, for ``train`` or ``study``.
+        of_runs: whether a study looks at its figure's runs; these lie in folders of its folder.
+        optional: whether it is left out where the file of its data set is not there.
     """
 
     paper: str
@@ -38,10 +42,14 @@ class Cell:
     config: TrainConfig | None = None
     study: str | None = None
     shown_in: str | None = None
+    of_runs: bool = False
+    optional: bool = False
 
     @property
     def name(self) -> str:
-        return self.figure if self.method is None else f"{self.figure}, {self.method}, seed {self.seed}"
+        if self.method is None:
+            return f"{self.figure}, study {self.study}"
+        return f"{self.figure}, {self.method}, seed {self.seed}"
 
     @property
     def command(self) -> str:
@@ -50,7 +58,7 @@ class Cell:
 
     def describe(self) -> str:
         """What ``cell.json`` holds: enough for a report to place the run."""
-        keys = ("paper", "length", "figure", "method", "seed", "settings")
+        keys = ("paper", "length", "figure", "method", "seed", "study", "settings")
         return json.dumps({**{k: getattr(self, k) for k in keys}, "command": self.command}, indent=2) + "\n"
 
 
@@ -59,7 +67,11 @@ def specification(paper: str) -> dict[str, Any]:
     if paper not in (papers := options("reproduce")):
         raise UserError(f"{paper}: no such reproduction; choose one of {', '.join(papers)}{near(paper, papers)}")
     text = (CONF / "reproduce" / f"{paper}.yaml").read_text()
-    return {"name": paper, **cast(dict[str, Any], yaml.safe_load(text))}
+    spec = {"name": paper, **cast(dict[str, Any], yaml.safe_load(text))}
+    for figure in spec["figures"].values():  # a list of settings may hold one that figures share
+        parts = [[s] if isinstance(s, str) else s for s in figure.get("settings", [])]
+        figure["settings"] = [setting for part in parts for setting in part]
+    return spec
 
 
 def directories(paper: str, length: str, base: Path) -> list[Path]:
@@ -89,7 +101,7 @@ def _seeds(given: str) -> list[int]:
 
 
 def cells(paper: str, arguments: list[str]) -> list[Cell]:
-    """The runs of a reproduction, seed after seed, so that every method has one before any has two.
+    """Studies, then runs, seed after seed, so that every method has one before any has two; then studies of the runs.
 
     Args:
         arguments: ``figure=``, ``method=`` (several separated by commas), ``seeds=``, ``length=``, ``directory=`` (runs
@@ -115,31 +127,44 @@ def cells(paper: str, arguments: list[str]) -> list[Cell]:
 
     base = Path(asked.directory)
     found: list[Cell] = []
+    studies: list[Cell] = []
     composed_runs: dict[tuple[str, ...], TrainConfig] = {}  # by their settings without the seed
     for seed in _seeds(asked.seeds):
         for name in figures:
             figure = spec["figures"][name]
-            if "study" in figure:
-                if asked.method is None and not any(cell.figure == name for cell in found):
-                    found.append(Cell(paper, length, name, base / paper / length / name, [], study=figure["study"]))
-                continue
+            optional = figure.get("needs_file", False) and asked.figure is None
             shares = figure.get("shares", {})
-            for method in (m for m in figure["methods"] if m in methods):
+            for method in (m for m in figure.get("methods", []) if m in methods):
                 shared_run = method in shares.get("methods", [])
                 of, place = (shares["paper"], shares["figure"]) if shared_run else (paper, name)
-                recipe = [f"experiment={of}/{place}", f"length={length}", *spec["methods"][method]["settings"]]
-                settings = [*recipe, *shared, f"seed={seed}"]
+                recipe = [f"experiment={of}/{place}", f"length={length}", *figure.get(length, [])]
+                settings = [*recipe, *spec["methods"][method]["settings"], *shared, f"seed={seed}"]
                 directory = base / of / length / place / f"{method}_seed-{seed}"
                 of_any_seed = tuple(settings[:-1])
                 if of_any_seed not in composed_runs:
                     composed_runs[of_any_seed] = composed(settings)
                 config = replace(deepcopy(composed_runs[of_any_seed]), seed=seed)
-                found.append(Cell(of, length, place, directory, settings, method, seed, config, shown_in=name))
-    if not found:
+                run = Cell(
+                    of, length, place, directory, settings, method, seed, config, shown_in=name, optional=optional
+                )
+                found.append(run)
+    for name in figures:
+        figure, kind = spec["figures"][name], spec["figures"][name].get("study")
+        of_runs = any(cell.shown_in == name for cell in found)
+        if kind is None or not (of_runs or (asked.method is None and "methods" not in figure)):
+            continue
+        taken = ("dataset.root", "runtime.device") if of_runs else (*STUDY_READS[kind], "study.*")
+        given = [a for a in shared if any(fnmatchcase(a.partition("=")[0].lstrip("+~"), key) for key in taken)]
+        own = [*figure["settings"], *([] if of_runs else figure.get(length, []))]
+        settings = [s for s in own if s.partition("=")[0] not in {a.partition("=")[0] for a in given}] + given
+        studies.append(Cell(paper, length, name, base / paper / length / name, settings, study=kind, of_runs=of_runs))
+    if not found and not studies:
         raise UserError(f"method={asked.method}: none of the chosen figures has it")
     runs = [cell.config for cell in found if cell.config is not None]
-    of_runs = [*shared, *(a for a in arguments if a.startswith("seeds="))]
-    if of_runs and not runs:
-        raise UserError(f"{of_runs[0]}: figure={asked.figure} is a study, which takes no settings of runs and no seeds")
-    check_used([a.partition("=")[0].lstrip("+~") for a in shared], runs)
-    return found
+    only_runs = [a for a in shared if not any(a in cell.settings for cell in studies)]
+    only_runs += [a for a in arguments if a.startswith("seeds=")]
+    if only_runs and not runs:
+        raise UserError(f"{only_runs[0]}: figure={asked.figure} is a study, which takes neither it nor seeds")
+    if runs:
+        check_used([a.partition("=")[0].lstrip("+~") for a in shared], runs)
+    return [c for c in studies if not c.of_runs] + found + [c for c in studies if c.of_runs]

@@ -146,6 +146,12 @@ SOLVERS = {
 }
 """The solvers by name, without torch; ``ode.SOLVERS`` makes them."""
 
+TORCHDIFFEQ_METHODS = {
+    False: {"euler": "euler", "rk2": "midpoint", "heun": "heun2", "rk4": "rk4"},
+    True: {"heun": "adaptive_heun", "bosh3": "bosh3", "dopri5": "dopri5"},
+}
+"""torchdiffeq's names of the solvers that it has, on fixed steps (False) and on adaptive ones (True)."""
+
 
 @dataclass(kw_only=True)
 class GradientConfig:
@@ -235,9 +241,10 @@ class TrainConfig:
 
 @dataclass(kw_only=True)
 class StudyGradient(GradientConfig):
-    """A gradient mode that a study compares, on a solver of its own or on the study's."""
+    """A gradient mode that a study compares, on a solver of its own or on the study's; or another library's way."""
 
     solver: str | None = None
+    baseline: str | None = _setting(None, one_of=("torch_checkpoint", "torchdiffeq_adjoint"))
 
 
 @dataclass(kw_only=True)

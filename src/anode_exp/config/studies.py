@@ -4,7 +4,15 @@ from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from anode_exp.config.check import check_used, lacking, read_config, solvers_that, typed, typed_study
+from anode_exp.config.check import (
+    check_used,
+    lacking,
+    lacking_in_torchdiffeq,
+    read_config,
+    solvers_that,
+    typed,
+    typed_study,
+)
 from anode_exp.config.compose import check_folders, compose_line, expanded, given_keys, parse, typed_line
 from anode_exp.config.describe import CONF, near, options
 from anode_exp.config.schema import StudyConfig, TrainConfig
@@ -75,6 +83,9 @@ def study(name: str, overrides: list[str], thorough: bool = False) -> tuple[Trai
     for label, gradient in list(checked.gradients.items()):
         on = [gradient.solver] if gradient.solver else [*compared, *checked.adaptive_solvers]
         refused = [lacking(solver, gradient) for solver in on]
+        if gradient.baseline == "torchdiffeq_adjoint":
+            as_asked = [replace(config, solver=replace(config.solver, name=s, adaptive=False)) for s in on]
+            refused = [lacking_in_torchdiffeq(c) for c in as_asked]
         if refused and all(refused):  # a mode that no solver here has; the study's own are left out
             if (
                 gradient.solver

@@ -146,12 +146,16 @@ class DensityData:
         train, validation, test: [N, d].
         offset: nats to be added to −log p of these samples for that of the samples before they were whitened,
             −log |det| of the whitening.
+        quantised: of samples with noise that makes them continuous: the training samples without it, [N, d], and the
+            matrix W by which noise u uniform over [0, 1)ᵈ is added to one, x + u W. Training draws it anew in each
+            step: a flow learns one draw of it by heart.
     """
 
     train: Tensor
     validation: Tensor
     test: Tensor
     offset: float = 0.0
+    quantised: tuple[Tensor, Tensor] | None = None
 
     @property
     def device(self) -> torch.device:
@@ -163,11 +167,15 @@ class DensityData:
 
     @property
     def nbytes(self) -> int:
-        return self.train.nbytes + self.validation.nbytes + self.test.nbytes
+        return sum(x.nbytes for x in (self.train, self.validation, self.test, *(self.quantised or ())))
 
     def to(self, device: torch.device, dtype: torch.dtype | None = None) -> DensityData:
         train, validation, test = (x.to(device, dtype) for x in (self.train, self.validation, self.test))
-        return DensityData(train, validation, test, self.offset)
+        without, of_noise = self.quantised or (None, None)
+        quantised = None
+        if without is not None and of_noise is not None:
+            quantised = without.to(device, dtype), of_noise.to(device, dtype)
+        return DensityData(train, validation, test, self.offset, quantised)
 
 
 Splits = tuple[Points, Points, Points]
@@ -248,22 +256,24 @@ def _load_table(name: str, root: Path) -> Splits:
         ) from error
 
 
-def _digits64(split: int) -> tuple[Splits, float]:
+def _digits64(split: int) -> DensityData:
     """scikit-learn's 1,797 handwritten digits of 8×8 pixels in 0 … 16, d = 64; 360 to test on, 180 to validate on.
 
     Dequantised by noise uniform over [0, 1), and whitened: mean 0 and covariance I over the training samples.
     """
     from sklearn.datasets import load_digits
 
-    pixels = load_digits().data
-    pixels = pixels + np.random.default_rng(0).uniform(size=pixels.shape)
-    pixels = pixels[np.random.default_rng((1, split)).permutation(len(pixels))]
-    train, validation, test = np.split(pixels, [len(pixels) - 540, len(pixels) - 360])
+    counts = load_digits().data
+    pixels = counts + np.random.default_rng(0).uniform(size=counts.shape)
+    order = np.random.default_rng((1, split)).permutation(len(pixels))
+    train, validation, test = np.split(pixels[order], [len(pixels) - 540, len(pixels) - 360])
     mean = train.mean(0)
     variances, axes = np.linalg.eigh(np.cov(train.T))
     whitening = axes / np.sqrt(variances)
-    train, validation, test = ((x - mean) @ whitening for x in (train, validation, test))
-    return (train, validation, test), float(np.log(variances).sum() / 2)
+    parts = ((x - mean) @ whitening for x in (train, validation, test, counts[order[: len(train)]]))
+    train_x, validation_x, test_x, without = map(torch.from_numpy, parts)
+    quantised = without, torch.from_numpy(whitening)
+    return DensityData(train_x, validation_x, test_x, float(np.log(variances).sum() / 2), quantised)
 
 
 DENSITIES: dict[str, int] = {**dict.fromkeys(PLANAR, 2), "digits64": 64, **{k: v[1] for k, v in TABLES.items()}}
@@ -288,14 +298,13 @@ def load_density(
     Raises:
         UserError: if a file is not there, or is not what it should be.
     """
-    offset = 0.0
     splits: Sequence[Points]
+    if name == "digits64":
+        return _digits64(split)
     if name in PLANAR:
         sizes = (train_size, validation_size, test_size)
         splits = [PLANAR[name].sample(np.random.default_rng((0, i)), n) for i, n in enumerate(sizes)]
-    elif name == "digits64":
-        splits, offset = _digits64(split)
     else:
         splits = _load_table(name, root)
     train, validation, test = (torch.from_numpy(np.ascontiguousarray(x)) for x in splits)
-    return DensityData(train, validation, test, offset)
+    return DensityData(train, validation, test)

@@ -87,7 +87,8 @@ def copy_records(records: list[Record], target: Path) -> None:
         if folder.resolve() == record.directory.resolve():
             continue
         folder.mkdir(parents=True, exist_ok=True)
-        for name in ("cell.json", "config.yaml", "results.json", "evaluations.jsonl", "study.png", "table.txt"):
+        kept = ("cell.json", "config.yaml", "results.json", "evaluations.jsonl")
+        for name in (*kept, "study.jsonl", "study.png", "table.txt", "environment.json"):
             if (record.directory / name).exists():
                 shutil.copyfile(record.directory / name, folder / name)
         if record.epochs:

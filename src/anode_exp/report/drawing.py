@@ -46,6 +46,10 @@ def draw(groups: list[Group], title: str, path: Path, score: str = "accuracy") -
                     last = [e for e in run.epochs if e.get(key) is not None][-1:]
                     x, y = (last[0]["epoch"], times * last[0][key]) if last else (run.epochs[-1]["epoch"], mean[-1])
                     axes.plot(x, y, marker="x", markersize=10, markeredgewidth=2.5, color="black", zorder=5)
+        if group.logged:
+            name_of = f"{group.label}, the authors' log"
+            panels[1].plot(range(1, len(group.logged) + 1), group.logged, "k+", markersize=7, label=name_of)
+            panels[1].legend(fontsize=8)
     for axes, label in zip(panels, ("training loss", name), strict=True):
         axes.set(xlabel="epoch", ylabel=label)
     if drawn:

@@ -15,46 +15,76 @@ from typing import Any
 from tabulate import tabulate
 
 from anode_exp.records.cells import Record
+from anode_exp.records.reading import read_lines
+from anode_exp.report.costs import Table, claim_rows, cost_tables, other_evaluations
 from anode_exp.report.drawing import draw
-from anode_exp.report.statistics import accuracy_rows, command_rows, cost_rows, groups_of, overview_rows
+from anode_exp.report.statistics import (
+    SCORES,
+    accuracy_rows,
+    command_rows,
+    cost_rows,
+    groups_of,
+    overview_rows,
+    score_of,
+    score_rows,
+)
 from anode_exp.report.sweep import write_csv
 
+CLAIMS = "What the paper states beside what was measured here; ratios above 1 are in PNODE's favour"
 ACCURACY = "Test accuracy in percent, min / max / mean over seeds"
 COMMANDS = "Commands"
 
 
 @dataclass(frozen=True)
 class Section:
-    """One figure's part of the report: tables by caption, a picture, text."""
+    """One figure's part of the report: tables by caption, pictures, text."""
 
     title: str
     shown: str
-    tables: list[tuple[str, list[dict[str, str]]]]
-    picture: Path | None
+    tables: list[Table]
+    pictures: list[Path]
     text: str = ""
 
 
-def _sections(spec: dict[str, Any], records: list[Record], expected: dict[Any, str], target: Path) -> Iterator[Section]:
+def _of_study(folder: Path, picture: Path) -> tuple[list[Path], list[Table], str]:
+    """A study's picture, copied beside the page; its tables, where this paper has its own; its text."""
+    if (folder / "study.png").resolve() != picture.resolve():
+        shutil.copyfile(folder / "study.png", picture)
+    rows = read_lines(folder / "study.jsonl")
+    if rows and "n_steps" in rows[0] and "step_time_s" in rows[0]:
+        other = other_evaluations(rows)
+        text = f"Not as many evaluations as the paper's formula says: {', '.join(other)}." if other else ""
+        return [picture], cost_tables(rows), text
+    return [picture], [], (folder / "table.txt").read_text()
+
+
+def _sections(
+    spec: dict[str, Any], length: str, records: list[Record], expected: dict[Any, str], target: Path
+) -> Iterator[Section]:
     for name, figure in spec["figures"].items():
-        title, shown, picture = figure["title"], figure.get("shown", ""), target / f"{name}.png"
+        title, shown, tables, pictures, text = figure["title"], figure.get("shown", ""), [], [], ""
+        if "methods" in figure:
+            groups = groups_of(spec, name, records, expected)
+            begun = [run for group in groups for run in group.runs if run.epochs]
+            score = score_of(begun)
+            accuracy = not begun or score == "accuracy"
+            tables.append((ACCURACY, accuracy_rows(groups)) if accuracy else (SCORES, score_rows(groups, score)))
+            if begun:
+                pictures.append(target / f"{name}.png")
+                draw(groups, title, pictures[0], score)
+                tables.append(("Cost of a run", cost_rows(groups)))
+            tables.append((COMMANDS, command_rows(groups)))
         if "study" in figure:
-            folders = [r.directory for r in records if r.cell["figure"] == name]
+            folders = [r.directory for r in records if r.cell["figure"] == name and r.cell["method"] is None]
             folder = next((f for f in folders if (f / "study.png").exists()), None)
+            of_runs = "_study" if "methods" in figure else ""
             if folder is None:
-                yield Section(title, shown, [], None, "not run")
-                continue
-            if (folder / "study.png").resolve() != picture.resolve():
-                shutil.copyfile(folder / "study.png", picture)
-            yield Section(title, shown, [], picture, (folder / "table.txt").read_text())
-            continue
-        groups = groups_of(spec, name, records, expected)
-        tables = [(ACCURACY, accuracy_rows(groups))]
-        if not any(run.epochs for group in groups for run in group.runs):
-            yield Section(title, shown, tables, None)
-            continue
-        draw(groups, title, picture)
-        tables += [("Cost of a run", cost_rows(groups)), (COMMANDS, command_rows(groups))]
-        yield Section(title, shown, tables, picture)
+                text = f"not run: python -m anode_exp reproduce {spec['name']} figure={name} length={length}"
+            else:
+                drawn, of_study, text = _of_study(folder, target / f"{name}{of_runs}.png")
+                pictures += drawn
+                tables += of_study
+        yield Section(title, shown, tables, pictures, text)
 
 
 def write_report(
@@ -69,24 +99,22 @@ def write_report(
             runs may be another reproduction's, where the figure ``shares`` them.
     """
     target.mkdir(parents=True, exist_ok=True)
-    sections = list(_sections(spec, records, expected, target))
+    sections = list(_sections(spec, length, records, expected, target))
     named = [name for name, figure in spec["figures"].items() if "published" in figure]
     columns = [spec["figures"][name]["title"].removeprefix("Table, ") for name in named]
     overview = overview_rows([groups_of(spec, name, records, expected) for name in named], columns)
     if overview:
         caption = "Mean test accuracy in percent at the last epoch"
-        sections.insert(0, Section("The table", "", [(caption, overview)], None))
+        sections.insert(0, Section("The table", "", [(caption, overview)], []))
+    if "claims" in spec:
+        stiff = groups_of(spec, "robertson", records, expected)
+        sections.insert(0, Section("The claims", "", [(CLAIMS, claim_rows(spec, records, stiff))], []))
     head = f"{spec['paper']} reproduced: {length}, {epochs}"
-    about = (
-        f"Published: {spec['source']}; {spec['published_kind']}. Ours: the weights of the last epoch with BatchNorm "
-        "statistics for every time of the solve, next to the same weights with one set for all times, the scheme of "
-        "the published code. One set is a mixture of the activations at all times, which no batch has: training is the "
-        "same either way, but one set evaluates it wrongly. Curves and the best epoch on test images, a choice made on "
-        "them, are by the statistics kept in training; the others are estimated from training batches afterwards. "
-        "Diverged and unfinished runs count in curves, not in accuracies."
-    )
+    about = f"Published: {spec['source']}; {spec['published_kind']}. {spec['about'].strip()}"
     if length != "paper":
-        about += " A run this short is no measurement of the published accuracies: it shows an ordering at best."
+        about += (
+            " A training run this short is no measurement of the published accuracies: it shows an ordering at best."
+        )
     shown = [(s.title, table) for s in sections for caption, table in s.tables if caption == ACCURACY]
     write_csv(target / "accuracy.csv", [{"figure": title, **row} for title, table in shown for row in table])
     return write_page(head, about, sections, target)
@@ -125,8 +153,8 @@ def _page(head: str, about: str, sections: list[Section]) -> str:
         parts.append(f"<h2>{html.escape(section.title)}</h2>")
         if section.shown:
             parts.append(f"<p>The paper: {html.escape(section.shown)}.</p>")
-        if section.picture is not None:
-            data = base64.b64encode(section.picture.read_bytes()).decode()
+        for picture in section.pictures:
+            data = base64.b64encode(picture.read_bytes()).decode()
             parts.append(f'<img alt="{html.escape(section.title)}" src="data:image/png;base64,{data}">')
         parts += [_html_table(caption, rows) for caption, rows in section.tables if rows]
         if section.text:
@@ -140,8 +168,7 @@ def _markdown(head: str, about: str, sections: list[Section], target: Path) -> s
         parts.append(f"## {section.title}")
         if section.shown:
             parts.append(f"The paper: {section.shown}.")
-        if section.picture is not None:
-            parts.append(f"![{section.title}]({section.picture.relative_to(target)})")
+        parts += [f"![{section.title}]({picture.relative_to(target)})" for picture in section.pictures]
         for caption, rows in section.tables:
             if caption == COMMANDS:
                 lines = "\n".join(f"# {row['method']}: {row['run']}\n{row['command']}" for row in rows)

@@ -7,37 +7,8 @@ from anode_exp.records.cells import Record
 from anode_exp.records.folders import grouped
 from anode_exp.report.drawing import draw
 from anode_exp.report.page import COMMANDS, Section, write_page
-from anode_exp.report.statistics import MISSING, Group, command_rows, cost_rows, spread, status_counts
+from anode_exp.report.statistics import MISSING, SCORES, Group, command_rows, cost_rows, score_of, score_rows
 from anode_exp.report.sweep import write_csv
-
-SCORES = "Score on the test data, mean over seeds (least–most)"
-
-
-def score_of(records: list[Record]) -> str:
-    """The metric by which the runs' epochs are compared, such as ``accuracy``."""
-    for record in records:
-        for key in record.results or {}:
-            if key.startswith("best_test_"):
-                return key.removeprefix("best_test_")
-    names = (key for record in records for line in record.epochs for key in line)
-    return next((key.removeprefix("test_") for key in names if key.startswith("test_") and key != "test_loss"), "loss")
-
-
-def score_rows(groups: list[Group], score: str) -> list[dict[str, str]]:
-    """The score of completed runs after the last epoch and at the best one, and the training loss."""
-    scale, form = (100.0, ".2f") if score == "accuracy" else (1.0, ".4g")
-    unit = ", %" if score == "accuracy" else ""
-    rows = []
-    for group in groups:
-        ends = [(run.last(f"test_{score}"), run.results) for run in group.completed]
-        last = [scale * end for end, _ in ends if end is not None]
-        best = [scale * r[f"best_test_{score}"] for _, r in ends if r and r.get(f"best_test_{score}") is not None]
-        losses = [x for run in group.completed if (x := run.last("train_loss")) is not None]
-        rows.append({
-            "runs of": group.label, "runs": status_counts(group), f"{score}{unit}, last epoch": spread(last, form),
-            f"{score}{unit}, best epoch": spread(best, form), "training loss": spread(losses, ".4g"),
-        })  # fmt: skip
-    return rows
 
 
 def _sections(records: list[Record], target: Path) -> Iterator[Section]:
@@ -50,11 +21,11 @@ def _sections(records: list[Record], target: Path) -> Iterator[Section]:
         groups = [Group(dataset, label, label, None, runs, []) for label, runs in grouped(mine).items()]
         tables = [(SCORES, score_rows(groups, score)), ("Cost of a run", cost_rows(groups))]
         tables.append((COMMANDS, command_rows(groups)))
-        picture = None
+        pictures = []
         if any(run.epochs for run in mine):
-            picture = target / f"curves_{i}.png"
-            draw(groups, f"{task}, {dataset}", picture, score)
-        yield Section(f"{task.capitalize()}, {dataset}", "", tables, picture)
+            pictures.append(target / f"curves_{i}.png")
+            draw(groups, f"{task}, {dataset}", pictures[0], score)
+        yield Section(f"{task.capitalize()}, {dataset}", "", tables, pictures)
 
 
 def write_runs_report(records: list[Record], names: str, target: Path) -> Path:

@@ -2,13 +2,14 @@
 
 import statistics
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 from anode_exp.records.cells import Record, is_calibrated
 
 MISSING = "–"
+SCORES = "Score on the test data, mean over seeds (least–most)"
 
 
 @dataclass(frozen=True)
@@ -18,6 +19,7 @@ class Group:
     Attributes:
         published: min, max, mean of the test accuracy in percent; None where the paper gives a plot alone.
         missing: commands of the runs that are not recorded.
+        logged: test accuracy in percent after each epoch, where a log of the authors' has it.
     """
 
     figure: str
@@ -26,6 +28,7 @@ class Group:
     published: list[float] | None
     runs: list[Record]
     missing: list[str]
+    logged: list[float] = field(default_factory=list)
 
     @property
     def completed(self) -> list[Record]:
@@ -47,7 +50,8 @@ def groups_of(spec: dict[str, Any], name: str, records: list[Record], expected: 
         there = {r.cell["seed"] for r in runs}
         missing = [c for (f, m, seed), c in expected.items() if (f, m) == (name, method) and seed not in there]
         published = figure.get("published", {}).get(method)
-        groups.append(Group(name, method, spec["methods"][method]["label"], published, runs, missing))
+        logged = figure.get("logged", {}).get(method, [])
+        groups.append(Group(name, method, spec["methods"][method]["label"], published, runs, missing, logged))
     return groups
 
 
@@ -115,6 +119,10 @@ def accuracy_rows(groups: list[Group]) -> list[dict[str, str]]:
         row["last epoch, one set"] = _three(group.percents(_one_set))
         row["best epoch"] = _three(group.percents(_best))
         row["statistics in training"] = _statistics(group)
+        if any(g.logged for g in groups):
+            epochs = max((len(run.epochs) for run in group.completed), default=0)
+            known = 0 < epochs <= len(group.logged)
+            row["the authors' log, same epoch"] = f"{group.logged[epochs - 1]:.2f}" if known else MISSING
         losses = [x for run in group.completed if (x := run.last("train_loss")) is not None]
         rows.append({**row, "training loss": spread(losses, ".4f")})
     return rows
@@ -153,6 +161,33 @@ def command_rows(groups: list[Group]) -> list[dict[str, str]]:
     for group in groups:
         commands = [(run.status, run.cell["command"]) for run in group.runs] + [("not run", c) for c in group.missing]
         rows += [{"method": group.label, "run": status, "command": command} for status, command in commands]
+    return rows
+
+
+def score_of(records: list[Record]) -> str:
+    """The metric by which the runs' epochs are compared, such as ``accuracy``."""
+    for record in records:
+        for key in record.results or {}:
+            if key.startswith("best_test_"):
+                return key.removeprefix("best_test_")
+    names = (key for record in records for line in record.epochs for key in line)
+    return next((key.removeprefix("test_") for key in names if key.startswith("test_") and key != "test_loss"), "loss")
+
+
+def score_rows(groups: list[Group], score: str) -> list[dict[str, str]]:
+    """The score of completed runs after the last epoch and at the best one, and the training loss."""
+    scale, form = (100.0, ".2f") if score == "accuracy" else (1.0, ".4g")
+    unit = ", %" if score == "accuracy" else ""
+    rows = []
+    for group in groups:
+        ends = [(run.last(f"test_{score}"), run.results) for run in group.completed]
+        last = [scale * end for end, _ in ends if end is not None]
+        best = [scale * r[f"best_test_{score}"] for _, r in ends if r and r.get(f"best_test_{score}") is not None]
+        losses = [x for run in group.completed if (x := run.last("train_loss")) is not None]
+        rows.append({
+            "runs of": group.label, "runs": status_counts(group), f"{score}{unit}, last epoch": spread(last, form),
+            f"{score}{unit}, best epoch": spread(best, form), "training loss": spread(losses, ".4g"),
+        })  # fmt: skip
     return rows
 
 

@@ -11,16 +11,15 @@ from typing import Any
 import torch
 from tabulate import tabulate
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from anode_exp.build import Assembly, assemble, build_data, build_device, dtype_of, set_backends
 from anode_exp.config.schema import TrainConfig
 from anode_exp.data import Augmentation, DataSet, ImageData
 from anode_exp.data.torchvision_loader import torchvision_loader
 from anode_exp.models import ode_blocks
-from anode_exp.ode import Solver, Theta, TimeGrid, Tolerance, VectorField, solve_forward
 from anode_exp.records.environment import device_name, environment
 from anode_exp.records.reading import write_json
+from anode_exp.studies.peers import PEERS
 from anode_exp.studies.throughput import Contestant, time_in_turn
 from anode_exp.tasks.task import Batch
 from anode_exp.training.graphed_step import training_step
@@ -29,23 +28,13 @@ from anode_exp.training.step import Step, set_learning_rate, state_tensors, trai
 from anode_exp.training.streams import run_streams
 
 
-class TorchCheckpoint:
-    """A baseline for ``dto_checkpoint``: ``torch.utils.checkpoint`` around each block's solve."""
-
-    def solve(self, field: VectorField, y0: Tensor, theta: Theta, grid: TimeGrid | Tolerance, solver: Solver) -> Tensor:
-        def run(y: Tensor) -> Tensor:
-            return solve_forward(field, y, theta, grid, solver)[0]
-
-        return checkpoint(run, y0, use_reentrant=False)
-
-
 def run_bench(entries: list[tuple[str, TrainConfig, str | None]], rounds: int, directory: Path) -> Path:
     """Time every entry, print the table, and leave both in the folder, which is made if it is not there and returned.
 
     Args:
         entries: label, configuration, and baseline: None for the project's own step, ``eager`` for a plain loop
             (contiguous layout, data on the device), ``dataloader`` for that fed by torchvision's DataLoader with 4
-            workers, ``torch_checkpoint`` for the project's step with torch.utils.checkpoint in place of its gradient.
+            workers, one of ``PEERS`` for the project's step with another library's gradient.
     """
     directory.mkdir(parents=True, exist_ok=True)
     device = build_device(entries[0][1].runtime)
@@ -103,9 +92,9 @@ def _steps(
         config = replace(config, runtime=replace(config.runtime, channels_last=False))
     assembly = assemble(config, data)
     network, optimizer = assembly.network, assembly.optimizer
-    if baseline == "torch_checkpoint":
+    if baseline in PEERS:
         for block in ode_blocks(network):
-            block.gradient = TorchCheckpoint()
+            block.gradient = PEERS[baseline]()
     set_learning_rate(optimizer, 1e-4)  # weights must stay finite, and not matter
     source = _on_device(assembly)
     if baseline == "dataloader" and isinstance(data, ImageData):

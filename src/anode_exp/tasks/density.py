@@ -82,18 +82,19 @@ def _generator(device: torch.device, *what: int) -> torch.Generator:
 class DensityEpoch:
     """Training batches of an epoch: all samples in an order of each pass, drawn from (seed, epoch, pass) alone.
 
-    A step's noise is drawn from (seed, epoch, step), so that a run that is resumed within the epoch has the same.
+    A step's noise, of the trace and of the samples, is drawn from (seed, epoch, step), so that a run that is resumed
+    within the epoch has the same.
     """
 
     def __init__(self, data: DensityData, batch_size: int, steps: int, trace: str, seed: int, number: int) -> None:
-        self.samples, self.batch_size, self.steps, self.noise = data.train, batch_size, steps, NOISE[trace]
+        self.data, self.batch_size, self.steps, self.noise = data, batch_size, steps, NOISE[trace]
         self.seed, self.number = seed, number
 
     def __len__(self) -> int:
         return self.steps
 
     def starting_at(self, step: int) -> Iterator[Batch]:
-        n, device = len(self.samples), self.samples.device
+        n, device = len(self.data.train), self.data.device
         per_pass = -(-n // self.batch_size)
         order, of_pass = None, -1
         for i in range(step, self.steps):
@@ -108,7 +109,15 @@ class DensityEpoch:
 
     def _batch(self, chosen: Tensor, step: int) -> Batch:
         """A function, not a part of the generator: that would hold what follows while the network trains."""
-        x = self.samples[chosen]
+        if self.data.quantised is None:
+            x = self.data.train[chosen]
+        else:
+            without, of_noise = self.data.quantised
+            generator = _generator(without.device, self.seed, self.number, 2, step)
+            noise = torch.rand(
+                len(chosen), len(of_noise), generator=generator, dtype=without.dtype, device=without.device
+            )
+            x = without[chosen] + noise @ of_noise
         if self.noise is None:
             return (x,)
         return x, self.noise(x.shape, _generator(x.device, self.seed, self.number, 1, step), x)
