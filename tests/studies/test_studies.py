@@ -215,6 +215,14 @@ def test_recorded_steps_are_timed_where_runs_replay_theirs():
     assert [row["nfe_backward"] for row in found] == [0, 16] and all(row["step_time_s"] > 0 for row in found)
 
 
+def test_turns_that_take_too_long_are_left_out():
+    networks = {m: MODELS["squeezenext"](10, make_ode_block(m), width=0.25) for m in ("full_backprop", "dto_checkpoint")}
+    batch = torch.randn(2, 3, 32, 32), torch.arange(2)
+    for longest, turns in ((1e-9, 3), (1e9, 5)):
+        found = list(peaks_and_times(networks, batch, "fp32", 5, lambda: None, longest=longest))
+        assert [row["turns"] for row in found] == [turns] * 2
+
+
 def test_some_of_the_modes():
     _, settings = study("memory", ["study.modes=[alf reversible,full_backprop]"])
     assert list(settings.gradients) == ["full_backprop", "alf reversible"], "the first is what times are over"
@@ -244,7 +252,10 @@ def test_a_gradient_mode_of_ones_own():
             ["study.budgets=[2G]"],
             "study.budgets=2G: give a number of bytes above 0 with a unit, such as 2GiB",
         ),
-        ("memory", ["+study.gradients.a={name: budget, memory: 1GiB}"], "see study budget"),
+        ("gradient_error", ["+study.gradients.a={name: budget, memory: 1GiB}"], "see study budget"),
+        ("gradient_error", ["+study.gradients.a={name: revolve, baseline: torch_checkpoint}"], "does not use it"),
+        ("memory", ["+study.gradients.a={name: revolve, baseline: torch}"], "baseline=torch: choose torch_checkpoint"),
+        ("memory", ["study.longest=0"], "study.longest=0"),
         ("gradient_error", ["study.adaptive_solvers=[rk4]"], "rk4 is none; choose from heun, bosh3, dopri5"),
         ("gradient_error", ["study.checkpoint=first"], "choose best, last, the number of an epoch, or every"),
         ("gradient_error", ["study.solvers=[rk5]"], "rk5 is no solver; choose from alf, backward_euler, bosh3"),

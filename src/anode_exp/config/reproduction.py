@@ -69,8 +69,9 @@ def specification(paper: str) -> dict[str, Any]:
     text = (CONF / "reproduce" / f"{paper}.yaml").read_text()
     spec = {"name": paper, **cast(dict[str, Any], yaml.safe_load(text))}
     for figure in spec["figures"].values():  # a list of settings may hold one that figures share
-        parts = [[s] if isinstance(s, str) else s for s in figure.get("settings", [])]
-        figure["settings"] = [setting for part in parts for setting in part]
+        for key in ("settings", *options("length")):
+            parts = [[s] if isinstance(s, str) else s for s in figure.get(key, [])]
+            figure[key] = [setting for part in parts for setting in part]
     return spec
 
 

@@ -258,6 +258,7 @@ class StudyConfig:
     modes: list[str] = field(default_factory=list)
     blocks_per_stage: list[int] = field(default_factory=list, metadata={"at_least": 1})
     repeats: int = _setting(0, at_least=0)
+    longest: float | None = _setting(None, above=0)
     solvers: list[str] = field(default_factory=list)
     adaptive_solvers: list[str] = field(default_factory=list)
     tolerances: list[float] = field(default_factory=list, metadata={"at_least": 1e-14})

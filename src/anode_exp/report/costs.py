@@ -47,7 +47,7 @@ def cost_tables(rows: list[Row]) -> list[Table]:
 
     cells: list[tuple[str, Callable[[Row], str]]] = [
         ("Peak of a training step, MB", lambda row: f"{peak_of(row) / 1e6:,.0f}"),
-        (f"Time of a training step, s, batch {batch}, and over naive", over_naive),
+        (f"Time of a training step, s, batch {batch}, and over naive; median of {_turns(rows)}", over_naive),
         (f"Time of an epoch of {IMAGES:,} images, s, steps alone",
          lambda row: f"{row['step_time_s'] * math.ceil(IMAGES / batch):,.0f}"),
         ("Evaluations of f a step in each block, forward + backward", evaluations),
@@ -68,6 +68,18 @@ def cost_tables(rows: list[Row]) -> list[Table]:
             table.append(line)
         tables.append((caption, table))
     return tables
+
+
+def _turns(rows: list[Row]) -> str:
+    """How often each step was timed, where that differs by the number of steps."""
+    by_turns: dict[int, list[str]] = {}
+    for row in rows:
+        steps = by_turns.setdefault(row.get("turns", 15), [])
+        if str(row["n_steps"]) not in steps:
+            steps.append(str(row["n_steps"]))
+    most, *others = sorted(by_turns, reverse=True)
+    fewer = ", ".join(f"{turns} at N = {', '.join(by_turns[turns])}" for turns in others)
+    return f"{most} turns" + (f" ({fewer})" if fewer else "")
 
 
 def other_evaluations(rows: list[Row]) -> list[str]:

@@ -27,6 +27,9 @@ from anode_exp.training.streams import seconds_of
 
 LEARNING_RATE = 1e-4  # weights must stay finite, and not matter
 
+LEAST_REPEATS = 3
+"""Timed steps of each network, however long they take."""
+
 
 def peaks_and_times(
     networks: dict[str, nn.Module],
@@ -37,6 +40,7 @@ def peaks_and_times(
     new_capture: Callable[[], CudaCapture] | None = None,
     task: Task | None = None,
     eager: Collection[str] = (),
+    longest: float | None = None,
 ) -> Iterator[Row]:
     """A row for each network: peak bytes, median seconds a step, and the median of its ratios to the first's.
 
@@ -50,6 +54,7 @@ def peaks_and_times(
     Args:
         new_capture: makes recordings, whose replays are timed: so do runs on CUDA. None times eager steps.
         eager: labels of networks whose steps no graph can record.
+        longest: seconds after which the remaining turns are left out, once ``LEAST_REPEATS`` are taken.
         task: whose loss the steps take; by default classification.
     """
     device, task = batch[0].device, task or Classification()
@@ -89,7 +94,10 @@ def peaks_and_times(
                 graphed(batch)
 
     seconds: dict[str, list[float]] = {label: [] for label in networks}
-    for _ in range(repeats):
+    for taken in range(repeats):
+        spent = sum(map(sum, seconds.values()))
+        if longest is not None and spent > longest and taken >= LEAST_REPEATS:
+            break
         for label in networks:
             seconds[label].append(seconds_of(timed[label], device))
             optimizers[label].zero_grad()
@@ -98,6 +106,7 @@ def peaks_and_times(
     for label in networks:
         ratios = [a / b for a, b in zip(seconds[label], seconds[first], strict=True)]
         times = {"step_time_s": statistics.median(seconds[label]), "time_ratio": statistics.median(ratios)}
+        times["turns"] = len(seconds[label])
         yield {"gradient": label, **peaks[label], **times}
 
 
@@ -121,7 +130,15 @@ def rows(config: TrainConfig, study: StudyConfig, outputs: int, batch: Batch, di
             of_blocks = {"blocks": sum(1 for _ in ode_blocks(networks[label])), "batch_size": len(labels)}
             fixed = {"n_steps": config.solver.n_steps, "blocks_per_stage": config.model.blocks_per_stage, **of_blocks}
             for row in peaks_and_times(
-                networks, on_device, precision, study.repeats, progress.update, new_capture, eager=peers
+                networks,
+                on_device,
+                precision,
+                study.repeats,
+                progress.update,
+                new_capture,
+                None,
+                peers,
+                study.longest,
             ):
                 solver = study.gradients[row["gradient"]].solver or config.solver.name
                 yield {"varied": axis, "solver": solver, **fixed, axis: value, **row}
