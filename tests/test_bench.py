@@ -227,7 +227,7 @@ def test_what_is_compared_by_default():
         (["compare=[solver=rk2, solver=rk2]"], "names the same entry twice"),
         (["compare=[runtime.precision=tf32, runtime.precision=fp32]"], "compare those in two runs"),
         (["compare=[seed=0, runtime.cudnn_benchmark=true]"], "compare those in two runs"),
-        (["gradient=budget"], "see study budget"),
+        (["gradient=budget"], "use study budget"),
         (["compare=[baseline=torchdiffeq_adjoint solver=bosh3]"], "torchdiffeq has no bosh3 on fixed steps; choose"),
         (
             ["compare=[baseline=torchdiffeq_adjoint gradient=revolve]"],

@@ -88,6 +88,7 @@ def test_labels_name_the_least_that_sets_runs_apart(folder):
         ([".", "seeds=2"], "seeds=2: a report of folders takes to="),
         ([".", "recipe.lr=1"], "recipe.lr=1: a report of folders takes to="),
         ([".", "nowhere"], "nowhere: no paper and no folder"),
+        ([".", "anode"], "anode: a paper has a page of its own"),
     ],
 )
 def test_mistakes(tmp_path, arguments, says):

@@ -22,7 +22,7 @@ MAY_IMPORT = {
     "training": {"build", "config", "errors", "models", "ode", "records", "tasks"},
     "training.progress": set(),
     "training.signals": set(),
-    "training.world": set(),
+    "training.world": {"errors", "ode"},
     "training.step": {"tasks"},
     "runs": {"build", "config", "data", "errors", "models", "ode", "records", "training"},
     "budget": {"errors", "gradient", "models", "ode", "tasks", "training"},

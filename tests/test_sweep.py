@@ -108,6 +108,34 @@ def test_the_slurm_launcher_is_configured(tmp_path):
     assert "SlurmLauncher" in done.stdout and "gres: gpu:1" in done.stdout
 
 
+def test_jobs_of_a_cluster_fail_alone_and_go_on_after_a_kill(tmp_path):
+    """Submitit's local executor: one of four jobs fails, one is killed and queued again."""
+    killer = tmp_path / "sitecustomize.py"
+    killer.write_text(
+        "import os, signal, sys\n"
+        "if 'submitit' in ' '.join(sys.orig_argv):\n"
+        "    import anode_exp.training.trainer as t\n"
+        "    whole = t.Trainer._save\n"
+        "    def save(self, line):\n"
+        "        whole(self, line)\n"
+        "        if self.assembly.config.seed == 1 and line['epoch'] == 1 and not os.path.exists('killed'):\n"
+        "            open('killed', 'w').close()\n"
+        "            os.kill(os.getpid(), signal.SIGUSR2)\n"
+        "    t.Trainer._save = save\n"
+    )
+    done = sweep(
+        tmp_path, "seed=0,1", "dataset.test_size=10,400", "recipe.epochs=2", "hydra/launcher=submitit_local",
+        "hydra.launcher.timeout_min=5", PYTHONPATH=f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}",
+    )  # fmt: skip
+    assert done.returncode == 2, done.stderr
+    assert [(r["dataset.test_size"], r["status"]) for r in rows(tmp_path)] == [
+        ("10", "completed"), ("10", "completed"), ("400", "failed"), ("400", "failed"),
+    ]  # fmt: skip
+    assert (tmp_path / "killed").exists() or any((tmp_path / "sweep").rglob("killed"))
+    logs = "".join(path.read_text() for path in (tmp_path / "sweep").glob("*seed-1/train.log"))
+    assert "going on after epoch 1" in logs
+
+
 def job(directory: Path, number: int, overrides: list[str], results: dict | None) -> None:
     folder = directory / f"{number}_x"
     (folder / ".hydra").mkdir(parents=True)

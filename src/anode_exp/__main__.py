@@ -57,6 +57,8 @@ def main() -> None:
 
             hint = f"; did you mean: python -m anode_exp train {verb} …" if "=" in verb or verb.startswith("-") else ""
             raise UserError(f"{verb}: no such verb; verbs are {', '.join(VERBS)}{hint or near(verb, VERBS)}")
+        elif verb != "train" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise UserError(f"{verb}: torchrun is for train; start {verb} as one process")
         else:
             import_module(f"anode_exp.commands.{verb}").main(arguments)
     except UserError as error:

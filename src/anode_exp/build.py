@@ -24,11 +24,13 @@ from anode_exp.data import (
     DATASETS,
     DENSITIES,
     TRAJECTORIES,
+    WHOLE,
     Augmentation,
     DataSet,
     DensityData,
     ImageData,
     Normalisation,
+    Part,
     load,
     load_density,
     load_trajectory,
@@ -266,6 +268,7 @@ class Assembly:
         network: on its device, in its layout, before training.
         data: batches on the device, in the same layout.
         autocast: makes the contexts of forward passes.
+        part: of every batch, where several processes share it.
     """
 
     config: TrainConfig
@@ -276,6 +279,7 @@ class Assembly:
     network: nn.Module
     optimizer: torch.optim.Optimizer
     autocast: Callable[[], torch.autocast]
+    part: Part = WHOLE
 
     @property
     def stepped(self) -> tuple[nn.Module, torch.optim.Optimizer, Callable[[], torch.autocast], Task]:
@@ -284,8 +288,8 @@ class Assembly:
 
     @property
     def batch_size(self) -> int:
-        """Of the whole training batches."""
-        return min(self.config.recipe.batch_size, self.data.size("train"))
+        """Of the whole training batches, this process's part."""
+        return self.part.count(min(self.config.recipe.batch_size, self.data.size("train")))
 
 
 def placed(network: nn.Module, config: TrainConfig, device: torch.device) -> tuple[nn.Module, torch.memory_format]:
@@ -294,27 +298,29 @@ def placed(network: nn.Module, config: TrainConfig, device: torch.device) -> tup
     return network.to(device, memory_format=layout), layout  # type: ignore[call-overload]
 
 
-def assemble(config: TrainConfig, data: DataSet) -> Assembly:
+def assemble(config: TrainConfig, data: DataSet, part: Part = WHOLE) -> Assembly:
     """The assembly of a configuration; its device is that of the data."""
     device = data.device
     network, layout = placed(build_network(config, output_size(config.dataset)), config, device)
-    task, batches = build_task(config, data, layout)
-    autocast = autocast_for(config.runtime.precision, device)
-    return Assembly(config, device, layout, task, batches, network, build_optimizer(network, config.recipe), autocast)
+    task, batches = build_task(config, data, layout, part)
+    autocast, optimizer = autocast_for(config.runtime.precision, device), build_optimizer(network, config.recipe)
+    return Assembly(config, device, layout, task, batches, network, optimizer, autocast, part)
 
 
-def build_task(config: TrainConfig, data: DataSet, layout: torch.memory_format) -> tuple[Task, Data]:
+def build_task(
+    config: TrainConfig, data: DataSet, layout: torch.memory_format, part: Part = WHOLE
+) -> tuple[Task, Data]:
     """The task, and its batches of the data."""
     recipe, dataset, task, device = config.recipe, config.dataset, config.task, data.device
     if isinstance(data, ImageData):
         augment = Augmentation(dataset.crop_padding, dataset.flip)
-        normalise = Normalisation(dataset.mean, dataset.std, device, layout)
-        batches = ImageBatches(data, recipe.batch_size, augment, normalise, config.seed)
+        normalise = Normalisation(dataset.mean, dataset.std, device, layout, dtype_of(config.runtime.precision))
+        batches = ImageBatches(data, recipe.batch_size, augment, normalise, config.seed, part)
         return Classification(recipe.label_smoothing), batches
     data = data.to(device, dtype_of(config.runtime.precision))
     if isinstance(data, DensityData):
         assert task.trace is not None
-        of_density = DensityBatches(data, recipe.batch_size, task.trace, config.seed, recipe.steps_per_epoch)
+        of_density = DensityBatches(data, recipe.batch_size, task.trace, config.seed, recipe.steps_per_epoch, part)
         return Density(data.offset), of_density
     assert task.loss is not None and recipe.steps_per_epoch is not None
     return TrajectoryFit(task.loss), TrajectoryBatches(data, recipe.steps_per_epoch)

@@ -1,5 +1,6 @@
 """The one exception that means: the user can mend this."""
 
+import os
 import sys
 from contextlib import suppress
 from typing import NoReturn
@@ -10,16 +11,21 @@ class UserError(Exception):
 
 
 class InUse(UserError):
-    """Another process is at it; it may be left to that."""
+    """Another process is writing this run; leave it to that process."""
 
 
 class Ended(UserError):
     """The run is over; there is nothing to go on with."""
 
 
+class OtherProcessFailed(RuntimeError):
+    """Another process that trains the same network failed or is gone; its own output says why."""
+
+
 def fail(message: str) -> NoReturn:
-    """Answer a user's mistake: one line, exit code 2."""
+    """Answer a user's mistake: one line, of several processes from the first, and exit code 2."""
     with suppress(OSError):  # a full disk below standard output may be what is reported
         sys.stdout.flush()
-    print(f"anode_exp: {message}", file=sys.stderr)
+    if os.environ.get("RANK", "0") == "0":
+        print(f"anode_exp: {message}", file=sys.stderr)
     sys.exit(2)

@@ -216,7 +216,9 @@ def test_recorded_steps_are_timed_where_runs_replay_theirs():
 
 
 def test_turns_that_take_too_long_are_left_out():
-    networks = {m: MODELS["squeezenext"](10, make_ode_block(m), width=0.25) for m in ("full_backprop", "dto_checkpoint")}
+    networks = {
+        m: MODELS["squeezenext"](10, make_ode_block(m), width=0.25) for m in ("full_backprop", "dto_checkpoint")
+    }
     batch = torch.randn(2, 3, 32, 32), torch.arange(2)
     for longest, turns in ((1e-9, 3), (1e9, 5)):
         found = list(peaks_and_times(networks, batch, "fp32", 5, lambda: None, longest=longest))

@@ -206,7 +206,7 @@ def test_a_folder_without_a_run(tmp_path):
 
 def test_a_diverged_run_would_diverge_again(tmp_path):
     train(config_of("recipe.lr=1e30", "recipe.epochs=5"), tmp_path)
-    with pytest.raises(UserError, match=r"diverged after .* and would again"):
+    with pytest.raises(UserError, match=r"diverged after .* would diverge again"):
         go_on(tmp_path, "recipe.epochs=6")
 
 

@@ -105,7 +105,7 @@ def _entry(label: str, shared: list[str]) -> tuple[str, TrainConfig, str | None]
         if key in NOT_TIMED:
             raise UserError(f"{key}: bench times training steps, of which it is no part; leave it out")
     if config.gradient.name == "budget":
-        raise UserError("gradient=budget: its plan is no step of its own; see study budget")
+        raise UserError("gradient=budget: bench does not plan for a budget; use study budget, or study memory")
     if config.seeds > 1 and baseline:
         raise UserError(f"baseline={baseline}: takes one seed; set seeds=1")
     return label or "as composed", config, baseline

@@ -61,6 +61,10 @@ def main(arguments: list[str]) -> None:
 def report_runs(folders: list[str], settings: list[str]) -> None:
     """The page of any runs; UserError for folders that hold none."""
     for word in folders:
+        if word in options("reproduce"):
+            raise UserError(
+                f"{word}: a paper has a page of its own; report {word} directory=DIR reads its runs from DIR"
+            )
         if not Path(word).is_dir():
             papers = ", ".join(options("reproduce"))
             raise UserError(f"{word}: no paper and no folder; papers are {papers}, a folder is such as outputs/DATE")

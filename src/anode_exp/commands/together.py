@@ -16,19 +16,20 @@ from anode_exp.budget.plan import plan_table, policies
 from anode_exp.build import assemble, build_data, build_device, build_optimizer, set_backends
 from anode_exp.config.check import parse_bytes
 from anode_exp.config.schema import TrainConfig
-from anode_exp.data import DataSet
+from anode_exp.data import DataSet, Part
 from anode_exp.errors import Ended, InUse, UserError
-from anode_exp.models import count_parameters, ode_blocks
+from anode_exp.models import count_parameters, ode_blocks, synchronise_norms
 from anode_exp.records.checkpoints import Checkpoints
 from anode_exp.records.environment import device_name, environment
 from anode_exp.records.reading import read_results, write_json
-from anode_exp.records.run_record import RunRecord
+from anode_exp.records.run_record import NoRecord, RunRecord
 from anode_exp.training.graphed_step import GraphedStep
 from anode_exp.training.peak_memory import PeakMemory
 from anode_exp.training.progress import bar, log_to, logging_for
 from anode_exp.training.signals import StopRequest, stop_requests
 from anode_exp.training.streams import clear_workspaces, run_streams
 from anode_exp.training.trainer import Progress, Trainer, memory_for, total_steps
+from anode_exp.training.world import ALONE, World
 
 log = logging.getLogger(__name__)
 
@@ -54,6 +55,7 @@ def train_together(
     resume: bool = False,
     tick: Callable[[], object] = lambda: None,
     stop: StopRequest | None = None,
+    world: World = ALONE,
 ) -> list[dict[str, Any]]:
     """Several runs that share a data set, a step of each in turn; on CUDA every run has a stream of its own.
 
@@ -63,6 +65,7 @@ def train_together(
     Args:
         tick: called after every epoch of every run.
         stop: what asks to stop; by default SIGINT and SIGTERM do.
+        world: the processes that share every batch of a single run.
 
     Returns:
         As ``train``, for each run. A run that has ended or that another process is writing stays as it is; if none can
@@ -83,12 +86,14 @@ def train_together(
     with ExitStack() as closing:
         asked = closing.enter_context(stop_requests()) if stop is None else stop
         todo = [
-            Run(config, directory, data, stream, asked, resume, len(runs), started)
+            Run(config, directory, data, stream, asked, resume, len(runs), started, world)
             for (config, directory), stream in zip(runs, streams, strict=True)
         ]
         for run in todo:
             closing.callback(run.close)
             run.go_on(run.begin)
+            if world.size > 1:  # a mistake that the first process finds is one of all
+                world.settle(run.error)
             # Its first steps alone: warm-up, recording, and memory are then what they are without the others.
             for _ in range(0 if alone else ALONE_STEPS):
                 if run.go_on(run.advance):
@@ -129,11 +134,12 @@ class Run:
     resume: bool
     together: int
     started: float
+    world: World = ALONE
     active: bool = True
     results: dict[str, Any] = field(default_factory=dict)
     error: Exception | None = None
     _paused_at: float = 0.0
-    _record: RunRecord | None = None
+    _record: NoRecord | None = None
     _trainer: Trainer | None = None
 
     def go_on(self, part: Callable[[], bool]) -> bool:
@@ -153,14 +159,19 @@ class Run:
         """Assemble what the configuration says, and take up the checkpoint where the run is resumed."""
         config, directory = self.config, self.directory
         self.memory = PeakMemory(self.data.device, self.data.nbytes)
-        assembly = assemble(config, self.data)
-        checkpoints = Checkpoints(directory / "checkpoints")
+        first = self.world.rank == 0
+        assembly = assemble(config, self.data, Part(self.world.rank, self.world.size))
+        if self.world.size > 1 and config.model.norm_sync:
+            synchronise_norms(assembly.network)
+        checkpoints = Checkpoints(directory / "checkpoints", read_only=not first)
         state = checkpoints.load() if self.resume else None
         done = Progress() if state is None else Progress.of(state["progress"])
         if self.resume:
             _check_can_go_on(directory, config, state, self.data)
-        self._record = RunRecord(directory, config, (done.epochs, done.steps) if self.resume else None)
-        self._trainer = trainer = Trainer(assembly, self.memory, self._record, checkpoints, self.stop)
+        self._record = NoRecord()
+        if first:
+            self._record = RunRecord(directory, config, (done.epochs, done.steps) if self.resume else None)
+        self._trainer = trainer = Trainer(assembly, self.memory, self._record, checkpoints, self.stop, self.world)
         self._earlier_s = done.train_time_s + done.evaluation_time_s
         if config.gradient.name == "budget":
             _plan(directory, trainer, self.resume)
@@ -169,11 +180,14 @@ class Run:
         log.info(
             f"{config.model.name} ({config.model.block} blocks), {config.solver.describe()}, "
             f"{config.gradient.name}, {config.dataset.name} ({len(self.data.train)} {assembly.task.unit}), "
-            f"seed {config.seed}, {device_name(assembly.device)}\n{directory}"
+            f"seed {config.seed}, {device_name(assembly.device)}{self._processes()}\n{directory}"
         )
         if self.resume:
             log.info(f"going on after epoch {done.epochs}, step {done.steps}")
         return False
+
+    def _processes(self) -> str:
+        return "" if self.world.size == 1 else f", {self.world.size} processes"
 
     def advance(self) -> bool:
         """One step; whether an epoch has ended with it. After the last one the run is finished."""
@@ -205,7 +219,9 @@ class Run:
         memory = {"peak_memory_kind": self.memory.kind, "reserved_memory_bytes": self.memory.reserved_bytes}
         results = {"status": trainer.status, "reason": trainer.reason, **_summary(trainer), **memory}
         results |= {"dataset_bytes": self.data.nbytes, "parameters": count_parameters(trainer.network)}
-        results |= {"runs_at_once": self.together, "seed": self.config.seed}
+        results |= {"runs_at_once": self.together, "seed": self.config.seed, "processes": self.world.size}
+        if self.world.size > 1:
+            results["peak_memory_bytes_by_process"] = self.world.gather(results["peak_memory_bytes"])
         results |= environment(trainer.device)
         results["wall_time_s"]["total"] = self._earlier_s + time.perf_counter() - self.started
         self._record.finish(results)
@@ -213,7 +229,8 @@ class Run:
         if trainer.status == "interrupted":
             log.info(f"go on with: python -m anode_exp train resume={self.directory}")
         self.active = False
-        self.results = {**results, "signal": self.stop.signal if trainer.status == "interrupted" else None}
+        signals = [signal for signal in self.world.gather(self.stop.signal) if signal is not None]
+        self.results = {**results, "signal": signals[0] if trainer.status == "interrupted" and signals else None}
 
 
 def _plan(directory: Path, trainer: Trainer, resume: bool) -> None:
@@ -250,7 +267,7 @@ def _plan(directory: Path, trainer: Trainer, resume: bool) -> None:
 def _check_can_go_on(directory: Path, config: TrainConfig, state: dict[str, Any] | None, data: DataSet) -> None:
     results, device = read_results(directory), data.device
     if results is not None and results["status"] == "diverged":
-        raise Ended(f"{directory}: diverged after {results['steps']} steps, and would again")
+        raise Ended(f"{directory}: diverged after {results['steps']} steps, and would diverge again; start a new run")
     if state is None:  # stopped before its first checkpoint: from the beginning, then
         return
     done = Progress.of(state["progress"])

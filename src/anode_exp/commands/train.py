@@ -5,7 +5,7 @@ import os
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
@@ -13,12 +13,15 @@ from omegaconf import DictConfig
 
 from anode_exp.commands.arguments import PROGRAM, help_text, own_settings, version
 from anode_exp.config.change import resumed
-from anode_exp.config.check import split_settings, typed
+from anode_exp.config.check import check_shared, split_settings, typed
 from anode_exp.config.compose import composed_settings, jobs
 from anode_exp.config.describe import CONF, PRESETS, described, files_of, groups, options
 from anode_exp.config.schema import ResumeSettings, TrainConfig
-from anode_exp.errors import UserError, fail
+from anode_exp.errors import OtherProcessFailed, UserError, fail
 from anode_exp.records.reading import write_json
+
+if TYPE_CHECKING:
+    from anode_exp.training.world import World
 
 log = logging.getLogger(__name__)
 
@@ -90,6 +93,14 @@ def main(arguments: list[str]) -> None:
         asked = jobs(parsed.overrides, parsed.multirun)
         if not asked.given:
             ours.append(f"hydra.{'sweep' if parsed.multirun else 'run'}.dir={asked.directory}")
+        if launched():
+            if parsed.multirun:
+                raise UserError("-m: torchrun starts the processes of one run; start it once for each job")
+            world = join(asked.configs[0])
+            if not asked.given:  # one folder, named by the first process
+                ours[-1] = f"hydra.run.dir={world.gather(str(asked.directory))[0]}"
+            if world.rank:
+                ours.append("hydra.output_subdir=null")
         if parsed.multirun:  # the folders of a sweep's jobs are named by what varies
             ours.append(f"hydra.job.config.override_dirname.exclude_keys=[{','.join(asked.fixed)}]")
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises what a job raised, for the caller to report
@@ -121,10 +132,48 @@ def resume(own: ResumeSettings, overrides: list[str]) -> None:
 
     from anode_exp.commands.together import train_together
 
-    results = train_together(runs, resume=True)
+    world = join(runs[0][0])
+    if world.size > 1 and len(runs) > 1:
+        raise UserError(f"{directory}: holds {len(runs)} runs; torchrun trains one, such as {folders[0]}")
+    try:
+        results = train_together(runs, resume=True, world=world)
+    except OtherProcessFailed as error:
+        _gone(error, directory)
     if len(runs) > 1:
         print(f"\n{sweep_table(directory, sweep_rows(directory))}")
     exit_by_signal(results)
+
+
+def launched() -> bool:
+    """Whether torchrun, or what sets the same variables, started this process as one of several."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def join(config: TrainConfig) -> "World":
+    """The processes that torchrun started, and that share every batch; UserError for what they cannot share."""
+    from anode_exp.training import progress, world
+
+    if not launched():
+        return world.ALONE
+    check_shared(config, int(os.environ["WORLD_SIZE"]))
+    joined = world.join(config.runtime.device == "cpu")
+    if joined.rank:
+        progress.say_nothing()
+    return joined
+
+
+def _export_tasks() -> None:
+    """The tasks that a cluster started for a job, hydra.launcher.tasks_per_node of them, are processes of one run."""
+    import submitit
+    from submitit.helpers import TorchDistributedEnvironment
+
+    if submitit.JobEnvironment().num_tasks > 1:
+        TorchDistributedEnvironment().export(set_cuda_visible_devices=False)
+
+
+def _gone(error: OtherProcessFailed, directory: Path) -> NoReturn:
+    print(f"anode_exp: {error}; go on with the same torchrun and train resume={directory}", file=sys.stderr)
+    sys.exit(1)
 
 
 def exit_by_signal(results: list[dict[str, Any]]) -> None:
@@ -149,8 +198,15 @@ def run_job(config: DictConfig) -> None:
     hydra = HydraConfig.get()
     directory = Path(hydra.runtime.output_dir)
     runs = seed_runs(typed(config), directory)
+    of_cluster = "submitit" in str(hydra.launcher.get("_target_", ""))
+    if of_cluster:
+        _export_tasks()
     try:
-        results = train_together(runs)
+        # A job that its cluster stopped and queued again goes on where it was.
+        begun = of_cluster and any((folder / "config.yaml").exists() for _, folder in runs)
+        results = train_together(runs, resume=begun, world=join(runs[0][0]))
+    except OtherProcessFailed as error:
+        _gone(error, directory)
     except Exception as error:
         mistake = isinstance(error, UserError)
         if hydra.mode == RunMode.RUN:
@@ -160,7 +216,7 @@ def run_job(config: DictConfig) -> None:
         reason = str(error) if mistake else f"{type(error).__name__}: {error}".splitlines()[0]
         log.error(f"{directory.name} failed: {reason}\n  see {runs[0][1] / 'train.log'}", exc_info=not mistake)
         record = {"status": "failed", "error": reason, "mistake": mistake}
-        for _, folder in runs:
+        for _, folder in runs if os.environ.get("RANK", "0") == "0" else ():
             if not (folder / "results.json").exists():
                 write_json(folder / "results.json", record)
         return

@@ -176,8 +176,8 @@ def _check_solver(config: TrainConfig) -> None:
     name, gradient = config.solver.name, config.gradient
     _refuse(
         (name in SOLVERS and SOLVERS[name].implicit and config.runtime.precision not in ("fp32", "fp64"),
-         f"runtime.precision={config.runtime.precision}: Newton's method in {name} needs fp32, or fp64 where the task "
-         f"has it; set it, or choose solver={', '.join(solvers_that('explicit'))}"),
+         f"runtime.precision={config.runtime.precision}: Newton's method in {name} needs fp32 or fp64; set "
+         f"it, or choose solver={', '.join(solvers_that('explicit'))}"),
         (name in SOLVERS and SOLVERS[name].implicit and config.runtime.compile,
          f"runtime.compile=true: not with {name}, whose Jacobians are not compiled; leave it out"),
         (not 0.5 < config.solver.damping <= 1.0,
@@ -211,6 +211,26 @@ def lacking(name: str, gradient: GradientConfig) -> str | None:
     return None
 
 
+def check_shared(config: TrainConfig, processes: int) -> None:
+    """Refuse what several processes cannot share; UserError with what to do instead."""
+    recipe, method = config.recipe, SOLVERS[config.solver.name]
+    synchronised = config.model.norm_sync and "batch" in (config.model.norm, config.model.field_norm)
+    norms = "use model.norm_sync=false or model.norm=group"
+    few = f"recipe.batch_size={recipe.batch_size}"
+    for refused, text in (
+        (config.seeds > 1, f"seeds={config.seeds}: run them without torchrun, or one at a time"),
+        (config.gradient.name == "budget", "gradient=budget: its plan is that of one process; give a mode that fits"),
+        (config.task.name == "trajectory", "task=trajectory: a batch is one trajectory, which cannot be divided"),
+        (config.solver.adaptive, "solver.adaptive=true: steps are chosen for a whole batch; use solver.adaptive=false"),
+        (recipe.batch_size < processes, f"{few}: give at least one sample to each process"),
+        (method.implicit and synchronised, f"solver={config.solver.name}: each process takes Newton iterations of its "
+         f"own, BatchNorm's statistics are those of all; {norms}"),
+        (config.runtime.compile and synchronised, f"runtime.compile=true: f exchanges BatchNorm's statistics; {norms}"),
+    ):  # fmt: skip
+        if refused:
+            raise UserError(f"{text}; {processes} processes share every batch")
+
+
 def lacking_in_torchdiffeq(config: TrainConfig) -> str | None:
     """Why torchdiffeq's adjoint cannot differentiate these solves; None where it can."""
     methods = TORCHDIFFEQ_METHODS[config.solver.adaptive]
@@ -236,8 +256,6 @@ def _check_task(config: TrainConfig) -> None:
     precision, mode = config.runtime.precision, config.gradient.name
     modes = "gradient=batched_adjoint, stage_checkpoint or step_checkpoint"
     _refuse(
-        (precision == "fp64" and task == "classification",
-         f"runtime.precision=fp64: task={task} has fp32, tf32 and bf16"),
         (precision == "bf16" and task == "density",
          "runtime.precision=bf16: a density's trace needs more digits; use fp32, tf32 or fp64"),
         (task == "density" and config.model.activation not in ("softplus", "gelu"),

@@ -78,6 +78,7 @@ class ModelConfig:
     statistics: str = _setting("forward", one_of=("forward", "every_evaluation", "by_time"))
     norm_affine: str = _setting("shared", one_of=("shared", "by_time"))
     norm_intervals: int = _setting(10, at_least=1)
+    norm_sync: bool = True
     evolution: str = _setting("none", one_of=("none", "reaction_diffusion_advection"))
     evolution_coupling: str = _setting("joint", one_of=("joint", "first"))
     evolution_sharing: str = _setting("layer", one_of=("layer", "channel", "kernel"))

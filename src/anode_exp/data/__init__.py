@@ -11,6 +11,7 @@ from anode_exp.data.image_data import (
     balanced_subset,
     evaluation_batches,
 )
+from anode_exp.data.part import WHOLE, Part
 from anode_exp.data.trajectories import TRAJECTORIES, TrajectoryData, load_trajectory
 
 DataSet = ImageData | TrajectoryData | DensityData
@@ -20,12 +21,14 @@ __all__ = [
     "DATASETS",
     "DENSITIES",
     "TRAJECTORIES",
+    "WHOLE",
     "Augmentation",
     "DataSet",
     "DensityData",
     "EpochBatches",
     "ImageData",
     "Normalisation",
+    "Part",
     "Split",
     "TrajectoryData",
     "balanced_subset",

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from anode_exp.data.part import WHOLE, Part
+
 
 @dataclass(frozen=True)
 class Split:
@@ -22,7 +24,7 @@ class Split:
     def to(self, device: torch.device) -> Split:
         return Split(self.images.to(device), self.labels.to(device))
 
-    def subset(self, indices: Tensor) -> Split:
+    def subset(self, indices: Tensor | slice) -> Split:
         return Split(self.images[indices], self.labels[indices])
 
     @property
@@ -68,15 +70,16 @@ class Normalisation:
         std: list[float],
         device: torch.device,
         memory_format: torch.memory_format = torch.channels_last,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
-        std_t = torch.tensor(std, device=device)
+        std_t = torch.tensor(std, device=device, dtype=dtype)
         self.scale = (1.0 / 255.0 / std_t).view(1, 3, 1, 1)
-        self.shift = (-torch.tensor(mean, device=device) / std_t).view(1, 3, 1, 1)
+        self.shift = (-torch.tensor(mean, device=device, dtype=dtype) / std_t).view(1, 3, 1, 1)
         self.memory_format = memory_format
 
     def __call__(self, images: Tensor) -> Tensor:
-        """[B, H, W, 3] uint8 → [B, 3, H, W] float32."""
-        pixels = images.permute(0, 3, 1, 2).float()
+        """[B, H, W, 3] uint8 → [B, 3, H, W] in ``dtype``."""
+        pixels = images.permute(0, 3, 1, 2).to(self.scale.dtype)
         return torch.addcmul(self.shift, pixels, self.scale).contiguous(memory_format=self.memory_format)
 
 
@@ -109,7 +112,7 @@ class EpochBatches:
     They depend on (seed, epoch) alone, so an epoch sees the same images however it was reached. The last batch is
     smaller where the batch size does not divide the number of images.
 
-    Iterating gives (images [B, 3, 32, 32] float32, labels [B]); no host synchronisation.
+    Iterating gives (images [B, 3, 32, 32] float32, labels [B]), of each batch the given part; no host synchronisation.
     """
 
     def __init__(
@@ -120,8 +123,9 @@ class EpochBatches:
         normalise: Normalisation,
         seed: int,
         epoch: int,
+        part: Part = WHOLE,
     ) -> None:
-        self.split, self.batch_size, self.normalise = split, batch_size, normalise
+        self.split, self.batch_size, self.normalise, self.part = split, batch_size, normalise, part
         self.flip = augmentation.flip
         device, n, pad = split.labels.device, len(split), augmentation.crop_padding
         # The CPU's generator takes the low 32 bits of its seed. Multiples of 2³² divided by the golden ratio stay far
@@ -140,7 +144,8 @@ class EpochBatches:
     def starting_at(self, step: int) -> Iterator[tuple[Tensor, Tensor]]:
         """The batches from the given one on."""
         for start in range(step * self.batch_size, len(self.split), self.batch_size):
-            yield self._batch(slice(start, start + self.batch_size))
+            mine = self.part.of(min(self.batch_size, len(self.split) - start))
+            yield self._batch(slice(start + mine.start, start + mine.stop))
 
     def _batch(self, batch: slice) -> tuple[Tensor, Tensor]:
         """A function, not a part of the generator: that would hold what follows while the network trains."""

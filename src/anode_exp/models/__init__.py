@@ -6,7 +6,7 @@ from torch import nn
 
 from anode_exp.models.alexnet import AlexNet
 from anode_exp.models.evolution import COUPLINGS, EVOLUTION_ACTIVATIONS, SHARINGS, Evolution, ReactionDiffusionAdvection
-from anode_exp.models.layers import ACTIVATIONS, NORMS, Autonomous, MakeOdeBlock, TimedBatchNorm
+from anode_exp.models.layers import ACTIVATIONS, NORMS, Autonomous, MakeOdeBlock, TimedBatchNorm, synchronise_norms
 from anode_exp.models.mlp import Mlp, TrajectoryNetwork, mlp
 from anode_exp.models.normalizing_flow import FlowField, NormalizingFlow, flow
 from anode_exp.models.ode_block import OdeBlock, count_parameters, ode_blocks, take_evaluations
@@ -45,5 +45,6 @@ __all__ = [
     "TrajectoryNetwork",
     "count_parameters",
     "ode_blocks",
+    "synchronise_norms",
     "take_evaluations",
 ]

@@ -20,12 +20,77 @@ def _group_norm(channels: int) -> nn.Module:
     return nn.GroupNorm(math.gcd(32, max(1, channels // 8)), channels)
 
 
+class _Sum(torch.autograd.Function):
+    """The sum over processes, of values forwards and of gradients backwards."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        total = x.clone()
+        torch.distributed.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        total = gradient.clone()
+        torch.distributed.all_reduce(total)
+        return total
+
+
+def synchronised_batch_norm(
+    y: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    momentum: float,
+    eps: float,
+) -> Tensor:
+    """``functional.batch_norm`` in training, by the statistics of the whole batch, of which each process has a part.
+
+    (y − mean) / √(var + eps) · weight + bias, with mean and var of each channel over all images and pixels; two sums
+    over processes, of y and of (y − mean)². ``nn.SyncBatchNorm`` does this on CUDA alone.
+
+    Args:
+        y: [B, C, H, W], a part of any size of the batch.
+    """
+    x = y.float() if y.dtype in (torch.bfloat16, torch.float16) else y
+    over, shape = (0, 2, 3), (1, -1, 1, 1)
+    ones = x.new_full((1,), x.numel() // x.shape[1])
+    total: Tensor = _Sum.apply(torch.cat([x.sum(over), ones]))
+    n = total[-1].detach()
+    mean = total[:-1] / n
+    centred = x - mean.view(shape)
+    summed: Tensor = _Sum.apply(centred.square().sum(over))
+    var = summed / n
+    if running_mean is not None and running_var is not None:
+        with torch.no_grad():
+            running_mean.lerp_(mean.detach(), momentum)
+            running_var.lerp_(summed.detach() / (n - 1), momentum)
+    out = centred * (var + eps).rsqrt().view(shape)
+    if weight is not None:
+        out = out * weight.view(shape)
+    return (out if bias is None else out + bias.view(shape)).to(y.dtype)
+
+
 class BatchNorm(nn.BatchNorm2d):
-    """BatchNorm without its count of batches, which only averages without a momentum read: a kernel less a call."""
+    """BatchNorm without its count of batches, which is only read when there is no momentum: one kernel fewer per call.
+
+    Attributes:
+        synchronised: whether several processes share a batch, and its statistics are to be those of all of it.
+    """
+
+    synchronised = False
 
     def __init__(self, channels: int) -> None:
         super().__init__(channels)
         self.num_batches_tracked = None
+
+    def forward(self, y: Tensor) -> Tensor:
+        if not (self.synchronised and self.training):
+            return super().forward(y)
+        mean, var = (self.running_mean, self.running_var) if self.track_running_stats else (None, None)
+        assert self.momentum is not None
+        return synchronised_batch_norm(y, mean, var, self.weight, self.bias, self.momentum, self.eps)
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *args: Any
@@ -201,6 +266,8 @@ class TimedBatchNorm(BatchNorm):
             raise RuntimeError("a TimedBatchNorm is called within Autonomous.at(t), which says at what time")
         mean, var, weight, bias = self._now
         by_batch = self.training or not self.track_running_stats
+        if self.synchronised and by_batch:
+            return synchronised_batch_norm(y, mean, var, weight, bias, self._now_momentum, self.eps)
         return functional.batch_norm(y, mean, var, weight, bias, by_batch, self._now_momentum, self.eps)
 
 
@@ -208,7 +275,7 @@ class Autonomous(nn.Sequential):
     """f(t, y) = layers(y): a vector field that depends on time by its norms' statistics, weights and biases, or not."""
 
     def forward(self, t: float, y: Tensor) -> Tensor:  # type: ignore[override]
-        if torch.compiler.is_compiling():  # what depends on t comes as tensors then: compiled code knows no time
+        if torch.compiler.is_compiling():  # compiled code does not get t: what depends on it is passed in as tensors
             return super().forward(y)
         with self.at(t):
             return super().forward(y)
@@ -232,6 +299,13 @@ class Autonomous(nn.Sequential):
         for i, layer in enumerate(self):
             if isinstance(layer, nn.BatchNorm2d):
                 self[i] = TimedBatchNorm(layer.num_features, times, between, affine_intervals)
+
+
+def synchronise_norms(network: nn.Module) -> None:
+    """Let every BatchNorm in training mode take the statistics of all processes' parts of a batch."""
+    for m in network.modules():
+        if isinstance(m, BatchNorm):
+            m.synchronised = True
 
 
 def conv_norm(

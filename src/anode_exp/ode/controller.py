@@ -40,7 +40,7 @@ class StepController:
     @property
     def h(self) -> float:
         left = self.t1 - self.t
-        # A rest that is all but a step is taken whole, not cut into a step and a crumb.
+        # If what is left is only slightly longer than a step, one step covers it: no tiny step remains.
         return left if abs(left) <= self._h * 1.001 else self._h if left > 0 else -self._h
 
     def judge(self, error: float) -> bool:

@@ -68,7 +68,7 @@ def read_record(folder: Path, cell: dict[str, Any], config: TrainConfig | None) 
 
 
 def read_records(*directories: Path) -> list[Record]:
-    """All records below the folders, by seed; what ``copy_records`` made of them there is none."""
+    """All records below the folders, by seed. Copies that ``copy_records`` wrote next to a report are not counted."""
     found = []
     paths = [(place, path) for place in directories for path in place.rglob("cell.json")]
     for folder in (path.parent for place, path in paths if COPIES not in path.relative_to(place).parts):

@@ -19,10 +19,13 @@ class Checkpoints:
 
     A process killed at any moment leaves each of them whole or absent, and either last or previous there once one was
     saved.
+
+    Args:
+        read_only: save nothing, for another process of the same run does.
     """
 
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
+    def __init__(self, directory: Path, read_only: bool = False) -> None:
+        self.directory, self.read_only = directory, read_only
 
     def path(self, name: str) -> Path:
         return self.directory / f"{name}.pt"
@@ -39,6 +42,8 @@ class Checkpoints:
 
         Raises UserError if it cannot be written; the checkpoints there before are still there.
         """
+        if self.read_only:
+            return
         to_save = {"best": state} if best else {}
         if epoch is not None:
             to_save[f"epoch-{epoch}"] = {key: state[key] for key in ("progress", "network", "averaged")}

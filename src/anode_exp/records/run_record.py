@@ -62,7 +62,20 @@ TAGS = (
 """TensorBoard's name for each value of an epoch's line that is not a metric."""
 
 
-class RunRecord:
+class NoRecord:
+    """What stands for a ``RunRecord`` in all processes of a run but its first: nothing is written."""
+
+    def epoch(self, line: dict[str, Any]) -> None:
+        pass
+
+    def finish(self, results: dict[str, Any]) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+class RunRecord(NoRecord):
     """The open records of one run.
 
     Args:

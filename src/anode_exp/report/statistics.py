@@ -148,6 +148,7 @@ def cost_rows(groups: list[Group]) -> list[dict[str, str]]:
                 "training, min a run": spread([s / 60 for s, _ in seconds], ",.1f"),
                 "evaluations of f a step": " + ".join(evaluations),
                 "runs at once": ", ".join(dict.fromkeys(str(r.get("runs_at_once", 1)) for r in results)),
+                "processes a run": ", ".join(dict.fromkeys(str(r.get("processes", 1)) for r in results)),
                 "device": ", ".join(dict.fromkeys(r["device"] for r in results)),
                 "commit": ", ".join(dict.fromkeys(commits)),
             }

@@ -122,7 +122,8 @@ def _loaded(assembly: Assembly, images: ImageData) -> Iterator[Batch]:
     loader = torchvision_loader(images.train, assembly.batch_size, augment, data.mean, data.std)
     while True:
         for batch, labels in loader:
-            yield batch.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+            dtype = dtype_of(assembly.config.runtime.precision)
+            yield batch.to(device, dtype, non_blocking=True), labels.to(device, non_blocking=True)
 
 
 def bench_table(rows: list[dict[str, Any]]) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from omegaconf import OmegaConf
 
-from anode_exp.build import build_device, build_images, output_size, set_backends
+from anode_exp.build import build_device, build_images, dtype_of, output_size, set_backends
 from anode_exp.config.schema import StudyConfig, TrainConfig
 from anode_exp.data import Normalisation, evaluation_batches
 from anode_exp.records.environment import environment
@@ -26,7 +26,8 @@ def run_study(config: TrainConfig, study: StudyConfig, directory: Path) -> Path:
     of = config.model.name
     batch = None
     if study.batch_size is not None:
-        normalise = Normalisation(config.dataset.mean, config.dataset.std, device, torch.contiguous_format)
+        data, dtype = config.dataset, dtype_of(config.runtime.precision)
+        normalise = Normalisation(data.mean, data.std, device, torch.contiguous_format, dtype)
         if study.name == "reversibility":  # pictures, to be looked at
             normalise = Normalisation([0.0] * 3, [1.0] * 3, device)
         batch = next(evaluation_batches(build_images(config.dataset, device).train, study.batch_size, normalise))

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from anode_exp.data import Augmentation, EpochBatches, ImageData, Normalisation, evaluation_batches
+from anode_exp.data import WHOLE, Augmentation, EpochBatches, ImageData, Normalisation, Part, Split, evaluation_batches
 from anode_exp.tasks.task import Batch, Sums
 
 
@@ -51,12 +51,19 @@ class ImageBatches:
     Args:
         images: on the device.
         seed: of the epochs' orders, crops and flips.
+        part: of every batch, and of the splits that are evaluated.
     """
 
     def __init__(
-        self, images: ImageData, batch_size: int, augmentation: Augmentation, normalise: Normalisation, seed: int
+        self,
+        images: ImageData,
+        batch_size: int,
+        augmentation: Augmentation,
+        normalise: Normalisation,
+        seed: int,
+        part: Part = WHOLE,
     ) -> None:
-        self.images, self.batch_size, self.seed = images, batch_size, seed
+        self.images, self.batch_size, self.seed, self.part = images, batch_size, seed, part
         self.augmentation, self.normalise = augmentation, normalise
         self.device, self.nbytes = images.device, images.nbytes
 
@@ -64,7 +71,9 @@ class ImageBatches:
         return len(getattr(self.images, split))
 
     def epoch(self, number: int) -> EpochBatches:
-        return EpochBatches(self.images.train, self.batch_size, self.augmentation, self.normalise, self.seed, number)
+        settings = (self.batch_size, self.augmentation, self.normalise, self.seed, number, self.part)
+        return EpochBatches(self.images.train, *settings)
 
     def evaluation(self, split: str, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        return evaluation_batches(getattr(self.images, split), batch_size, self.normalise)
+        images: Split = getattr(self.images, split)
+        return evaluation_batches(images.subset(self.part.of(len(images))), batch_size, self.normalise)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from anode_exp.data.densities import DensityData
+from anode_exp.data.part import WHOLE, Part
 from anode_exp.tasks.task import Batch, Sums
 
 log = logging.getLogger(__name__)
@@ -86,7 +87,10 @@ class DensityEpoch:
     within the epoch has the same.
     """
 
-    def __init__(self, data: DensityData, batch_size: int, steps: int, trace: str, seed: int, number: int) -> None:
+    def __init__(
+        self, data: DensityData, batch_size: int, steps: int, trace: str, seed: int, number: int, part: Part = WHOLE
+    ) -> None:
+        self.part = part
         self.data, self.batch_size, self.steps, self.noise = data, batch_size, steps, NOISE[trace]
         self.seed, self.number = seed, number
 
@@ -118,9 +122,10 @@ class DensityEpoch:
                 len(chosen), len(of_noise), generator=generator, dtype=without.dtype, device=without.device
             )
             x = without[chosen] + noise @ of_noise
+        mine = self.part.of(len(x))  # the noise is that of the whole batch: whoever takes a part of it has the same
         if self.noise is None:
-            return (x,)
-        return x, self.noise(x.shape, _generator(x.device, self.seed, self.number, 1, step), x)
+            return (x[mine],)
+        return x[mine], self.noise(x.shape, _generator(x.device, self.seed, self.number, 1, step), x)[mine]
 
 
 class DensityBatches:
@@ -130,11 +135,19 @@ class DensityBatches:
         trace: exact, gaussian or rademacher, in training; evaluations are exact.
         seed: of orders and noise.
         steps_per_epoch: training steps that are recorded together; by default one pass over the samples.
+        part: of every batch, and of the splits that are evaluated.
     """
 
     def __init__(
-        self, data: DensityData, batch_size: int, trace: str, seed: int, steps_per_epoch: int | None = None
+        self,
+        data: DensityData,
+        batch_size: int,
+        trace: str,
+        seed: int,
+        steps_per_epoch: int | None = None,
+        part: Part = WHOLE,
     ) -> None:
+        self.part = part
         self.data, self.batch_size, self.trace, self.seed = data, batch_size, trace, seed
         self.steps_per_epoch = steps_per_epoch or -(-len(data.train) // batch_size)
         self.device, self.nbytes = data.device, data.nbytes
@@ -143,7 +156,9 @@ class DensityBatches:
         return len(getattr(self.data, split))
 
     def epoch(self, number: int) -> DensityEpoch:
-        return DensityEpoch(self.data, self.batch_size, self.steps_per_epoch, self.trace, self.seed, number)
+        settings = (self.batch_size, self.steps_per_epoch, self.trace, self.seed, number, self.part)
+        return DensityEpoch(self.data, *settings)
 
     def evaluation(self, split: str, batch_size: int) -> Iterator[Batch]:
-        return ((x,) for x in getattr(self.data, split).split(batch_size))
+        samples: Tensor = getattr(self.data, split)
+        return ((x,) for x in samples[self.part.of(len(samples))].split(batch_size))

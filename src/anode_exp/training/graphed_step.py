@@ -17,6 +17,7 @@ from anode_exp.models import ode_blocks
 from anode_exp.ode import TimeGrid
 from anode_exp.tasks.task import Batch, Sums, Task
 from anode_exp.training.step import Step, state_tensors, train_step
+from anode_exp.training.world import ALONE, World
 
 log = logging.getLogger(__name__)
 
@@ -94,8 +95,10 @@ class GraphedStep:
         task: Task,
         new_capture: Callable[[], CudaCapture] = CudaCapture,
         batch_size: int | None = None,
+        world: World = ALONE,
     ) -> None:
         self.network, self.optimizer, self.autocast, self.task = network, optimizer, autocast, task
+        self.world = world
         self.new_capture, self.batch_size = new_capture, batch_size
         self._failed = False
         self.forget()
@@ -105,18 +108,20 @@ class GraphedStep:
         self._capture: CudaCapture | None = None
         self._ran_eagerly = False
         self._batch: Batch = ()
+        self._whole: int | None = None
         self._results: tuple[Tensor, Sums] | None = None
         self._evaluations: list[dict[str, int]] = []
 
-    def __call__(self, batch: Batch) -> tuple[Tensor, Sums]:
+    def __call__(self, batch: Batch, whole: int | None = None) -> tuple[Tensor, Sums]:
         if self._capture is None and not self._failed:
             if not self._ran_eagerly or self.batch_size not in (None, len(batch[0])):
                 self._ran_eagerly = True
-                return self._eager(batch)
+                return self._eager(batch, whole)
+            self._whole = whole
             with sync_debug("default"):  # recording waits for the device, once
                 self._record(batch)
-        if self._capture is None or batch[0].shape != self._batch[0].shape:
-            return self._eager(batch)
+        if self._capture is None or batch[0].shape != self._batch[0].shape or whole != self._whole:
+            return self._eager(batch, whole)
         assert self._results is not None
         for mine, x in zip(self._batch, batch, strict=True):
             mine.copy_(x)
@@ -126,8 +131,8 @@ class GraphedStep:
                 setattr(block.field.evaluations, name, getattr(block.field.evaluations, name) + count)
         return self._results
 
-    def _eager(self, batch: Batch) -> tuple[Tensor, Sums]:
-        return train_step(self.network, self.optimizer, self.autocast, self.task, batch)
+    def _eager(self, batch: Batch, whole: int | None) -> tuple[Tensor, Sums]:
+        return train_step(self.network, self.optimizer, self.autocast, self.task, batch, self.world, whole)
 
     def _counters(self) -> list[dict[str, int]]:
         return [asdict(block.field.evaluations) for block in ode_blocks(self.network)]
@@ -162,7 +167,7 @@ class GraphedStep:
 
     def _capture_step(self, batch: Batch) -> None:
         self._batch = tuple(x.clone() for x in batch)
-        capture, work = self.new_capture(), partial(self._eager, self._batch)
+        capture, work = self.new_capture(), partial(self._eager, self._batch, self._whole)
         capture.warm_up(work)
         self.optimizer.zero_grad(set_to_none=True)  # the recording then makes gradients of its own
         start = self._counters()
@@ -194,7 +199,7 @@ def sync_debug(mode: int | str) -> Iterator[None]:
         torch.cuda.set_sync_debug_mode(before)
 
 
-def training_step(assembly: Assembly) -> Step:
+def training_step(assembly: Assembly, world: World = ALONE) -> Step:
     """The step that a configuration asks for: captured on CUDA, eager elsewhere and with adaptive steps; f compiled.
 
     Whole batches are captured, and f is compiled for them; others run eagerly, and f as it is.
@@ -205,9 +210,9 @@ def training_step(assembly: Assembly) -> Step:
             block.field.compile(batch_size=assembly.batch_size)
     if assembly.device.type == "cuda" and runtime.cuda_graph:
         if all(isinstance(block.grid, TimeGrid) and block.solver.static for block in ode_blocks(network)):
-            return GraphedStep(*assembly.stepped, batch_size=assembly.batch_size)
+            return GraphedStep(*assembly.stepped, batch_size=assembly.batch_size, world=world)
         log.info("steps are chosen on the host, so no CUDA graph can capture them: running eagerly")
-    return partial(train_step, *assembly.stepped)
+    return partial(train_step, *assembly.stepped, world=world)
 
 
 def capture_of(config: TrainConfig, device: torch.device) -> Callable[[], CudaCapture] | None:

@@ -25,11 +25,23 @@ class BarSafeHandler(logging.Handler):
 _run: ContextVar[Path | None] = ContextVar("run", default=None)
 
 
+def say_nothing() -> None:
+    """No bars, and log lines of errors only: another process of the same run shows the rest."""
+    global _silent
+    _silent = True
+    logging.basicConfig(level=logging.ERROR, handlers=[BarSafeHandler()], force=True)
+
+
+_silent = False
+
+
 def log_to(*directories: Path) -> None:
     """Send log lines to the terminal and, with times and tracebacks, to ``train.log`` in a run's directory.
 
     Of several runs each file gets the lines logged under ``logging_for`` its own, and those outside of any.
     """
+    if _silent:
+        return
     handlers: list[logging.Handler] = [BarSafeHandler()]
     for directory in directories:
         directory.mkdir(parents=True, exist_ok=True)
@@ -52,5 +64,5 @@ def logging_for(directory: Path) -> Iterator[None]:
 
 def bar(total: int, description: str, done: int = 0, iterable: Iterable[Any] | None = None) -> "tqdm[Any]":
     """A progress bar of steps on standard error, around an iterable if one is given; silent without a terminal."""
-    look: dict[str, Any] = {"unit": "step", "leave": False, "dynamic_ncols": True, "disable": None}
+    look: dict[str, Any] = {"unit": "step", "leave": False, "dynamic_ncols": True, "disable": _silent or None}
     return tqdm(iterable, total=total, initial=done, desc=description, **look)

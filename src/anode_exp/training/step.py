@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from anode_exp.tasks.task import Batch, Sums, Task
 from anode_exp.training.world import ALONE, World
 
-Step = Callable[[Batch], tuple[Tensor, Sums]]
-"""batch → (mean loss, sums): one training step."""
+Step = Callable[..., tuple[Tensor, Sums]]
+"""(batch, size of the batch of all processes) → (mean loss, sums): one training step. The size may be left out."""
 
 
 def train_step(
@@ -21,16 +21,30 @@ def train_step(
     task: Task,
     batch: Batch,
     world: World = ALONE,
+    whole: int | None = None,
 ) -> tuple[Tensor, Sums]:
     """Forward, backward, optimiser.
 
+    Args:
+        batch: this process's part of the batch.
+        whole: size of the batch of all processes, by default the number of these times this one's. The loss of a part
+            is weighted by its size, so that the mean over processes is that of the whole batch.
+
     Returns:
-        The mean loss and the task's sums, scalars on the device, of the weights before the update.
+        The mean loss and the task's sums, scalars on the device, of the weights before the update; of several
+        processes, what their mean and sum are made of.
     """
     optimizer.zero_grad(set_to_none=True)
-    with autocast():
-        loss, output = task.loss(network, batch)
-    loss.backward()
+    try:
+        with autocast():
+            loss, output = task.loss(network, batch)
+        if whole is not None and (weight := len(batch[0]) * world.size / whole) != 1.0:
+            loss = loss * weight
+        loss.backward()
+    except Exception as error:
+        world.settle(error)
+        raise
+    world.settle(None)
     world.mean_(p.grad for p in network.parameters() if p.grad is not None)
     optimizer.step()
     return loss.detach(), task.sums(output.detach(), batch)
@@ -38,20 +52,32 @@ def train_step(
 
 @torch.no_grad()
 def evaluate(
-    network: nn.Module, autocast: Callable[[], torch.autocast], task: Task, batches: Iterable[Batch]
+    network: nn.Module,
+    autocast: Callable[[], torch.autocast],
+    task: Task,
+    batches: Iterable[Batch],
+    world: World = ALONE,
 ) -> dict[str, float]:
-    """The task's metrics over all batches, in evaluation mode; one host read at the end."""
+    """The task's metrics over all batches of all processes, in evaluation mode; one host read at the end."""
     was_training = network.training
     network.eval()
     totals: dict[str, Tensor | float] = {}
     n = 0
-    for batch in batches:
-        with autocast():
-            sums = task.evaluation_sums(network, batch)
-        totals = {name: totals.get(name, 0.0) + value for name, value in sums.items()}
-        n += len(batch[0])
+    try:
+        for batch in batches:
+            with autocast():
+                sums = task.evaluation_sums(network, batch)
+            totals = {name: totals.get(name, 0.0) + value for name, value in sums.items()}
+            n += len(batch[0])
+    except Exception as error:
+        world.settle(error)
+        raise
+    world.settle(None)
     network.train(was_training)
-    return task.metrics({name: float(total) for name, total in totals.items()}, n)
+    summed = torch.tensor([float(n), *(float(total) for total in totals.values())], dtype=torch.float64)
+    world.sum_([summed])
+    count, *values = summed.tolist()
+    return task.metrics(dict(zip(totals, values, strict=True)), int(count))
 
 
 def state_tensors(network: nn.Module, optimizer: torch.optim.Optimizer) -> list[Tensor]:

@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from anode_exp.build import Assembly, build_schedule, evaluation_batch_size
+from anode_exp.build import Assembly, build_schedule, dtype_of, evaluation_batch_size
 from anode_exp.config.schema import RecipeConfig
 from anode_exp.errors import UserError
 from anode_exp.models import take_evaluations
 from anode_exp.ode import SolveFailed
 from anode_exp.records.checkpoints import Checkpoints
-from anode_exp.records.run_record import RunRecord
+from anode_exp.records.run_record import NoRecord
 from anode_exp.tasks.task import Batch, Sums
 from anode_exp.training.graphed_step import GraphedStep, sync_debug, training_step
 from anode_exp.training.peak_memory import PeakMemory
@@ -28,7 +28,7 @@ from anode_exp.training.progress import bar
 from anode_exp.training.signals import StopRequest
 from anode_exp.training.step import MovingAverage, evaluate, restart_momentum, set_learning_rate
 from anode_exp.training.streams import wait
-from anode_exp.training.world import ALONE
+from anode_exp.training.world import ALONE, World
 
 log = logging.getLogger(__name__)
 
@@ -167,18 +167,24 @@ class Trainer:
     """
 
     def __init__(
-        self, assembly: Assembly, memory: PeakMemory, record: RunRecord, checkpoints: Checkpoints, stop: StopRequest
+        self,
+        assembly: Assembly,
+        memory: PeakMemory,
+        record: NoRecord,
+        checkpoints: Checkpoints,
+        stop: StopRequest,
+        world: World = ALONE,
     ) -> None:
         self.assembly, self.network, self.optimizer = assembly, assembly.network, assembly.optimizer
         self.task, self.data, self.device = assembly.task, assembly.data, assembly.device
         self.recipe, self.runtime = assembly.config.recipe, assembly.config.runtime
         self.memory, self.record, self.checkpoints, self.stop = memory, record, checkpoints, stop
-        self.world = ALONE
+        self.world = world
         self.schedule = build_schedule(self.recipe)
         self.averaged = None
         if self.recipe.moving_average:  # a copy, made before anything is compiled
             self.averaged = MovingAverage(self.network, self.recipe.moving_average)
-        self.step = training_step(assembly)
+        self.step = training_step(assembly, world)
         self.waited_s = 0.0
         self.status = "completed"
         self.reason: str | None = None
@@ -204,6 +210,8 @@ class Trainer:
     def restore(self, state: dict[str, Any]) -> None:
         self.progress = Progress.of(state["progress"])
         self._part = None if state["epoch_part"] is None else EpochPart.of(state["epoch_part"])
+        if self._part is not None and self.world.rank:  # the sums saved are those of all processes
+            self._part.sums = {name: torch.zeros_like(x) for name, x in self._part.sums.items()}
         self.network.load_state_dict(state["network"])
         if self.averaged is not None:
             self.averaged.load_state_dict(state["averaged"])
@@ -254,7 +262,9 @@ class Trainer:
         before, self._part = self._part, None
         taken = 0 if before is None else len(before.losses)
         n_steps = min(len(batches), taken + self.total_steps - progress.steps)
-        part = EpochPart(torch.full((n_steps,), math.nan, device=self.device), self.task.zeros(self.device))
+        dtype = dtype_of(self.runtime.precision)
+        losses = torch.full((n_steps,), math.nan, dtype=dtype, device=self.device)
+        part = EpochPart(losses, self.task.zeros(self.device))
         if before is not None:
             part.losses[:taken] = before.losses.to(self.device)
             sums = {name: x.to(self.device) for name, x in before.sums.items()}
@@ -272,7 +282,7 @@ class Trainer:
         epoch.end += 1
         progress.steps += 1
         try:
-            sums = self._step_on(epoch.source, part.losses, i)
+            sums = self._step_on(epoch.source, part.losses, i, epoch.sizes[i])
         except SolveFailed as error:
             self.status, self.reason = "diverged", str(error)
             return
@@ -285,11 +295,12 @@ class Trainer:
             self.status = "interrupted"
             return
         check = epoch.end % self.runtime.check_every == 0
-        if check and not bool(part.losses[: epoch.end].isfinite().all()):
+        if check and self.world.any(not bool(part.losses[: epoch.end].isfinite().all())):
             self.status = "diverged"
             return
         if check or self.device.type == "cpu":  # a read makes the host wait for a GPU, so seldom there
-            metrics = self.task.metrics({name: float(x) for name, x in part.sums.items()}, epoch.count())
+            mine = max(1, epoch.count() // self.world.size)  # about; whoever shows it has a part of the samples
+            metrics = self.task.metrics({name: float(x) for name, x in part.sums.items()}, mine)
             rate = epoch.count(epoch.first) / (self._clock() - epoch.started)
             shown = {"loss": f"{float(part.losses[i]):.3f}", **{name: f"{x:.3g}" for name, x in metrics.items()}}
             epoch.shown.set_postfix({**shown, f"{self.task.unit}_per_s": f"{rate:.0f}"}, refresh=False)
@@ -314,6 +325,8 @@ class Trainer:
         part.losses = part.losses[: epoch.end].cpu()  # waits for the device: the time is that of finished steps
         self.world.mean_([part.losses])
         self.world.sum_(part.sums.values())
+        # Without model.norm_sync each process has the running statistics of its own parts: their mean serves all.
+        self.world.mean_(x for x in self.network.buffers() if x.is_floating_point())
         part.sums = {name: x.cpu() for name, x in part.sums.items()}
         part.train_time_s += self._clock() - epoch.started
         if self.status == "interrupted":
@@ -380,8 +393,9 @@ class Trainer:
     def _clock(self) -> float:
         return time.perf_counter() - self.waited_s
 
-    def _step_on(self, source: Iterator[Batch], losses: Tensor, i: int) -> Sums:
-        """Step i on the next batch; its loss goes to its place, and the task's sums are returned."""
+    def _step_on(self, source: Iterator[Batch], losses: Tensor, i: int, whole: int | None = None) -> Sums:
+        """Step i on the next batch, of ``whole`` samples in all processes; its loss goes to its place, and the task's
+        sums are returned."""
         averaged = [] if self.averaged is None else self.averaged.tensors()
         with (
             memory_for("a training step", SMALLER_STEP),
@@ -389,7 +403,7 @@ class Trainer:
             sync_debug("error") if self.runtime.sync_debug and self.device.type == "cuda" else nullcontext(),
         ):
             batch = next(source)
-            losses[i], sums = self.step(batch)
+            losses[i], sums = self.step(batch, whole=whole)
             del batch
             if self.averaged is not None:
                 self.averaged.update(self.network)
@@ -438,10 +452,11 @@ class Trainer:
 
     def evaluate_split(self, name: str) -> dict[str, float]:
         size = evaluation_batch_size(self.assembly.config, self.device)
-        batches = bar(-(-self.data.size(name) // size), name, iterable=self.data.evaluation(name, size))
+        mine = self.assembly.part.count(self.data.size(name))
+        batches = bar(-(-mine // size), name, iterable=self.data.evaluation(name, size))
         network = self.network if self.averaged is None else self.averaged.network
         with memory_for("evaluation", "give a smaller recipe.test_batch_size"):
-            return evaluate(network, self.assembly.autocast, self.task, batches)
+            return evaluate(network, self.assembly.autocast, self.task, batches, self.world)
 
     def _describe(self, line: dict[str, Any]) -> str:
         score, unit = self.task.score, self.task.unit
