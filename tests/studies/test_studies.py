@@ -256,7 +256,11 @@ def test_a_gradient_mode_of_ones_own():
         ),
         ("gradient_error", ["+study.gradients.a={name: budget, memory: 1GiB}"], "see study budget"),
         ("gradient_error", ["+study.gradients.a={name: revolve, baseline: torch_checkpoint}"], "does not use it"),
-        ("memory", ["+study.gradients.a={name: revolve, baseline: torch}"], "baseline=torch: choose torch_checkpoint"),
+        (
+            "memory",
+            ["+study.gradients.a={name: revolve, baseline: torch}"],
+            "baseline=torch: choose one of torch_checkpoint",
+        ),
         ("memory", ["study.longest=0"], "study.longest=0"),
         ("gradient_error", ["study.adaptive_solvers=[rk4]"], "rk4 is none; choose from heun, bosh3, dopri5"),
         ("gradient_error", ["study.checkpoint=first"], "choose best, last, the number of an epoch, or every"),

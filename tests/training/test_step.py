@@ -7,7 +7,7 @@ from conftest import IMAGE_MODES, make_ode_block
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from anode_exp.build import autocast_for
-from anode_exp.data import Augmentation, EpochBatches, Normalisation, Split
+from anode_exp.data import WHOLE, Augmentation, EpochBatches, Normalisation, Split
 from anode_exp.models import MODELS
 from anode_exp.ode import TABLEAUX
 from anode_exp.tasks.classification import Classification
@@ -65,7 +65,7 @@ def test_a_whole_step_runs_on_the_meta_device(mode):
     optimizer = sgd(net)
     split = Split(torch.empty(8, 32, 32, 3, dtype=torch.uint8, device=meta), torch.empty(8, dtype=int, device=meta))
     epoch = EpochBatches.__new__(EpochBatches)  # the meta device has no generator: what it would draw is given
-    epoch.split, epoch.batch_size, epoch.flip = split, 4, True
+    epoch.split, epoch.batch_size, epoch.flip, epoch.part = split, 4, True, WHOLE
     epoch.normalise = Normalisation([0.5] * 3, [0.25] * 3, meta)
     epoch.order, epoch.offsets = torch.empty(8, dtype=int, device=meta), torch.empty(2, 8, 1, dtype=int, device=meta)
     epoch.flips = torch.empty(8, 1, dtype=bool, device=meta)

@@ -165,7 +165,8 @@ def cells(paper: str, arguments: list[str]) -> list[Cell]:
     only_runs = [a for a in shared if not any(a in cell.settings for cell in studies)]
     only_runs += [a for a in arguments if a.startswith("seeds=")]
     if only_runs and not runs:
-        raise UserError(f"{only_runs[0]}: figure={asked.figure} is a study, which takes neither it nor seeds")
+        what = "is a study, which takes no settings of runs and no seeds"
+        raise UserError(f"{only_runs[0]}: figure={asked.figure} {what}")
     if runs:
         check_used([a.partition("=")[0].lstrip("+~") for a in shared], runs)
     return [c for c in studies if not c.of_runs] + found + [c for c in studies if c.of_runs]
