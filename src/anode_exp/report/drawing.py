@@ -50,6 +50,11 @@ def draw(groups: list[Group], title: str, path: Path, score: str = "accuracy") -
             name_of = f"{group.label}, the authors' log"
             panels[1].plot(range(1, len(group.logged) + 1), group.logged, "k+", markersize=7, label=name_of)
             panels[1].legend(fontsize=8)
+    losses = [y for drawn_line in panels[0].lines for y in drawn_line.get_ydata()]
+    if losses and 0 < 1e3 * min(losses) < max(
+        losses
+    ):  # of a run that went astray, say: on one scale the others are flat
+        panels[0].set_yscale("log")
     for axes, label in zip(panels, ("training loss", name), strict=True):
         axes.set(xlabel="epoch", ylabel=label)
     if drawn:
