@@ -23,9 +23,15 @@ class OtherProcessFailed(RuntimeError):
 
 
 def fail(message: str) -> NoReturn:
-    """Answer a user's mistake: one line, of several processes from the first, and exit code 2."""
+    """Answer a user's mistake: one line, and exit code 2.
+
+    Processes that torchrun started find the same mistake until they have joined: the first says it. Later ones are
+    those of one process, which says them itself.
+    """
     with suppress(OSError):  # a full disk below standard output may be what is reported
         sys.stdout.flush()
-    if os.environ.get("RANK", "0") == "0":
+    distributed = sys.modules.get("torch.distributed")
+    joined = distributed is not None and distributed.is_initialized()
+    if joined or os.environ.get("RANK", "0") == "0":
         print(f"anode_exp: {message}", file=sys.stderr)
     sys.exit(2)

@@ -139,8 +139,8 @@ def join(cpu: bool) -> World:
         backend = "gloo"
         if torch.cuda.is_available() and not cpu:
             local, devices = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
-            if local >= devices:
-                here = os.environ.get("LOCAL_WORLD_SIZE", "several")
+            here = int(os.environ.get("LOCAL_WORLD_SIZE", str(local + 1)))
+            if here > devices:  # for all of them, so that the first says it
                 remedy = f"torchrun --nproc-per-node={devices}, or runtime.device=cpu"
                 raise UserError(f"{here} processes on this machine, which has {devices} CUDA devices; use {remedy}")
             torch.cuda.set_device(local)
