@@ -4,6 +4,8 @@ export OMP_WAIT_POLICY = PASSIVE
 # ... but threads that sleep at once wake too late for the next small kernel.
 export GOMP_SPINCOUNT = 20000
 PYTHON ?= python3
+# Of pyproject.toml's extras; EXTRAS=dev,ray for hydra/launcher=ray too.
+EXTRAS ?= dev
 BIN := .venv/bin
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
@@ -22,7 +24,7 @@ setup: .venv/ready  ## build .venv from constraints.txt, once (about 2 minutes a
 	@echo "setting up .venv; PyTorch with its CUDA libraries is about 2.5 GB to download"
 	$(PYTHON) -m venv .venv
 	$(INSTALL) setuptools hatchling editables
-	$(INSTALL) --no-build-isolation -e '.[dev]'
+	$(INSTALL) --no-build-isolation -e '.[$(EXTRAS)]'
 	@$(BIN)/python -m anode_exp --version && touch .venv/ready
 
 train: setup  ## train on bundled handwritten digits, no download (a minute or two on 2 cores)
@@ -38,6 +40,6 @@ check: setup  ## lint, format and types
 
 lock: setup  ## resolve constraints.txt anew from pyproject.toml
 	$(BIN)/python -m pip install --quiet uv
-	$(BIN)/uv pip compile --universal --python-version 3.11 --extra dev --no-header pyproject.toml -o constraints.txt
+	$(BIN)/uv pip compile --universal --python-version 3.11 --extra dev --extra ray --no-header pyproject.toml -o constraints.txt
 
 .PHONY: help setup train test check lock

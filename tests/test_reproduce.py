@@ -23,6 +23,7 @@ from anode_exp.config.studies import study
 from anode_exp.errors import UserError
 from anode_exp.records.cells import copy_records, is_calibrated, read_records
 from anode_exp.records.checkpoints import Checkpoints
+from anode_exp.records.reading import read_metrics
 from anode_exp.report.page import write_report
 from anode_exp.report.statistics import Group, accuracy_rows
 from anode_exp.training.signals import StopRequest
@@ -282,3 +283,39 @@ def test_the_evaluation_batch_counts_where_it_is_part_of_the_result():
     adaptive = ["model=resnet4", "solver=dopri5", "solver.adaptive=true"]
     null, same, other = (composed([*adaptive, f"recipe.test_batch_size={n}"]) for n in ("null", "128", "64"))
     assert differing(null, same) == [] and differing(null, other) == ["recipe.test_batch_size"]
+
+
+@pytest.mark.parametrize("launcher", ["submitit_local", "ray"])
+def test_runs_as_jobs_of_a_launcher(tmp_path, launcher):
+    """They are those of one process, and what fails in one is named; a second command finds them recorded."""
+    pytest.importorskip(f"hydra_plugins.hydra_{launcher.partition('_')[0]}_launcher")
+    ours = ["length=short", "figure=table_resnet4", "method=residual,anode", "seeds=2", *SMALL, "recipe.milestones=[]"]
+    asked = ["reproduce", "anode", *ours]
+    folder = tmp_path / "outputs" / "anode" / "short"
+    (folder / "table_resnet4").mkdir(parents=True)
+    (folder / "table_resnet4" / "residual_seed-1").touch()  # where a folder should be
+    done = command(tmp_path, *asked, f"launcher={launcher}", "hydra.launcher.timeout_min=5" if "sub" in launcher else
+                   "hydra.launcher.ray.remote.num_gpus=0")  # fmt: skip
+    assert done.returncode == 2, done.stderr
+    assert "0 of 4 runs are recorded, 4 to go" in done.stdout and "3 of 4 runs are recorded\n" in done.stdout
+    assert "residual_seed-1: File exists" in done.stderr
+    (folder / "table_resnet4" / "residual_seed-1").unlink()
+    again = command(tmp_path, *asked)
+    assert again.returncode == 0 and "3 of 4 runs are recorded, 1 to go" in again.stdout
+
+    alone = [a for a in asked if not a.startswith(("seeds=", "method="))]
+    assert command(tmp_path, *alone, "seeds=[0]", "method=anode", "directory=alone").returncode == 0
+    in_a_job, by_itself = (
+        [line["step_losses"] for line in read_metrics(place / "anode" / "short" / "table_resnet4" / "anode_seed-0")]
+        for place in (tmp_path / "outputs", tmp_path / "alone")
+    )
+    assert in_a_job == by_itself
+
+
+def test_launchers_that_are_not_there(tmp_path):
+    for asked, answer in {
+        "launcher=rays": "Could not find 'hydra/launcher/rays' Available options",
+        "hydra.launcher.n_jobs=2": "hydra.launcher.n_jobs=2: is for jobs in parallel; add launcher=NAME",
+    }.items():
+        done = command(tmp_path, "reproduce", "anode", "length=short", "figure=table_resnet4", asked)
+        assert done.returncode == 2 and answer in done.stderr, done.stderr

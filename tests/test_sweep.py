@@ -108,32 +108,51 @@ def test_the_slurm_launcher_is_configured(tmp_path):
     assert "SlurmLauncher" in done.stdout and "gres: gpu:1" in done.stdout
 
 
-def test_jobs_of_a_cluster_fail_alone_and_go_on_after_a_kill(tmp_path):
-    """Submitit's local executor: one of four jobs fails, one is killed and queued again."""
+LAUNCHERS = {
+    "submitit_local": ("hydra_plugins.hydra_submitit_launcher", "submitit", "SIGUSR2", "hydra.launcher.timeout_min=5"),
+    "ray": ("hydra_plugins.hydra_ray_launcher", "default_worker", "SIGKILL", "hydra.launcher.ray.remote.num_gpus=0"),
+}
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_jobs_of_a_cluster_fail_alone_and_go_on_after_a_kill(tmp_path, launcher):
+    """One of four jobs fails, one is killed and started again by its launcher: it goes on, with no epoch lost."""
+    plugin, process, kill, setting = LAUNCHERS[launcher]
+    pytest.importorskip(plugin)
     killer = tmp_path / "sitecustomize.py"
     killer.write_text(
         "import os, signal, sys\n"
-        "if 'submitit' in ' '.join(sys.orig_argv):\n"
+        f"if {process!r} in ' '.join(sys.orig_argv):\n"
         "    import anode_exp.training.trainer as t\n"
         "    whole = t.Trainer._save\n"
         "    def save(self, line):\n"
         "        whole(self, line)\n"
-        "        if self.assembly.config.seed == 1 and line['epoch'] == 1 and not os.path.exists('killed'):\n"
-        "            open('killed', 'w').close()\n"
-        "            os.kill(os.getpid(), signal.SIGUSR2)\n"
+        f"        killed = {str(tmp_path / 'killed')!r}\n"
+        "        if self.assembly.config.seed == 1 and line['epoch'] == 1 and not os.path.exists(killed):\n"
+        "            open(killed, 'w').close()\n"
+        f"            os.kill(os.getpid(), signal.{kill})\n"
         "    t.Trainer._save = save\n"
     )
     done = sweep(
-        tmp_path, "seed=0,1", "dataset.test_size=10,400", "recipe.epochs=2", "hydra/launcher=submitit_local",
-        "hydra.launcher.timeout_min=5", PYTHONPATH=f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}",
+        tmp_path, "seed=0,1", "dataset.test_size=10,400", "recipe.epochs=2", f"hydra/launcher={launcher}", setting,
+        PYTHONPATH=f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}",
     )  # fmt: skip
     assert done.returncode == 2, done.stderr
     assert [(r["dataset.test_size"], r["status"]) for r in rows(tmp_path)] == [
         ("10", "completed"), ("10", "completed"), ("400", "failed"), ("400", "failed"),
     ]  # fmt: skip
-    assert (tmp_path / "killed").exists() or any((tmp_path / "sweep").rglob("killed"))
+    assert (tmp_path / "killed").exists()
     logs = "".join(path.read_text() for path in (tmp_path / "sweep").glob("*seed-1/train.log"))
     assert "going on after epoch 1" in logs
+
+
+def test_the_ray_launcher_asks_for_a_part_of_a_gpu_at_most(tmp_path):
+    shown = command(tmp_path, "train", "hydra/launcher=ray", "--cfg", "hydra", "-p", "hydra.launcher.ray", "--resolve")
+    assert shown.returncode == 0, shown.stderr
+    assert f"num_gpus: {min(1, torch.cuda.device_count())}" in shown.stdout
+    done = command(tmp_path, "train", "-m", *SMALL, "hydra/launcher=ray", "hydra.launcher.ray.remote.num_gpus=2")
+    assert done.returncode == 2
+    assert "num_gpus=2: a job takes one GPU or a part of it" in done.stderr and not (tmp_path / "sweep").exists()
 
 
 def job(directory: Path, number: int, overrides: list[str], results: dict | None) -> None:

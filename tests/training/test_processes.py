@@ -92,6 +92,7 @@ def test_several_processes_train_as_one_does(runs, n):
     several, alone = (json.loads((runs / d / "results.json").read_text()) for d in (str(n), "1"))
     assert several["test_accuracy"] == alone["test_accuracy"] and several["nfe"] == alone["nfe"]
     assert several["processes"] == n and len(several["peak_memory_bytes_by_process"]) == n
+    assert len(several["images_per_s_by_process"]) == n
     assert several["peak_memory_bytes"] < alone["peak_memory_bytes"]
     assert len(list((runs / str(n)).glob("events.out.*"))) == 1, "one process records"
 

@@ -3,19 +3,24 @@
 import itertools
 import json
 import logging
+import os
 import statistics
 import sys
 import time
 import traceback
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 from anode_exp.commands.arguments import Parser, help_text, own_settings
 from anode_exp.commands.evaluate import table
+from anode_exp.commands.launch import join, launch
 from anode_exp.config.change import differing, evaluations
-from anode_exp.config.check import read_config, typed
+from anode_exp.config.check import read_config, split_settings, typed
+from anode_exp.config.compose import compose_line
 from anode_exp.config.describe import about, options
-from anode_exp.config.reproduction import Cell, cells, specification
+from anode_exp.config.reproduction import Cell, cells, directories, specification
 from anode_exp.config.schema import ReproduceSettings, TrainConfig
 from anode_exp.config.studies import study
 from anode_exp.errors import InUse, UserError
@@ -34,7 +39,17 @@ def main(arguments: list[str]) -> None:
     if parsed.help:
         print(paper_help("reproduce", ABOUT, parsed.paper))
         return
-    sys.exit(reproduce(cells(paper_name("reproduce", parsed.paper), parsed.settings)))
+    of_launcher = [a for a in parsed.settings if a.startswith("hydra.launcher.")]
+    settings = [a for a in parsed.settings if a not in of_launcher]
+    found = cells(paper_name("reproduce", parsed.paper), settings)
+    own, _ = split_settings(ReproduceSettings, settings, "reproduce")
+    if own.launcher is None:
+        if of_launcher:
+            raise UserError(f"{of_launcher[0]}: is for jobs in parallel; add launcher=NAME")
+        sys.exit(reproduce(found))
+    launcher = [f"hydra/launcher={own.launcher}", *of_launcher]
+    compose_line(launcher)  # checked
+    sys.exit(reproduce_by_jobs(found, launcher, directories(parsed.paper, own.length, Path(own.directory))[0]))
 
 
 def paper_name(verb: str, given: str | None) -> str:
@@ -126,7 +141,14 @@ def lacks_calibration(cell: Cell) -> bool:
     return not config.solver.adaptive and not any(is_calibrated(row, config, results["epochs"]) for row in rows)
 
 
-def reproduce(cells: list[Cell], tick: Callable[[], object] | None = None) -> int:
+def missing(cells: list[Cell]) -> list[Cell]:
+    """Those without a record, and studies of runs that will have more; in order."""
+    todo = [cell for cell in cells if not is_done(cell) or lacks_calibration(cell)]
+    changing = {cell.directory.parent for cell in todo}  # figures that will have more runs than their studies know
+    return todo + [cell for cell in cells if cell.of_runs and cell.directory in changing and cell not in todo]
+
+
+def reproduce(cells: list[Cell]) -> int:
     """Run what is missing, go on with what was interrupted, skip what is recorded with the same settings.
 
     On CUDA the seeds of one figure and method run at once. A run that another process is writing is left to it. A
@@ -136,9 +158,7 @@ def reproduce(cells: list[Cell], tick: Callable[[], object] | None = None) -> in
         The exit code: 0, 2 where runs failed by a mistake to mend alone, else 1, 128 and the signal that interrupted.
     """
     cells = list({cell.directory: cell for cell in cells}.values())  # figures may share some
-    todo = [cell for cell in cells if not is_done(cell) or lacks_calibration(cell)]
-    changing = {cell.directory.parent for cell in todo}  # figures that will have more runs than their studies know
-    todo += [cell for cell in cells if cell.of_runs and cell.directory in changing and cell not in todo]
+    todo = missing(cells)
     print(f"{len(cells) - len(todo)} of {len(cells)} runs are recorded, {len(todo)} to go")
     failed: list[tuple[str, bool]] = []  # and whether the user can mend it
     groups, done_epochs = _together(todo), sum(map(_epochs, cells))
@@ -153,12 +173,38 @@ def reproduce(cells: list[Cell], tick: Callable[[], object] | None = None) -> in
             names = "; ".join(cell.name for cell in group)
             progress.write(f"\n[{position} of {len(groups)}] {names}{_time_to_go(cells, left)}", file=sys.stdout)
             sys.stdout.flush()
-            _run_group(group, failed, progress.update, stop)
+            run_group(group, failed, progress.update, stop)
             if stop.signal is not None:
                 return 128 + stop.signal
+    return _exit_code(failed)
+
+
+def _exit_code(failed: list[tuple[str, bool]]) -> int:
     for line, _ in failed:
         print(line, file=sys.stderr)
     return 0 if not failed else 2 if all(mistake for _, mistake in failed) else 1
+
+
+def reproduce_by_jobs(cells: list[Cell], launcher: list[str], folder: Path) -> int:
+    """As ``reproduce``, with each of the missing runs a job of one of Hydra's launchers.
+
+    A job trains one run: how many share a device is the launcher's matter. Studies of runs come when all have ended.
+
+    Args:
+        launcher: Hydra's settings.
+        folder: of the reproduction; the launcher writes to ``jobs`` in it.
+    """
+    cells = list({cell.directory: cell for cell in cells}.values())
+    todo = missing(cells)
+    print(f"{len(cells) - len(todo)} of {len(cells)} runs are recorded, {len(todo)} to go", flush=True)
+    endings: list[dict[str, Any]] = []
+    for batch in ([c for c in todo if not c.of_runs], [c for c in todo if c.of_runs]):
+        if batch:
+            endings += launch(batch, launcher, folder / "jobs")
+    print(f"{len(cells) - len(missing(cells))} of {len(cells)} runs are recorded")
+    signals = [ending["signal"] for ending in endings if ending["signal"] is not None]
+    code = _exit_code([(ending["error"], ending["mistake"]) for ending in endings if ending["error"] is not None])
+    return 128 + signals[0] if signals else code
 
 
 def _together(cells: list[Cell]) -> list[list[Cell]]:
@@ -174,16 +220,21 @@ def _epochs(cell: Cell) -> int:
     return len(read_metrics(cell.directory)) if cell.config is not None else 0
 
 
-def _run_group(
-    group: list[Cell], failed: list[tuple[str, bool]], tick: Callable[[], object], stop: StopRequest
-) -> None:
-    """Train the cells of a group, or do the study; what fails is told and noted."""
+def run_group(group: list[Cell], failed: list[tuple[str, bool]], tick: Callable[[], object], stop: StopRequest) -> None:
+    """Train the cells of a group, or do the study; what fails is told and noted.
+
+    Where a launcher started several processes for a cell, they train it together, and the first does the rest.
+    """
     from anode_exp.commands.together import train_together  # imports torch
     from anode_exp.runs import evaluate_run
     from anode_exp.studies.study import run_study
+    from anode_exp.training.world import ALONE
 
     try:
-        for cell in map(with_runs, group):
+        config = group[0].config
+        world = ALONE if config is None else join(config)
+        first = int(os.environ.get("RANK", "0")) == 0
+        for cell in map(with_runs, group) if first else ():
             if cell.study is not None:
                 if cell.of_runs and not any(s.startswith("study.run=") for s in cell.settings):
                     print(f"{cell.name}: none of its runs is completed")
@@ -194,9 +245,9 @@ def _run_group(
         runs = [(config, c.directory) for c in group if (config := recorded_config(c)) is not None and not is_done(c)]
         try:
             if runs:
-                train_together(runs, resume=True, tick=tick, stop=stop)
+                train_together(runs, resume=True, tick=tick, stop=stop, world=world)
         finally:  # also of those that went well beside one that failed
-            for cell in group:
+            for cell in group if first else ():
                 if lacks_calibration(cell) and (config := recorded_config(cell)) is not None:
                     configs = evaluations(cell.directory, [f"model.statistics={other_statistics(config)}"])
                     print(table(evaluate_run(cell.directory, "last", configs, calibrate=CALIBRATION_BATCHES)))

@@ -222,6 +222,8 @@ class Run:
         results |= {"runs_at_once": self.together, "seed": self.config.seed, "processes": self.world.size}
         if self.world.size > 1:
             results["peak_memory_bytes_by_process"] = self.world.gather(results["peak_memory_bytes"])
+            speed, size = f"{trainer.task.unit}_per_s", self.world.size  # of all processes, by this one's clock
+            results[f"{speed}_by_process"] = self.world.gather(results[speed] and results[speed] / size)
         results |= environment(trainer.device)
         results["wall_time_s"]["total"] = self._earlier_s + time.perf_counter() - self.started
         self._record.finish(results)

@@ -5,23 +5,21 @@ import os
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from anode_exp.commands.arguments import PROGRAM, help_text, own_settings, version
+from anode_exp.commands.launch import enter_job, join, launched
 from anode_exp.config.change import resumed
-from anode_exp.config.check import check_shared, split_settings, typed
-from anode_exp.config.compose import composed_settings, jobs
+from anode_exp.config.check import split_settings, typed
+from anode_exp.config.compose import composed_settings, jobs, quoted
 from anode_exp.config.describe import CONF, PRESETS, described, files_of, groups, options
 from anode_exp.config.schema import ResumeSettings, TrainConfig
 from anode_exp.errors import OtherProcessFailed, UserError, fail
 from anode_exp.records.reading import write_json
-
-if TYPE_CHECKING:
-    from anode_exp.training.world import World
 
 log = logging.getLogger(__name__)
 
@@ -91,8 +89,11 @@ def main(arguments: list[str]) -> None:
     if not parsed.hydra_help:
         # All of it once before Hydra runs any of it: a mistake in the last job of a sweep stops the first.
         asked = jobs(parsed.overrides, parsed.multirun)
-        if not asked.given:
-            ours.append(f"hydra.{'sweep' if parsed.multirun else 'run'}.dir={asked.directory}")
+        if parsed.multirun:  # a job may begin in another folder than this one
+            parsed.overrides = [a for a in parsed.overrides if not a.startswith("hydra.sweep.dir=")]
+            ours.append(f"hydra.sweep.dir={quoted(asked.directory.absolute())}")
+        elif not asked.given:
+            ours.append(f"hydra.run.dir={asked.directory}")
         if launched():
             if parsed.multirun:
                 raise UserError("-m: torchrun starts the processes of one run; start it once for each job")
@@ -144,33 +145,6 @@ def resume(own: ResumeSettings, overrides: list[str]) -> None:
     exit_by_signal(results)
 
 
-def launched() -> bool:
-    """Whether torchrun, or what sets the same variables, started this process as one of several."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
-
-
-def join(config: TrainConfig) -> "World":
-    """The processes that torchrun started, and that share every batch; UserError for what they cannot share."""
-    from anode_exp.training import progress, world
-
-    if not launched():
-        return world.ALONE
-    check_shared(config, int(os.environ["WORLD_SIZE"]))
-    joined = world.join(config.runtime.device == "cpu")
-    if joined.rank:
-        progress.say_nothing()
-    return joined
-
-
-def _export_tasks() -> None:
-    """The tasks that a cluster started for a job, hydra.launcher.tasks_per_node of them, are processes of one run."""
-    import submitit
-    from submitit.helpers import TorchDistributedEnvironment
-
-    if submitit.JobEnvironment().num_tasks > 1:
-        TorchDistributedEnvironment().export(set_cuda_visible_devices=False)
-
-
 def _gone(error: OtherProcessFailed, directory: Path) -> NoReturn:
     print(f"anode_exp: {error}; go on with the same torchrun and train resume={directory}", file=sys.stderr)
     sys.exit(1)
@@ -198,12 +172,9 @@ def run_job(config: DictConfig) -> None:
     hydra = HydraConfig.get()
     directory = Path(hydra.runtime.output_dir)
     runs = seed_runs(typed(config), directory)
-    of_cluster = "submitit" in str(hydra.launcher.get("_target_", ""))
-    if of_cluster:
-        _export_tasks()
+    again = enter_job()
     try:
-        # A job that its cluster stopped and queued again goes on where it was.
-        begun = of_cluster and any((folder / "config.yaml").exists() for _, folder in runs)
+        begun = again and any((folder / "config.yaml").exists() for _, folder in runs)
         results = train_together(runs, resume=begun, world=join(runs[0][0]))
     except OtherProcessFailed as error:
         _gone(error, directory)

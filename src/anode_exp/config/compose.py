@@ -1,9 +1,11 @@
 """Composing a command line's configurations before anything runs, so that every mistake gets one clear line."""
 
 import re
+import warnings
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast
 
@@ -32,7 +34,46 @@ def path_safe(*parts: object) -> str:
     return re.sub(r"[^A-Za-z0-9_.+-]", "-", text)[:LONGEST_NAME]
 
 
+def gpus_of_a_job() -> int:
+    import torch
+
+    return min(1, torch.cuda.device_count())
+
+
+# Its file here gives the launcher's own schema, of the same name, the defaults that a job of this project needs.
+warnings.filterwarnings("ignore", r"\n'hydra/launcher/ray' is validated against", UserWarning)
+
 OmegaConf.register_new_resolver("path_safe", path_safe, replace=True)
+OmegaConf.register_new_resolver("gpus_of_a_job", gpus_of_a_job, replace=True)
+
+
+def quoted(value: object) -> str:
+    """For a line of Hydra's: any text, as a value."""
+    return "'" + re.sub(r"(\\*)'", r"\1\1\'", str(value)) + "'"
+
+
+LAUNCHERS = {
+    "joblib": ("hydra_joblib_launcher", "launchers"),
+    "slurm": ("hydra_submitit_launcher", "launchers"),
+    "submitit_local": ("hydra_submitit_launcher", "launchers"),
+    "ray": ("hydra_ray_launcher", "ray"),
+}
+"""What starts the jobs of a sweep in parallel: the plugin, and the extra that installs it."""
+
+
+def check_launcher(name: object) -> None:
+    """Refuse a launcher whose plugin is not installed."""
+    plugin, extra = LAUNCHERS.get(str(name), ("", ""))
+    if plugin and find_spec(f"hydra_plugins.{plugin}") is None:
+        raise UserError(f"launcher {name}: is not installed; pip install 'anode_exp[{extra}]'")
+
+
+def check_gpus(config: DictConfig) -> None:
+    """Refuse more GPUs than a job uses."""
+    gpus = OmegaConf.select(config, "hydra.launcher.ray.remote.num_gpus")
+    if gpus is not None and gpus > 1:
+        several = "torchrun trains on several, and slurm with hydra.launcher.tasks_per_node"
+        raise UserError(f"hydra.launcher.ray.remote.num_gpus={gpus}: a job takes one GPU or a part of it; {several}")
 
 
 def key_of(override: Override) -> str:
@@ -201,8 +242,12 @@ def compose_line(overrides: list[str]) -> DictConfig:
         known = _settings_of(*chosen)
         for override in parsed:
             check_key(override, known)
+            if override.key_or_group == "hydra/launcher":
+                check_launcher(override.value())
         try:
-            return compose("train", overrides, return_hydra_config=True)
+            config = compose("train", overrides, return_hydra_config=True)
+            check_gpus(config)
+            return config
         except (HydraException, OmegaConfBaseException) as error:
             cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
             raise UserError(" ".join(str(cause).partition("Config search path")[0].split())) from error

@@ -106,7 +106,7 @@ def cells(paper: str, arguments: list[str]) -> list[Cell]:
 
     Args:
         arguments: ``figure=``, ``method=`` (several separated by commas), ``seeds=``, ``length=``, ``directory=`` (runs
-            go to directory/paper/length), and settings for every run.
+            go to directory/paper/length), and settings for every run. ``launcher=`` changes none of them.
 
     Raises UserError for the first thing wrong.
     """
@@ -118,7 +118,7 @@ def cells(paper: str, arguments: list[str]) -> list[Cell]:
     for argument in shared:
         key = argument.partition("=")[0].lstrip("+~")
         if key in ("seed", "experiment") or key.startswith(("hydra.", "hydra/")):
-            raise UserError(f"{argument}: chosen by reproduce; give seeds=, directory= or figure=")
+            raise UserError(f"{argument}: chosen by reproduce; give seeds=, directory=, figure= or launcher=")
         if key == "model" or key in of_methods:
             raise UserError(f"{argument}: is what a figure or method stands for; give figure= or method=")
     lengths = _chosen("length", asked.length, options("length"))

@@ -335,3 +335,6 @@ class ReproduceSettings(PaperSettings):
 
     figure: str | None = _setting(None, help="figures of the paper, separated by commas; by default all")
     method: str | None = _setting(None, help="methods, separated by commas; by default all")
+    launcher: str | None = _setting(
+        None, help="joblib | slurm | submitit_local | ray: the runs as jobs in parallel; settings: hydra.launcher.KEY="
+    )

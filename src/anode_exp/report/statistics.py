@@ -129,7 +129,10 @@ def accuracy_rows(groups: list[Group]) -> list[dict[str, str]]:
 
 
 def cost_rows(groups: list[Group]) -> list[dict[str, str]]:
-    """Memory, time, evaluations, machine and commit of each method's runs."""
+    """Memory, time, evaluations, machine and commit of each method's runs.
+
+    Of a run by several processes memory is that of the one that held most, and speed that of all together.
+    """
     rows = []
     for group in groups:
         results = [run.results for run in group.runs if run.results and "nfe" in run.results]
@@ -140,12 +143,16 @@ def cost_rows(groups: list[Group]) -> list[dict[str, str]]:
         commits = [(r["commit"] or "unknown")[:10] + "-dirty" * str(r["commit"]).endswith("-dirty") for r in results]
         # A diverged run's last epoch is none, an interrupted one's time is not that of a run.
         seconds = [(r["wall_time_s"]["train"], r["epochs"]) for run in group.completed if (r := run.results)]
+        peaks = [max(r.get("peak_memory_bytes_by_process", [r["peak_memory_bytes"]])) for r in results]
+        kinds = dict.fromkeys(key for r in results for key in r if key.endswith("_per_s"))
+        speeds = {key: [r[key] for r in results if r.get(key)] for key in kinds}
         rows.append(
             {
                 "method": group.label,
-                "peak memory, MB": spread([r["peak_memory_bytes"] / 1e6 for r in results], ",.1f"),
+                "peak memory, MB": spread([peak / 1e6 for peak in peaks], ",.1f"),
                 "training, s an epoch": spread([s / epochs for s, epochs in seconds], ",.1f"),
                 "training, min a run": spread([s / 60 for s, _ in seconds], ",.1f"),
+                **{f"{key[:-6]}/s": spread(values, ",.0f") for key, values in speeds.items() if values},
                 "evaluations of f a step": " + ".join(evaluations),
                 "runs at once": ", ".join(dict.fromkeys(str(r.get("runs_at_once", 1)) for r in results)),
                 "processes a run": ", ".join(dict.fromkeys(str(r.get("processes", 1)) for r in results)),
