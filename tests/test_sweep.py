@@ -6,12 +6,15 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 import torch
 from command import command
 from torch.utils._pytree import tree_leaves
 
+from anode_exp.commands.launch import run_by_hydra
+from anode_exp.errors import UserError
 from anode_exp.report.sweep import over_seeds, runs_of_seeds, sweep_rows, sweep_table
 
 SMALL = [
@@ -106,6 +109,21 @@ def test_the_slurm_launcher_is_configured(tmp_path):
     done = command(tmp_path, "train", "hydra/launcher=slurm", "--cfg", "hydra", "-p", "hydra.launcher")
     assert done.returncode == 0, done.stderr
     assert "SlurmLauncher" in done.stdout and "gres: gpu:1" in done.stdout
+
+
+def test_a_cluster_that_is_not_there_gets_one_line(tmp_path, monkeypatch):
+    done = command(tmp_path, "train", "-m", *SMALL, "hydra/launcher=slurm", PATH="/nowhere")
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "launcher slurm: this machine has no Slurm (srun); submitit_local starts" in done.stderr
+
+    def unreachable(*_: object, **__: object) -> NoReturn:
+        raise ConnectionError("Could not find any running Ray instance.")
+
+    monkeypatch.setattr("hydra.main", unreachable)
+    monkeypatch.setattr("sys.argv", [])
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+    with pytest.raises(UserError, match="launcher ray: no cluster answers; start it with ray start --head"):
+        run_by_hydra(lambda config: None, "train", ["-m", "hydra/launcher=ray"])
 
 
 LAUNCHERS = {

@@ -2,9 +2,10 @@
 
 import json
 import os
+import shutil
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial, update_wrapper
 from pathlib import Path
@@ -18,6 +19,7 @@ from anode_exp.config.compose import quoted
 from anode_exp.config.describe import CONF
 from anode_exp.config.reproduction import Cell
 from anode_exp.config.schema import TrainConfig
+from anode_exp.errors import UserError
 from anode_exp.records.reading import read_metrics, write_json
 from anode_exp.training import progress
 
@@ -63,6 +65,27 @@ def enter_job() -> bool:
     return "submitit" in launcher or "ray" in launcher
 
 
+def run_by_hydra(job: Callable[[DictConfig], None], program: str, arguments: list[str]) -> None:
+    """Start a job, or with ``-m`` the jobs of a sweep, as Hydra's command line asks.
+
+    Raises:
+        UserError: if the launcher's cluster is not there.
+    """
+    import hydra
+
+    if "hydra/launcher=slurm" in arguments and "-m" in arguments and shutil.which("srun") is None:
+        raise UserError("launcher slurm: this machine has no Slurm (srun); submitit_local starts such jobs on it")
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises what a job raised, for the caller to report
+    sys.argv = [program, *arguments]
+    try:
+        hydra.main(version_base="1.3", config_path=str(CONF), config_name="train")(job)()
+    except ConnectionError as error:
+        if type(error) is not ConnectionError:  # a pipe that was closed, say
+            raise
+        remedy = "start it with ray start --head, or leave out hydra.launcher.ray.init.address"
+        raise UserError(f"launcher ray: no cluster answers; {remedy}") from error
+
+
 def launch(cells: list[Cell], settings: list[str], folder: Path) -> list[dict[str, Any]]:
     """A job for each cell, as many at once as the launcher lets; returns when all have ended.
 
@@ -74,17 +97,13 @@ def launch(cells: list[Cell], settings: list[str], folder: Path) -> list[dict[st
         Of each job ``error``, None if nothing failed; ``mistake``, whether the user can mend it; and ``signal``, the
         number of the one that interrupted it, or None.
     """
-    import hydra
-
     jobs = {f"{cell.figure}/{cell.directory.name}": (cell, folder.absolute()) for cell in cells}
     for name in jobs:
         _ending(folder, name).unlink(missing_ok=True)
     own = ["hydra.output_subdir=null", "hydra.sweep.subdir=.", f"hydra.sweep.dir={quoted(folder.absolute())}"]
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises what a job raised
-    sys.argv = ["reproduce", "-m", *own, *settings, f"+cell={','.join(jobs)}"]
-    run = update_wrapper(partial(_run_job, jobs), _run_job)
     with _epochs_shown(cells):
-        hydra.main(version_base="1.3", config_path=str(CONF), config_name="train")(run)()
+        job = update_wrapper(partial(_run_job, jobs), _run_job)
+        run_by_hydra(job, "reproduce", ["-m", *own, *settings, f"+cell={','.join(jobs)}"])
     endings = []
     for name, (cell, _) in jobs.items():
         path, unknown = _ending(folder, name), f"{cell.name}: the job ended and did not say how; see {folder}"

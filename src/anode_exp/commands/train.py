@@ -12,7 +12,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from anode_exp.commands.arguments import PROGRAM, help_text, own_settings, version
-from anode_exp.commands.launch import enter_job, join, launched
+from anode_exp.commands.launch import enter_job, join, launched, run_by_hydra
 from anode_exp.config.change import resumed
 from anode_exp.config.check import split_settings, typed
 from anode_exp.config.compose import composed_settings, jobs, quoted
@@ -58,7 +58,6 @@ def main(arguments: list[str]) -> None:
             return
         resume(*split_settings(ResumeSettings, arguments, "train resume=DIR"))
         return
-    import hydra
     from hydra._internal.utils import get_args_parser
 
     parser = get_args_parser()
@@ -104,11 +103,9 @@ def main(arguments: list[str]) -> None:
                 ours.append("hydra.output_subdir=null")
         if parsed.multirun:  # the folders of a sweep's jobs are named by what varies
             ours.append(f"hydra.job.config.override_dirname.exclude_keys=[{','.join(asked.fixed)}]")
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises what a job raised, for the caller to report
-    sys.argv = [parser.prog, *ours, *parsed.overrides, *flags]
     rows: list[dict[str, Any]] = []
     try:
-        hydra.main(version_base="1.3", config_path=str(CONF), config_name="train")(run_job)()
+        run_by_hydra(run_job, parser.prog, [*ours, *parsed.overrides, *flags])
     finally:
         several = not parsed.hydra_help and (parsed.multirun or asked.configs[0].seeds > 1)
         if several and asked.directory.is_dir():
