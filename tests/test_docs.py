@@ -2,6 +2,7 @@
 
 import ast
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,9 @@ import torch
 from test_rooms import MAY_IMPORT
 
 import anode_exp
+from anode_exp.config.compose import compose_line, jobs
+from anode_exp.config.reproduction import cells, specification
+from anode_exp.config.studies import study
 
 SOURCE = Path(anode_exp.__file__).parent
 TOP = Path(__file__).parents[1]
@@ -149,3 +153,35 @@ def test_the_readme_example_runs():
         block.field.theta,
     )
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, truth, strict=True))
+
+
+def commands(document):
+    """The words after ``-m anode_exp`` of each command in a document's blocks."""
+    blocks = re.findall(r"^```\n(.*?)^```$", document.read_text().replace("\\\n", ""), re.DOTALL | re.MULTILINE)
+    lines = [line.partition("-m anode_exp ")[2] for block in blocks for line in block.splitlines()]
+    return [shlex.split(line, comments=True) for line in lines if line]
+
+
+@pytest.mark.parametrize("document", [README, *sorted((TOP / "docs").glob("*.md"))], ids=lambda path: path.name)
+def test_the_commands_of_the_documents_are_right(document):
+    """They compose, with settings that are used; what names a run that is not here is left to tests of those verbs."""
+    for verb, *words in commands(document):
+        settings = [word for word in words if "=" in word]
+        if verb == "train" and not any(word.startswith("resume=") for word in settings):
+            assert jobs(settings, "-m" in words).configs
+        elif verb == "reproduce":
+            of_launcher = [s for s in settings if s.startswith(("launcher=", "hydra.launcher."))]
+            figure = (
+                [] if "figure=" in " ".join(words) else [f"figure={next(iter(specification(words[0])['figures']))}"]
+            )
+            assert cells(words[0], [*figure, *(s for s in settings if s not in of_launcher)])
+            compose_line([f"hydra/{s}" if s.startswith("launcher=") else s for s in of_launcher])
+        elif verb == "study":
+            if not any(s.startswith("run=") for s in settings):
+                study(words[0], settings)
+        else:
+            assert verb in ("train", "evaluate", "bench", "report", "list"), verb
+
+
+def test_the_readme_shows_the_verbs():
+    assert {verb for verb, *_ in commands(README)} == {"train", "evaluate", "bench", "study", "reproduce", "report"}

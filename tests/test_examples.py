@@ -1,0 +1,51 @@
+"""The scripts of examples/ run, and show what they say they show."""
+
+import re
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+def output_of(name, capsys, monkeypatch, *arguments):
+    monkeypatch.setattr("sys.argv", [name, *arguments])
+    with torch.random.fork_rng():
+        runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+    return capsys.readouterr().out
+
+
+def test_a_network_of_ones_own_learns(capsys, monkeypatch):
+    lines = output_of("own_network.py", capsys, monkeypatch).splitlines()
+    accuracies = [float(re.search(r"accuracy ([\d.]+)%", line)[1]) for line in lines]
+    assert len(accuracies) == 6 and accuracies[-1] > 85
+
+
+def test_gradient_errors_tell_exact_modes_from_others(capsys, monkeypatch):
+    _, *rows = (line.split() for line in output_of("gradient_errors.py", capsys, monkeypatch).splitlines())
+    errors = {name: [float(x) for x in values] for name, *values in rows}
+    assert len(errors) == 6
+    for mode, found in errors.items():
+        if mode in ("stored_adjoint", "reverse_adjoint"):
+            assert found[0] > 0.3 and found == sorted(found, reverse=True) and 0 < found[-1] < 1e-3
+        else:
+            assert max(found) < 1e-14
+
+
+def test_a_recorded_run_is_solved_with_other_steps(tmp_path):
+    asked = [sys.executable, str(EXAMPLES / "recorded_run.py"), str(tmp_path)]
+    done = subprocess.run(asked, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    found = dict(re.findall(r"^(\d) steps: test accuracy ([\d.]+)%$", done.stdout, re.MULTILINE))
+    assert list(found) == ["1", "2", "4", "8"]
+    trained_with = re.search(r"test accuracy +([\d.]+)% \(best", done.stdout)[1]
+    assert float(found["2"]) == pytest.approx(float(trained_with), abs=0.06)
+
+
+def test_no_example_is_left_out():
+    tested = Path(__file__).read_text()
+    assert all(file.name in tested for file in EXAMPLES.glob("*.py"))
