@@ -35,11 +35,11 @@ def main() -> None:
     rk4 = ExplicitRungeKutta(TABLEAUX["rk4"])
     network = nn.Sequential(
         nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(),
-        OdeBlock(Field(), rk4, TimeGrid(n_steps=4), DtoCheckpoint()),
+        OdeBlock(Field(), rk4, TimeGrid(n_steps=2), DtoCheckpoint()),
         nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(256, 10),
     )  # fmt: skip
-    optimizer = torch.optim.Adam(network.parameters(), lr=3e-3)
-    for epoch in range(1, 7):
+    optimizer = torch.optim.Adam(network.parameters(), lr=5e-3)
+    for epoch in range(1, 6):
         for batch in torch.randperm(1437).split(64):
             optimizer.zero_grad()
             loss = nn.functional.cross_entropy(network(images[train][batch]), labels[train][batch])

@@ -17,7 +17,7 @@ from anode_exp import TimeGrid, load_run
 from anode_exp.build import assemble, build_data
 from anode_exp.models import ode_blocks
 
-SETTINGS = ["dataset=digits", "dataset.train_size=600", "model=resnet4", "recipe=modern", "recipe.epochs=4",
+SETTINGS = ["dataset=digits", "dataset.train_size=400", "model=resnet4", "recipe=modern", "recipe.epochs=3",
             "recipe.batch_size=50", "runtime.device=cpu"]  # fmt: skip
 
 

@@ -3,7 +3,7 @@
     python scripts/kill_and_resume.py [KILLS]      (20 take about 6 minutes on 2 cores)
 
 Each run trains SqueezeNext on augmented digits for four epochs. Its last weights, momentum and buffers must equal the
-unkilled run's bit for bit, and its curves must hold every epoch once. Exits with 1 if any differs.
+unkilled run's bit for bit, and its curves must contain every epoch once. Exits with 1 if any differs.
 """
 
 import json
@@ -48,7 +48,7 @@ def main() -> None:
     for i in range(kills):
         run = folder / f"run{i}"
         process = subprocess.Popen([*TRAIN, *SETTINGS, f"hydra.run.dir={run}"], stdout=subprocess.DEVNULL)
-        while not (run / "config.yaml").exists():  # before it there is no run to resume
+        while not (run / "config.yaml").exists():  # before this there is no run to resume
             time.sleep(0.005)
         time.sleep(chance.uniform(0, 0.45 * whole))
         if process.poll() is None:

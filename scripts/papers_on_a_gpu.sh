@@ -1,16 +1,16 @@
 #!/usr/bin/env bash
-# The papers' curves and tables at full length, in the order of what they say most. Interrupted, it goes on where it was.
-# Needs CIFAR-10 (and, for Fig. 5, CIFAR-100) under ANODE_DATA, or the network to fetch them. The seeds of a cell run at
-# once. On an NVIDIA H200, if an epoch takes what scripts/speed_on_a_gpu.py aims at, five seeds of a cell of 350 epochs take
+# The papers' curves and tables at full length, the most important first. If interrupted, start it again to continue.
+# Needs CIFAR-10 (and, for Fig. 5, CIFAR-100) under ANODE_DATA, or the network to download them. The seeds of a cell run
+# at once. On an NVIDIA H200, at the speed that scripts/speed_on_a_gpu.py aims at, five seeds of 350 epochs take
 #   ResNet-4, ResNet-10, SqueezeNext   about 15 to 25 minutes each
 #   ResNet-18 (Figs. 4, 5)             about 40 minutes each
-#   the adaptive RK45 cells            until they diverge; else hours, for they run without a graph: last
+#   the adaptive RK45 cells            until they diverge, else hours, because they run without a graph; last
 #
 #   bash scripts/papers_on_a_gpu.sh [FOLDER]      runs go to FOLDER/anode, FOLDER/anodev2 and FOLDER/pnode (outputs)
 set -euo pipefail
 out=${1:-outputs}
 failed=0
-run() {  # what fails does not stop the rest; what is interrupted does
+run() {  # a failure does not stop the rest; an interruption does
   local code=0
   "${PYTHON:-.venv/bin/python}" -m anode_exp "$@" || code=$?
   if [ $code -ge 128 ]; then exit $code; fi

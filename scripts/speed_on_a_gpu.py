@@ -1,13 +1,13 @@
-"""What a CUDA device has to show, in one command: correctness there, and the speed aimed at on an NVIDIA H200.
+"""Check a CUDA device with one command: correctness, and the speed aimed at on an NVIDIA H200.
 
     python scripts/speed_on_a_gpu.py [SETTING…]        at most 8 minutes; needs no data and no network
 
 Runs the CUDA tests, bench on the compositions below, and the studies of memory (2 and 8 steps) and budgets (4 steps):
-each in a process of its own, with a limit of its own. What fails or takes too long is reported, and the rest runs; what
-comes last may find no time left. All that it found is in one folder, outputs/DATE/TIME-gpu, of about a megabyte: a log
-and results for each part, and summary.txt.
+each in its own process, with its own time limit. A part that fails or takes too long is reported, and the rest still
+runs; for the last parts no time may be left. All results are in one folder, outputs/DATE/TIME-gpu, of about a megabyte:
+a log and results for each part, and summary.txt.
 
-Settings are added to every bench, and those that are not of the recipe to every study. A rehearsal without a GPU:
+Settings are added to every bench, and those outside recipe also to every study. A rehearsal without a GPU:
 
     python scripts/speed_on_a_gpu.py runtime.device=cpu recipe.batch_size=2 dataset.train_size=8
 """
@@ -28,7 +28,7 @@ import torch
 from tabulate import tabulate
 
 TOTAL_S = 480
-EPOCH_STEPS = 196  # of CIFAR-10 at batch 256; images at random take the same time
+EPOCH_STEPS = 196  # of CIFAR-10 at batch 256; random images take the same time
 
 SQUEEZENEXT = "model=squeezenext solver=rk2 solver.n_steps=2"
 FP32, BF16 = f"{SQUEEZENEXT} runtime.precision=fp32", f"{SQUEEZENEXT} runtime.precision=bf16"
@@ -54,7 +54,7 @@ ENTRIES = {
 
 @dataclass
 class Part:
-    """A command, and the most seconds that it may take."""
+    """A command, and its time limit in seconds."""
 
     name: str
     command: list[str]
@@ -79,29 +79,29 @@ def parts(settings: list[str]) -> list[Part]:
 
 
 def take(part: Part, folder: Path, limit_s: float) -> str:
-    """Run a part; its log and what it left are in the folder. Returns how it went."""
+    """Run a part, save its log and results in the folder, and return the outcome."""
     log, results = folder / f"{part.name}.log", Path("outputs")
     before = set(results.glob("*/*"))
     with log.open("w") as file:
         process = subprocess.Popen(part.command, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
         try:
             code = process.wait(limit_s)
-        except BaseException as error:  # workers too: the next part wants the device
+        except BaseException as error:  # workers too, because the next part needs the device
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
             if not isinstance(error, subprocess.TimeoutExpired):
                 raise
             code = None
-    for left in set(results.glob("*/*")) - before:  # what a study had written when it was stopped is there too
+    for left in set(results.glob("*/*")) - before:  # includes what a stopped study had written
         shutil.copytree(left, folder / part.name, dirs_exist_ok=True)
     return "passed" if code == 0 else f"stopped after {limit_s:.0f} s" if code is None else f"failed, exit code {code}"
 
 
 def figures(rows: dict[str, dict[str, float]]) -> list[tuple[str, str, str, str]]:
-    """(what, goal, measured, reached) of each figure; what no part measured is said to be so."""
+    """(what, goal, measured, reached) of each figure; without a measurement, measured is "not measured"."""
 
     def epoch(*labels: str) -> float:
-        """Seconds of the fastest of these that were measured."""
+        """Seconds per epoch of the fastest of these that were measured."""
         return min(rows[label]["step_s"] for label in labels if label in rows) * EPOCH_STEPS
 
     def best(label: str) -> float:
@@ -116,14 +116,14 @@ def figures(rows: dict[str, dict[str, float]]) -> list[tuple[str, str, str, str]
         ("SqueezeNext RK2 fp32: epoch, s", 1.5, lambda: best(FP32), at_most),
         ("without fusion, bf16: epoch, s", 1.0, lambda: epoch(BF16), at_most),
         ("without fusion, fp32: epoch, s", 1.5, lambda: epoch(FP32), at_most),
-        ("times the DataLoader loop", 10.0, lambda: epoch(f"{BF16} baseline=dataloader") / best(BF16), at_least),
-        ("times the eager loop on the device", 3.0, lambda: epoch(f"{BF16} baseline=eager") / best(BF16), at_least),
+        ("speedup over the DataLoader loop", 10.0, lambda: epoch(f"{BF16} baseline=dataloader") / best(BF16), at_least),
+        ("speedup over the eager loop on device", 3.0, lambda: epoch(f"{BF16} baseline=eager") / best(BF16), at_least),
         ("ResNet-18 Euler bf16: epoch, s", 2.5, lambda: best(RESNET), at_most),
         ("5 seeds at once over one", 2.5, lambda: over(f"{BF16} seeds=5", BF16), at_most),
-        ("fp32: GB moved a step, unfused (expected 24)", 24.0, lambda: rows[FP32]["bytes_per_step"] / 1e9, at_most),
-        ("fp32: operators a step, unfused (expected 1,750)", 1750.0,
+        ("fp32: GB moved per step, unfused (expected 24)", 24.0, lambda: rows[FP32]["bytes_per_step"] / 1e9, at_most),
+        ("fp32: operators per step, unfused (expected 1,750)", 1750.0,
          lambda: float(rows[FP32]["operators_per_step"]), at_most),
-        ("fp32: step over the floor of its bytes", 1.0, lambda: 1 / rows[FP32]["of_floor"], at_most),
+        ("fp32: step time over its floor", 1.0, lambda: 1 / rows[FP32]["of_floor"], at_most),
         ("bf16: captured over eager step", None, lambda: over(BF16, f"{BF16} runtime.cuda_graph=false"), at_most),
         *(
             (f"{name}: {choice} over default", None,
@@ -159,7 +159,7 @@ def summarise(folder: Path, outcomes: list[tuple[str, str, str]]) -> str:
 
 
 def examine(folder: Path, todo: list[Part], total_s: float = TOTAL_S) -> bool:
-    """Every part in turn, none past what is left of the whole time; whether all passed. The summary grows with them."""
+    """Run every part in turn within the total time, and update the summary after each; return whether all passed."""
     started = time.monotonic()
     outcomes: list[tuple[str, str, str]] = []
     for part in todo:
@@ -176,7 +176,7 @@ def examine(folder: Path, todo: list[Part], total_s: float = TOTAL_S) -> bool:
 def main() -> None:
     settings = sys.argv[1:]
     if not torch.cuda.is_available() and "runtime.device=cpu" not in settings:
-        sys.exit("no CUDA device is visible; for a rehearsal without one see the head of this script")
+        sys.exit("no CUDA device is visible; for a rehearsal without one see the top of this script")
     os.chdir(Path(__file__).parents[1])
     folder = Path("outputs") / f"{datetime.now():%Y-%m-%d/%H-%M-%S}-gpu"
     folder.mkdir(parents=True)

@@ -1,7 +1,7 @@
-"""The command line in a new process, which begins where torch and the other libraries are imported already.
+"""The command line in a new process, in which torch and the other libraries are already imported.
 
-The process is forked off one that has imported them and done nothing else, so that a command takes as long as its own
-work: importing them takes five seconds. Tests of what is imported, and of the interpreter's start, call it themselves.
+The process is forked from one that has imported them and done nothing else, so a command takes as long as its own work:
+importing them takes five seconds. Tests of what is imported, and of the interpreter's start, start one themselves.
 """
 
 import gc
@@ -23,7 +23,7 @@ _forks.set_forkserver_preload(IMPORTED)
 def _main(arguments: tuple[str, ...], cwd: str, environment: dict[str, str], out: str, err: str) -> None:
     import torch
 
-    gc.freeze()  # what was imported stays: a collection of garbage need not go through it again
+    gc.freeze()  # what was imported stays: the garbage collector need not check it again
     torch.set_num_threads(1)  # OMP_NUM_THREADS was read when torch was imported
     for file, path in ((sys.stdout, out), (sys.stderr, err)):
         os.dup2(os.open(path, os.O_WRONLY), file.fileno())

@@ -1,4 +1,4 @@
-"""Shared pieces: a small vector field, and where the real CIFAR data are."""
+"""Shared helpers: a small vector field, and the place of the real CIFAR data."""
 
 import os
 import signal
@@ -16,7 +16,7 @@ from anode_exp.ode import TABLEAUX, Evaluations, ExplicitRungeKutta, ReversibleR
 from anode_exp.records.checkpoints import Checkpoints
 from anode_exp.training.graphed_step import WARM_UP_STEPS
 
-# Tests run several processes side by side: each with threads of its own for every core slows all of them many times.
+# Tests run several processes at once: a thread per core in each of them would make all of them many times slower.
 torch.set_num_threads(1)
 
 IMAGE_MODELS = TASKS["classification"].model
@@ -43,7 +43,7 @@ def field_module() -> Field:
 
 
 class Repeat:
-    """Repeats the recorded work on the same memory: what a replay does, but by running it."""
+    """Repeats the recorded work on the same memory, as a replay does, but by running it."""
 
     def __init__(self, network: nn.Module) -> None:
         self.network, self.replays = network, 0
@@ -60,7 +60,7 @@ class Repeat:
     def replay(self):
         self.replays += 1
         counters = [block.field.evaluations for block in ode_blocks(self.network)]
-        for block in ode_blocks(self.network):  # a device replays without the host, which counts evaluations
+        for block in ode_blocks(self.network):  # a replay does not run on the host, which counts evaluations
             block.field.evaluations = Evaluations()
         for kept, new in zip(tree_leaves(self.results), tree_leaves(self.work() or ()), strict=True):
             kept.copy_(new)
@@ -69,7 +69,7 @@ class Repeat:
 
 
 def solver(name: str, mode: str | None = None) -> Solver:
-    """The tableau's method; for gradient mode ``reversible``, which needs an inverse, the reversible one made of it."""
+    """The tableau's method, or the reversible method made from it for gradient mode ``reversible``."""
     return (ReversibleRungeKutta if mode == "reversible" else ExplicitRungeKutta)(TABLEAUX[name])
 
 
@@ -87,10 +87,10 @@ def trained_to_the_end(trainer):
 
 
 def interrupted_and_resumed(make, directory, advances: int):
-    """A trainer stopped within an epoch, after so many advances, and another that goes on from its checkpoint.
+    """A trainer stopped within an epoch, after so many advances, and another that continues from its checkpoint.
 
     Args:
-        make: a trainer in a directory, which may go on with what is there after (epochs, steps).
+        make: makes a trainer in a directory, which may continue what is there after (epochs, steps).
     """
     begun = make(directory)
     for _ in range(advances):

@@ -80,7 +80,7 @@ def test_kernels_are_counted_after_all_that_is_timed(monkeypatch):
 
 
 def test_a_peak_counts_the_contestants_own_bytes_and_nothing_of_others(monkeypatch):
-    """An allocator holds weights and gradients of one contestant, and what is others'; a step adds activations."""
+    """An allocator holds weights and gradients of one contestant, and bytes of others; a step adds activations."""
     own, others, activations = [torch.zeros(100), torch.zeros(100)], 10**6, 5000
 
     class Allocator:
@@ -118,7 +118,7 @@ def test_what_a_contestant_holds_between_steps():
 
 
 def test_every_network_of_a_contestant_stays_on_its_stream(monkeypatch):
-    """Also where it is counted: default stream and others do not wait for each other."""
+    """Also while it is counted: the default stream and others do not wait for each other."""
     current, seen = [], []
 
     @contextmanager
@@ -205,7 +205,7 @@ def test_the_command(tmp_path):
     assert [r["label"] for r in rows] == compare[9:-1].split(", ")
     assert rows[1]["flops_per_step"] > rows[0]["flops_per_step"] > 10**6
     assert all(r["peak_bytes"] > 10**6 and r["step_s"] > 0 and r["of_floor"] > 0 for r in rows)
-    assert "ms a step" in done.stdout and "copy rate" in (file.parent / "table.txt").read_text()
+    assert "ms per step" in done.stdout and "copy rate" in (file.parent / "table.txt").read_text()
 
 
 def test_what_is_compared_by_default():
@@ -225,8 +225,8 @@ def test_what_is_compared_by_default():
         ),
         (["compare=[solver=rk5]"], "solver=rk5: there is no such solver"),
         (["compare=[solver=rk2, solver=rk2]"], "names the same entry twice"),
-        (["compare=[runtime.precision=tf32, runtime.precision=fp32]"], "compare those in two runs"),
-        (["compare=[seed=0, runtime.cudnn_benchmark=true]"], "compare those in two runs"),
+        (["compare=[runtime.precision=tf32, runtime.precision=fp32]"], "compare them in two runs"),
+        (["compare=[seed=0, runtime.cudnn_benchmark=true]"], "compare them in two runs"),
         (["gradient=budget"], "use study budget"),
         (["compare=[baseline=torchdiffeq_adjoint solver=bosh3]"], "torchdiffeq has no bosh3 on fixed steps; choose"),
         (
@@ -264,9 +264,9 @@ def test_the_script_for_a_gpu_composes_its_entries():
     row = {"step_s": 1 / script["EPOCH_STEPS"], "bytes_per_step": 1e9, "operators_per_step": 1, "of_floor": 0.5}
     table = script["figures"](dict.fromkeys(labels, row))
     assert [what for what, *_, reached in table if reached == "NO"] == [
-        "times the DataLoader loop",
-        "times the eager loop on the device",
-        "fp32: step over the floor of its bytes",
+        "speedup over the DataLoader loop",
+        "speedup over the eager loop on device",
+        "fp32: step time over its floor",
     ]
     assert all(measured == "1.00" for what, goal, measured, _ in table if not goal), "choices, each over the default"
     some = script["figures"]({label: row for label in labels if "fp32" not in label})
@@ -276,7 +276,7 @@ def test_the_script_for_a_gpu_composes_its_entries():
 
 
 def test_the_script_for_a_gpu_reports_every_part(tmp_path, capsys, monkeypatch):
-    """One that fails, one that hangs with a process of its own, one that there is no time for; the rest is there."""
+    """One part fails, one hangs with its own process, and for one there is no time; the others are complete."""
     script = runpy.run_path("scripts/speed_on_a_gpu.py")
     monkeypatch.chdir(tmp_path)
     row = {"label": script["BF16"], "step_s": 0.01, "bytes_per_step": 1, "operators_per_step": 1, "of_floor": 0.5}

@@ -1,4 +1,4 @@
-"""Plans for a byte budget: what they predict is what is measured, and no other plan that fits is faster."""
+"""Plans for a byte budget: they predict what is measured, and no other plan that fits is faster."""
 
 import itertools
 import json
@@ -41,7 +41,7 @@ def planner(
 
 
 def by_evaluations(p: Planner) -> Planner:
-    """Times that do not depend on the machine: what each policy evaluates."""
+    """Times that do not depend on the machine: the number of evaluations of each policy."""
     p._seconds = {name: [sum(e) * (1 + 0.1 * i) for i, e in enumerate(x.evaluations)] for name, x in p.profiles.items()}
     return p
 
@@ -142,7 +142,7 @@ def test_a_kernel_that_takes_more_comes_off_the_budget(monkeypatch):
 
 
 def test_the_least_budget_fits_whatever_an_allocator_adds(monkeypatch):
-    """Workspaces, the same for every plan, and rounding of every tensor, which is not."""
+    """Workspaces, which are the same for every plan, and rounding of every tensor, which is not."""
     p = by_evaluations(planner())
     counted = p.measure
 
@@ -158,7 +158,7 @@ def test_the_least_budget_fits_whatever_an_allocator_adds(monkeypatch):
 
 
 def test_what_a_run_replays_is_what_is_timed():
-    """Every block under every policy from a recording; eagerly where there can be none."""
+    """Every block is timed from a recording under every policy; eagerly if it cannot be recorded."""
     p = planner(batch=2)
     captures = []
 
@@ -199,7 +199,7 @@ def test_a_run_in_a_budget(tmp_path):
     assert "predicted" in (tmp_path / "run" / "train.log").read_text()
     assert load_run(tmp_path / "run").epoch == 1
 
-    # A resumed run keeps its plan, whatever would be planned now.
+    # A resumed run keeps its plan, even if another one would be made now.
     plan["blocks"][0]["policy"], plan["blocks"][1]["policy"] = "full_backprop", "stage_checkpoint keep"
     (tmp_path / "run" / "plan.json").write_text(json.dumps(plan))
     config.recipe.epochs = 2
@@ -210,7 +210,7 @@ def test_a_run_in_a_budget(tmp_path):
 
 @pytest.mark.parametrize("averaged", [[], ["recipe.moving_average=0.9", "dataset.train_size=5000"]])
 def test_the_least_that_a_run_is_told_to_have_is_enough(tmp_path, monkeypatch, averaged):
-    """With what is not the network's: averaged weights, and the order, crops and flips of every image of an epoch."""
+    """Including averaged weights, and the order, crops and flips of every image of an epoch."""
     settings = [*SMALL, "recipe.max_steps=3", "recipe.batch_size=4", *LEAN, *averaged]
     (config,) = jobs([*settings, "gradient.memory=1MB"], multirun=False).configs
     with pytest.raises(UserError, match=r"does not fit 1.0 MiB .* give \d+MiB") as error:

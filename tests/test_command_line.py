@@ -1,4 +1,4 @@
-"""The command as a user types it: other processes, other folders, installed and editable."""
+"""The command as a user types it: in other processes and folders, installed and editable."""
 
 import json
 import os
@@ -100,7 +100,7 @@ def test_the_main_command_on_real_cifar100(tmp_path, cifar_root):
 
 
 def test_the_wheel_carries_its_configuration_and_runs_from_any_folder(tmp_path):
-    """Built and unpacked as an installer would, and run where the repository is out of sight."""
+    """Built and unpacked as an installer would, and run where the repository is not on the path."""
     build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path / "dist"), str(ROOT)]
     subprocess.run(build, check=True, capture_output=True)
     (wheel,) = (tmp_path / "dist").glob("*.whl")

@@ -28,7 +28,7 @@ def one(*overrides):
 
 
 def with_task(setting):
-    """A choice, after the task that it goes with."""
+    """A choice, after the task that it belongs to."""
     group, _, name = setting.partition("=")
     fitting = [f"task={task}" for task, parts in TASKS.items() if name in getattr(parts, group, ())]
     fitting += {"gradient=batched_adjoint": ["task=trajectory"], "gradient=reversible": ["solver=alf"]}.get(setting, [])
@@ -160,7 +160,7 @@ def test_what_an_implicit_solver_cannot_do_is_refused(settings, message):
         ),
         ("task=trajectory model=resnet4", "model=resnet4: not with task=trajectory, which takes mlp"),
         ("task=trajectory recipe=paper", "recipe=paper: not with task=trajectory, which takes adamw"),
-        ("task=trajectory gradient=budget", "gradient=budget: plans for the blocks of images' networks"),
+        ("task=trajectory gradient=budget", "gradient=budget: does not plan for task=trajectory"),
         ("task=trajectory gradient=reverse_adjoint", "crank_nicolson is not one; choose solver=euler"),
         ("task=trajectory runtime.compile=true solver=rk4", "runtime.compile=true: not with task=trajectory"),
         ("task=trajectory runtime.precision=bf16", "Newton's method in crank_nicolson needs fp32 or fp64"),
@@ -370,7 +370,7 @@ def test_a_mistake_in_any_job_of_a_sweep_is_found_before_the_first_runs():
     ("overrides", "message"),
     [
         (["gradient=dto_checkpoint", "gradient.unit=step"], "gradient.unit=step: dto_checkpoint takes block"),
-        (["gradient=step_checkpoint", "gradient.unit=block"], "takes step or stage; unit block is dto_checkpoint"),
+        (["gradient=step_checkpoint", "gradient.unit=block"], "takes step or stage; unit block is for dto_checkpoint"),
         (["gradient=dto_checkpoint", "gradient.states=keep"], "gradient.states=keep: dto_checkpoint takes input"),
         (["gradient=stage_checkpoint", "gradient.states=input"], "stage_checkpoint takes keep or rebuild"),
         (["gradient=revolve", "gradient.slots=0"], "gradient.slots=0: give a whole number or null, at least 1"),

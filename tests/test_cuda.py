@@ -1,4 +1,4 @@
-"""What only a CUDA device can show; skipped without one."""
+"""Tests that need a CUDA device; skipped without one."""
 
 import json
 from functools import partial
@@ -82,7 +82,7 @@ def test_a_run_stays_within_its_budget(tmp_path, share):
 
 
 def test_the_least_budget_that_a_run_is_told_is_enough(tmp_path):
-    """Measured by the captured steps that will run: workspaces, copies and rounding are in it."""
+    """Measured with the run's own captured steps: it includes workspaces, copies and rounding."""
     settings = ["dataset=digits", "model=squeezenext", "solver=rk2", "solver.n_steps=2", "recipe.max_steps=12",
                 "recipe.batch_size=128", "runtime.device=cuda", "gradient=budget"]  # fmt: skip
     with pytest.raises(UserError, match=r"give \d+MiB or more") as error:
@@ -104,13 +104,13 @@ def test_every_default_budget_of_the_study_fits(tmp_path):
 
 
 def test_bench_counts_gradients_and_kernels():
-    """Weights, momentum and gradients are the least that a step has; several seeds, each on its own stream."""
+    """Weights, momentum and gradients are the least that a step holds; several seeds, each on its own stream."""
     device = torch.device("cuda")
     entries, _ = bench_entries(["dataset=digits", "model=resnet18", "recipe.batch_size=8", "compare=[seeds=1,seeds=2]"])
     images = build_data(entries[0][1].dataset, device)
     contestants = [_contestant(label, config, baseline, images, device) for label, config, baseline in entries]
     rows, *_ = time_in_turn(contestants, device, 2, lambda: None)
-    weights = sum(x.nbytes for x in contestants[0].own()) // 3  # but for buffers, of a thousandth of that
+    weights = sum(x.nbytes for x in contestants[0].own()) // 3  # except buffers, a thousandth of that
     assert rows[0]["peak_bytes"] > 2.99 * weights
     assert 0 < rows[0]["kernels_per_step"] < rows[1]["kernels_per_step"]
 
@@ -186,7 +186,7 @@ def test_a_capture_that_fails_leaves_an_eager_run(caplog):
         with caplog.at_level("WARNING"):
             ours = trained(True)
         assert torch.cuda.current_stream() == stream
-        torch.cuda.empty_cache()  # an internal error, if the allocator believed that the capture were still on
+        torch.cuda.empty_cache()  # an internal error, if the allocator still expected a capture
         truth = trained(False)
     finally:
         torch.backends.cudnn.deterministic = before
@@ -216,7 +216,7 @@ def test_a_captured_run_goes_on_after_an_interruption(tmp_path):
 
 
 def test_a_later_run_of_the_process_has_the_memory_of_the_first(tmp_path):
-    """What libraries keep for the first one's stream is no part of the second's, nor is the evaluation of either."""
+    """The second run's peak has no workspaces of the first one's stream; no peak includes evaluations."""
     settings = ["dataset=digits", "model=squeezenext", "recipe.epochs=2", "recipe.batch_size=128",
                 "runtime.device=cuda"]  # fmt: skip
     config = jobs(settings, multirun=False).configs[0]
@@ -247,7 +247,7 @@ def test_cudnn_times_its_algorithms_before_the_recording(tmp_path, caplog):
 
 
 def test_compiled_steps_are_captured_and_the_smaller_last_batch_compiles_nothing(tmp_path, caplog):
-    """With 1,280 images an epoch has whole batches only; with 1,300 it compiles as many graphs."""
+    """With 1,280 images an epoch has whole batches only; with 1,300 it compiles the same number of graphs."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     graphs = [0]
@@ -269,7 +269,7 @@ def test_the_speed_leaves_out_warm_up_and_recording(tmp_path):
 
 
 def test_seeds_at_once_train_as_alone(tmp_path):
-    """Streams of one device: each run's losses are those it has alone, and so is its peak memory."""
+    """Streams of one device: each run's losses and peak memory are the same as alone."""
     settings = ["dataset=digits", "model=squeezenext", "recipe.epochs=1", "recipe.batch_size=128",
                 "runtime.device=cuda"]  # fmt: skip
     torch.backends.cudnn.deterministic, before = True, torch.backends.cudnn.deterministic

@@ -37,7 +37,7 @@ def test_a_run_without_improvement_lowers_its_rate_twice_and_stops(tmp_path):
     assert rates == pytest.approx(sorted(rates, reverse=True))
     assert rates[best + 3] == pytest.approx(rates[best] if rates[best] < 0.05 else 0.1 * rates[best])
     assert min(rates) == pytest.approx(0.01)
-    with pytest.raises(UserError, match=r"has ended after \d+ epochs; the last 7 brought no better score"):
+    with pytest.raises(UserError, match=r"has ended after \d+ epochs; the last 7 gave no better score"):
         main([f"resume={tmp_path}"])
     assert len(metrics(tmp_path)) == best + 1 + 7
 

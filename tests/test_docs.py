@@ -1,4 +1,4 @@
-"""What the documents say: names exist, links lead somewhere, code blocks run."""
+"""The documents: names exist, links have a target, code blocks run."""
 
 import ast
 import re

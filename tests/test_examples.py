@@ -22,7 +22,7 @@ def output_of(name, capsys, monkeypatch, *arguments):
 def test_a_network_of_ones_own_learns(capsys, monkeypatch):
     lines = output_of("own_network.py", capsys, monkeypatch).splitlines()
     accuracies = [float(re.search(r"accuracy ([\d.]+)%", line)[1]) for line in lines]
-    assert len(accuracies) == 6 and accuracies[-1] > 85
+    assert len(accuracies) == 5 and accuracies[-1] > 85
 
 
 def test_gradient_errors_tell_exact_modes_from_others(capsys, monkeypatch):

@@ -1,4 +1,4 @@
-"""``report DIR …``: any runs side by side, from their records alone."""
+"""``report DIR …``: any runs next to each other, from their records only."""
 
 import csv
 import json
@@ -26,7 +26,7 @@ def run(directory, *settings):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Two modes of two seeds each, one of them in a sweep's folder, and a density; one run was not ended."""
+    """Two modes of two seeds each, one of them in a sweep's folder, and a density; one run has not ended."""
     base = tmp_path_factory.mktemp("runs")
     for mode in ("dto_checkpoint", "revolve"):
         for seed in (0, 1):
@@ -83,12 +83,12 @@ def test_labels_name_the_least_that_sets_runs_apart(folder):
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["nowhere"], "nowhere: no paper and no folder; papers are anode, anodev2"),
-        (["."], ".: no run lies there"),
-        ([".", "seeds=2"], "seeds=2: a report of folders takes to="),
-        ([".", "recipe.lr=1"], "recipe.lr=1: a report of folders takes to="),
-        ([".", "nowhere"], "nowhere: no paper and no folder"),
-        ([".", "anode"], "anode: a paper has a page of its own"),
+        (["nowhere"], "nowhere: is not a paper or folder; give one of anode, anodev2"),
+        (["."], ".: there are no runs"),
+        ([".", "seeds=2"], "seeds=2: a report of folders takes only to="),
+        ([".", "recipe.lr=1"], "recipe.lr=1: a report of folders takes only to="),
+        ([".", "nowhere"], "nowhere: is not a paper or folder"),
+        ([".", "anode"], "anode: a paper has its own page"),
     ],
 )
 def test_mistakes(tmp_path, arguments, says):

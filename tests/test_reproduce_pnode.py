@@ -1,4 +1,4 @@
-"""PNODE's reproduction: figures that are studies, studies of a figure's runs, and claims beside what was measured."""
+"""PNODE's reproduction: figures that are studies, studies of a figure's runs, and claims next to what was measured."""
 
 import json
 
@@ -34,12 +34,12 @@ def test_the_page(place):
     assert page.read_text().count("data:image/png;base64,") == 3, "costs, the density's curves, and its study"
     assert "| byte budget" in text and "| vanilla, torchdiffeq" in text and "kernel estimate" in text
     assert "not run: python -m anode_exp reproduce pnode figure=cost_rk4 length=short" in text
-    evaluations = text.partition("Evaluations of f")[2].partition("Not as many")[0]
+    evaluations = text.partition("Evaluations of f")[2].partition("The number of evaluations differs")[0]
     lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in evaluations.splitlines()[4:] if line]
     assert ["naive (full backpropagation)", "Ns + 0", "1 + 0", "2 + 0"] in lines
     assert ["vanilla, torchdiffeq", "Ns + Ns", "1 + 1", "2 + 2"] in lines
     assert ["ACA", "Ns + 2Ns + 1", "1 + 1", "2 + 2"] in lines
-    assert "Not as many evaluations as the paper's formula says: ACA, PNODE, stages solved again." in text
+    assert "The number of evaluations differs from the paper's formula: ACA, PNODE, stages solved again." in text
     copy_records(records, place / "page" / "records")
     again = read_records(place / "page" / "records")
     write_report(specification("pnode"), "short", "10 epochs", again, {}, place / "again")

@@ -58,7 +58,7 @@ MAY_IMPORT = {
     "__main__": {"commands", "config", "errors"},
     "__init__": set(),
 }
-"""A room's own files may import each other; a file with an entry of its own is held to that."""
+"""Files of a room may import each other; a file with its own entry may import only what the entry lists."""
 
 CORE = ("ode", "gradient", "models")
 

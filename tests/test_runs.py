@@ -1,4 +1,4 @@
-"""A trained network looked at again: from Python, and under other solvers."""
+"""A trained network evaluated again: from Python, and with other solvers."""
 
 import json
 import re
@@ -69,7 +69,7 @@ def test_evaluation_under_other_solvers_and_steps(trained):
 
 
 def test_statistics_may_be_estimated_anew(trained):
-    """From one batch they are that batch's own: the network then evaluates as it trains; at each time of the solve."""
+    """From one batch they are that batch's own, at each time of the solve: the network then evaluates as it trains."""
     network = anode_exp.load_run(trained, "last", evaluations(trained, ["model.statistics=by_time"])[0]).network
     images, autocast = torch.randn(64, 3, 32, 32), autocast_for("fp32", torch.device("cpu"))
     calibrate_norms(network, autocast, [(torch.randn(64, 3, 32, 32), torch.zeros(64))])

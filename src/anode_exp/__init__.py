@@ -32,7 +32,7 @@ __all__ = list(_EXPORTS)
 
 
 def __getattr__(name: str) -> Any:
-    # On first use: the command line answers a mistake without waiting for torch.
+    # Imported on first use, so that the command line reports a mistake without importing torch.
     if name not in _EXPORTS:
         raise AttributeError(f"module 'anode_exp' has no attribute {name!r}; it has {', '.join(_EXPORTS)}")
     return getattr(import_module(_EXPORTS[name]), name)

@@ -1,4 +1,4 @@
-"""The command line: which module answers a verb, and with which exit code."""
+"""The command line: runs the module of a verb and sets the exit code."""
 
 import errno
 import os
@@ -7,15 +7,16 @@ from importlib import import_module
 
 from anode_exp.errors import UserError, fail
 
-# Threads that wait for the next of thousands of small kernels: sleeping at once makes a step up to 3 times slower on a
-# CPU, spinning for long up to 20 times slower beside another busy process. Read by OpenMP when torch is imported.
+# How long idle OpenMP threads spin before they sleep. On a CPU, a step of thousands of small kernels is up to 3 times
+# slower if they sleep at once, and up to 20 times slower if they spin long next to another busy process. OpenMP reads
+# this when torch is imported.
 os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
-"""What a disk answers that is full, over a quota or a limit, or broken."""
+"""Errors of a disk that is full, over a quota or a size limit, or broken."""
 
 VERBS = ("train", "evaluate", "study", "bench", "reproduce", "report", "list")
-"""Each is a module of ``commands`` with ``ABOUT``, a line, and ``main``, which takes the words after the verb."""
+"""Each is a module of ``commands`` with a one-line ``ABOUT`` and ``main``, which takes the arguments after the verb."""
 
 
 def help_page() -> str:
@@ -63,11 +64,11 @@ def main() -> None:
             import_module(f"anode_exp.commands.{verb}").main(arguments)
     except UserError as error:
         fail(str(error))
-    except BrokenPipeError:  # the reader of a pipe, such as head, has seen enough
+    except BrokenPipeError:  # the reader of the pipe, such as head, has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(128 + 13)
     except OSError as error:
-        if error.filename is None and error.errno not in DISK:  # writes to an open file do not know its name
+        if error.filename is None and error.errno not in DISK:  # an error in writing to an open file has no file name
             raise
         where = "" if error.filename is None else f"{error.filename}: "
         fail(f"{where}{error.strerror}; choose another folder or make room")

@@ -46,7 +46,7 @@ from anode_exp.tasks.trajectory import TrajectoryBatches, TrajectoryFit
 
 
 def build_device(runtime: RuntimeConfig) -> torch.device:
-    """The device of a run; UserError if CUDA, or a precision that only CUDA has, was asked for and there is none."""
+    """The device of a run; UserError if CUDA was requested, or is needed by the precision, and is not available."""
     available = torch.cuda.is_available()
     if runtime.device == "cuda" and not available:
         raise UserError("runtime.device=cuda: no CUDA device is visible; use runtime.device=cpu, or auto")
@@ -57,11 +57,11 @@ def build_device(runtime: RuntimeConfig) -> torch.device:
 
 
 def build_memory_format(runtime: RuntimeConfig, network: nn.Module, device: torch.device) -> torch.memory_format:
-    """The layout of images and weights in memory: channels last where asked for, and where it is safe.
+    """The layout of images and weights in memory: channels last if it is requested and safe.
 
     On CPUs oneDNN's gradient of a strided 1×1 convolution with fewer input channels than a vector register holds (16
     with AVX-512) writes out of bounds in channels-last layout: wrong gradients or a crash (oneDNN issue 6035). Networks
-    that have one keep the contiguous layout there.
+    with such a convolution keep the contiguous layout on CPUs.
     """
     if not runtime.channels_last:
         return torch.contiguous_format
@@ -71,7 +71,7 @@ def build_memory_format(runtime: RuntimeConfig, network: nn.Module, device: torc
 
 
 def build_data(dataset: DatasetConfig, device: torch.device) -> DataSet:
-    """The data set on the device; UserError if it is not there, or cannot be made."""
+    """The data set on the device; UserError if it is missing or cannot be generated."""
     if dataset.name in TRAJECTORIES:
         assert dataset.points is not None
         return load_trajectory(dataset.name, dataset.points, dataset.stiffness or 1.0).to(device)
@@ -90,7 +90,7 @@ def build_images(dataset: DatasetConfig, device: torch.device) -> ImageData:
 
 
 def output_size(dataset: DatasetConfig) -> int:
-    """Numbers that a network for the data set returns for a sample: classes, or components of a state."""
+    """The size of a network's output for one sample: the number of classes, or of components of a state."""
     if dataset.name in DENSITIES:
         return DENSITIES[dataset.name]
     return TRAJECTORIES[dataset.name].size if dataset.name in TRAJECTORIES else DATASETS[dataset.name][1]
@@ -119,7 +119,7 @@ def build_model(
     if solver.adaptive:
         grid = Tolerance(solver.rtol, solver.atol, max_evaluations=solver.max_evaluations, min_step=solver.min_step)
     chosen = {k: v for k, v in asdict(gradient).items() if k not in NOT_OF_MODES and v is not None}
-    # A budget's plan needs the network, and replaces the modes of its blocks.
+    # A budget is planned when the network exists; the plan then replaces the modes of its blocks.
     mode = GRADIENT_MODES["dto_checkpoint" if gradient.name == "budget" else gradient.name](**chosen)
     method, by_time = build_solver(solver), model.statistics == "by_time"
 
@@ -155,10 +155,10 @@ def build_model(
 
 
 def build_optimizer(network: nn.Module, recipe: RecipeConfig) -> torch.optim.Optimizer:
-    """SGD, Adam or AdamW; on CUDA one fused kernel, and a learning rate on the device, for captured steps to read.
+    """SGD, Adam or AdamW. On CUDA it is fused, and its learning rate is a device tensor that captured steps read.
 
-    With ``clip_norm`` a step first scales the gradient down to that norm where it is larger, which reads no tensor on
-    the host.
+    With ``clip_norm``, each step first scales a gradient with a larger norm down to that norm, without a host
+    synchronisation.
     """
     device = next(network.parameters()).device
     on_cuda = device.type == "cuda"
@@ -168,10 +168,10 @@ def build_optimizer(network: nn.Module, recipe: RecipeConfig) -> torch.optim.Opt
     groups: list[dict[str, Any]] = [{"params": [p for p in others if recipe.decay_all or p.ndim > 1]}]
     if free:
         groups.append({"params": free, "weight_decay": 0.0})
-    if evolution:  # how weights move in time is not to be pulled to rest
+    if evolution:  # no weight decay, which would slow down the evolution of the weights
         moving = [p for p in network.parameters() if p in evolution]
         groups.append({"params": moving, "weight_decay": 0.0, "lr_factor": recipe.evolution_lr})
-    for group in groups:  # each its own tensor: one that groups share would be filled by the last of them
+    for group in groups:  # one tensor per group: a shared one would hold the value of the last group
         group["lr"] = torch.tensor(recipe.lr, device=device) if on_cuda else recipe.lr
     optimizer: torch.optim.Optimizer
     if recipe.optimizer == "sgd":
@@ -191,10 +191,10 @@ def build_optimizer(network: nn.Module, recipe: RecipeConfig) -> torch.optim.Opt
 
 
 def build_schedule(recipe: RecipeConfig) -> Callable[[int], float]:
-    """The learning rate after so many epochs.
+    """The learning rate as a function of the completed epochs.
 
-    ``steps``: lr·gamma for every milestone passed. ``cosine``: lr·(1 + cos(π·epochs/recipe.epochs))/2. ``plateau``: lr;
-    the trainer, which knows the scores, multiplies it by gamma. Before, it rises in equal steps over ``warmup_epochs``.
+    ``steps``: lr·gamma for every milestone passed. ``cosine``: lr·(1 + cos(π·epochs/recipe.epochs))/2. ``plateau``: lr,
+    which the trainer multiplies by gamma. During the first ``warmup_epochs`` it rises in equal steps instead.
     """
 
     def rate(epochs: int) -> float:
@@ -208,11 +208,12 @@ def build_schedule(recipe: RecipeConfig) -> Callable[[int], float]:
 
 
 def evaluation_batch_size(config: TrainConfig, device: torch.device) -> int:
-    """Images that an evaluation takes at once: ``recipe.test_batch_size``, or what suits the run where that is null.
+    """The batch size of evaluations: ``recipe.test_batch_size``, or a default for the run if that is null.
 
-    Adaptive steps are chosen for a whole batch, so that it is part of the result: as in ANODE's published code.
-    Fixed steps give each image the same output in any batch: 1,000 on CUDA, where launches are what small batches
-    take; within a byte budget no more than a training step has, which needs at least as much memory.
+    Adaptive steps depend on the whole batch, so the default is then that of ANODE's published code, as on CPUs. With
+    fixed steps an image has the same output in any batch: the default is 1,000 on CUDA, where kernel launches dominate
+    the time of small batches. With a byte budget it is at most the training batch, whose step needs at least as much
+    memory.
     """
     if config.recipe.test_batch_size is not None:
         return config.recipe.test_batch_size
@@ -222,18 +223,18 @@ def evaluation_batch_size(config: TrainConfig, device: torch.device) -> int:
 
 
 def build_network(config: TrainConfig, outputs: int) -> nn.Module:
-    """The network of a run as it is before training, on the CPU: its seed decides the weights."""
+    """The untrained network of a run, on the CPU, with weights drawn from the run's seed."""
     torch.manual_seed(config.seed)
     return build_model(config.model, config.solver, config.gradient, outputs).to(dtype_of(config.runtime.precision))
 
 
 def dtype_of(precision: str) -> torch.dtype:
-    """Of weights and states: float64 for ``fp64``, else float32, which autocast or CUDA may round in operations."""
+    """The dtype of weights and states: float64 for ``fp64``, else float32, which autocast or CUDA may round."""
     return torch.float64 if precision == "fp64" else torch.float32
 
 
 def varied(config: TrainConfig, gradient: GradientConfig, outputs: int, **changes: Any) -> nn.Module:
-    """The network of a seed under a gradient mode; ``changes``: solver (a name), its settings, blocks_per_stage."""
+    """The untrained network with a gradient mode; ``changes``: solver (a name), its settings, blocks_per_stage."""
     blocks = changes.pop("blocks_per_stage", config.model.blocks_per_stage)
     own = gradient.solver if isinstance(gradient, StudyGradient) else None
     name = changes.pop("solver", own or config.solver.name)
@@ -248,11 +249,11 @@ def autocast_for(precision: str, device: torch.device) -> Callable[[], torch.aut
 
 
 def set_backends(runtime: RuntimeConfig) -> None:
-    """The process's settings of CUDA's libraries.
+    """Set the options of CUDA's libraries for this process.
 
     Precision ``tf32`` lets CUDA round float32 factors to TF32; ``fp32`` and ``bf16`` keep float32 operations exact.
-    ``cudnn_benchmark`` lets cuDNN time its algorithms where a shape is new, in eager steps before any recording. What
-    it finds is kept for the process, whatever the setting is later.
+    ``cudnn_benchmark`` lets cuDNN time its algorithms for each new shape, in eager steps before any capture. The
+    process keeps its choices, even if the setting changes later.
     """
     allow = runtime.precision == "tf32"
     torch.backends.cuda.matmul.allow_tf32 = allow
@@ -262,13 +263,13 @@ def set_backends(runtime: RuntimeConfig) -> None:
 
 @dataclass
 class Assembly:
-    """All that a configuration stands for, put together once: what is trained, on what, and how.
+    """The objects of a configuration: the network, its data, and how it is trained.
 
     Attributes:
         network: on its device, in its layout, before training.
         data: batches on the device, in the same layout.
         autocast: makes the contexts of forward passes.
-        part: of every batch, where several processes share it.
+        part: this process's part of every batch.
     """
 
     config: TrainConfig
@@ -283,17 +284,17 @@ class Assembly:
 
     @property
     def stepped(self) -> tuple[nn.Module, torch.optim.Optimizer, Callable[[], torch.autocast], Task]:
-        """What ``train_step`` takes before the batch."""
+        """The arguments of ``train_step`` before the batch."""
         return self.network, self.optimizer, self.autocast, self.task
 
     @property
     def batch_size(self) -> int:
-        """Of the whole training batches, this process's part."""
+        """Samples of a full training batch in this process's part."""
         return self.part.count(min(self.config.recipe.batch_size, self.data.size("train")))
 
 
 def placed(network: nn.Module, config: TrainConfig, device: torch.device) -> tuple[nn.Module, torch.memory_format]:
-    """The network on the device, and the layout that it has there."""
+    """The network on the device, and its memory layout."""
     layout = build_memory_format(config.runtime, network, device)
     return network.to(device, memory_format=layout), layout  # type: ignore[call-overload]
 

@@ -1,4 +1,4 @@
-"""The one exception that means: the user can mend this."""
+"""Exceptions for mistakes that the user can fix, and how they are reported."""
 
 import os
 import sys
@@ -7,7 +7,7 @@ from typing import NoReturn
 
 
 class UserError(Exception):
-    """What was got, what is allowed, what to do next."""
+    """A mistake that the user can fix. The message says what was given, what is allowed and what to do next."""
 
 
 class InUse(UserError):
@@ -15,20 +15,20 @@ class InUse(UserError):
 
 
 class Ended(UserError):
-    """The run is over; there is nothing to go on with."""
+    """The run has ended and cannot be continued."""
 
 
 class OtherProcessFailed(RuntimeError):
-    """Another process that trains the same network failed or is gone; its own output says why."""
+    """Another process that trains the same network failed or has ended; its own output says why."""
 
 
 def fail(message: str) -> NoReturn:
-    """Answer a user's mistake: one line, and exit code 2.
+    """Print the message of a user's mistake on one line, and exit with code 2.
 
-    Processes that torchrun started find the same mistake until they have joined: the first says it. Later ones are
-    those of one process, which says them itself.
+    Before the processes of torchrun have joined, all of them find the same mistake, so only the first prints it. After
+    that, the process that finds a mistake prints it.
     """
-    with suppress(OSError):  # a full disk below standard output may be what is reported
+    with suppress(OSError):  # standard output may be on the full disk that is reported
         sys.stdout.flush()
     distributed = sys.modules.get("torch.distributed")
     joined = distributed is not None and distributed.is_initialized()

@@ -1,4 +1,4 @@
-"""A recorded run, looked at again."""
+"""Loading and evaluating recorded runs."""
 
 from dataclasses import dataclass
 from itertools import islice
@@ -33,7 +33,7 @@ class Run:
 
     Attributes:
         epoch: the epoch after which the network's weights were saved.
-        metrics: a dictionary an epoch, as in ``metrics.jsonl``.
+        metrics: one dictionary per epoch, as in ``metrics.jsonl``.
         results: as in ``results.json``; None for a run that has not ended.
     """
 
@@ -53,7 +53,7 @@ def load_run(directory: str | Path, checkpoint: str = "best", config: TrainConfi
         config: solve with the solver of this configuration instead of the run's own.
 
     Raises:
-        UserError: if the directory holds no run, or the run no such checkpoint.
+        UserError: if the directory holds no run, or the run does not have the checkpoint.
     """
     directory = Path(directory)
     config = typed(read_config(directory)) if config is None else config
@@ -78,7 +78,7 @@ def evaluate_run(directory: Path, checkpoint: str, configs: list[TrainConfig], c
     """Loss and metrics on the test split under every configuration; appended to ``evaluations.jsonl``.
 
     Args:
-        calibrate: training batches from which to estimate the norms' running statistics anew; 0 takes the run's own.
+        calibrate: training batches from which BatchNorm's running statistics are estimated again; 0 keeps the run's.
 
     Raises:
         UserError: if the run has no such checkpoint, or its network does not fit the data set or solver.
@@ -91,17 +91,17 @@ def evaluate_run(directory: Path, checkpoint: str, configs: list[TrainConfig], c
 
 
 def evaluated(directory: Path, checkpoint: str, config: TrainConfig, calibrate: int = 0, show: bool = True) -> Row:
-    """One row of ``evaluate_run``, recorded nowhere; ``show`` draws a progress bar."""
+    """One row of ``evaluate_run``, which is not recorded; ``show`` draws a progress bar."""
     trained = typed(read_config(directory))
     if trained.model.block == "residual" and (config.solver.name, config.solver.n_steps) != ("euler", 1):
-        raise UserError(f"{directory}: has residual blocks, which are one Euler step; no other solver fits them")
+        raise UserError(f"{directory}: has residual blocks, which are one Euler step; leave out solver settings")
     if trained.model.statistics == "by_time" and config.model.statistics != "by_time" and not calibrate:
         why = "this run has by_time, which is not a single set; estimate one from training batches with calibrate=50"
         raise UserError(f"model.statistics={config.model.statistics}: {why}")
     outputs, own = (output_size(c.dataset) for c in (config, trained))
     if outputs != own:
         what = "classes" if config.task.name == "classification" else "components"
-        why = f"has {outputs} {what}, this run's network {own}; choose a data set of as many"
+        why = f"has {outputs} {what}, and this run's network has {own}; choose a data set with {own}"
         raise UserError(f"dataset={config.dataset.name}: {why}")
     run = load_run(directory, checkpoint, config)
     device = build_device(config.runtime)

@@ -1,4 +1,4 @@
-"""Every verb answers --help, and either honours a setting or refuses it in one line."""
+"""Every verb has --help, and either uses a setting or refuses it in one line."""
 
 import json
 import shlex
@@ -123,8 +123,8 @@ REFUSED = {
     "evaluate run={run} checkpoint=5": "checkpoint=5: choose one of best, last, 0",
     "evaluate run={run} -v": "-v: there is no such flag",
     "evaluate run={run}/nowhere": "holds no run",
-    "study": "needs the name of one; there are batchnorm, budget",
-    "study run={run}": "needs the name of one",
+    "study": "needs the name of a study; studies are batchnorm, budget",
+    "study run={run}": "needs the name of a study",
     "study memry": "did you mean memory?",
     "study memory thorough=perhaps": "thorough=perhaps: give true or false",
     "study evolution thorough=true run={run}": "study evolution has one grid",
@@ -135,21 +135,21 @@ REFUSED = {
     "study gradient_error checkpoint=last": "checkpoint=last: needs run=DIR",
     "bench rounds=0": "rounds=0: give a whole number, at least 1",
     "bench --fast": "--fast: there is no such flag",
-    "reproduce": "needs the name of a paper; there are anode, anodev2",
+    "reproduce": "needs the name of a paper; papers are anode, anodev2",
     "reproduce resnet": "resnet: no such reproduction",
     "report anode recipe.lr=1": "report takes length=, directory=, to= and seeds=",
     "report figure=fig3": "needs the name of a paper",
     "list models": "list takes no settings",
     "train --flag": "--flag",
     "train resume={run} --flag": "takes no flags",
-    # settings that used to be taken and not used
+    # settings that used to be accepted and ignored
     "train resume=": "resume=: give the folder of a run",
     "train hydra.sweep.dir=x": "hydra.sweep.dir: not used here; give hydra.run.dir=DIR",
     "train -m hydra.run.dir=x seed=0,1": "hydra.run.dir: not used here; give hydra.sweep.dir=DIR",
     "train resume={run} hydra.run.dir=x": "a resumed run continues in its own folder",
     "evaluate run={run} hydra.run.dir=x": "recorded in the run's own folder",
-    "evaluate run={run} dataset.flip=true": "dataset.flip: of training images",
-    "evaluate run={run} runtime.keep_every=2": "runtime.keep_every: of training steps",
+    "evaluate run={run} dataset.flip=true": "dataset.flip: is for training images",
+    "evaluate run={run} runtime.keep_every=2": "runtime.keep_every: is for training steps",
     "evaluate run={run} solver.rtol=1e-4": "solver.rtol: has no effect here; it needs solver.adaptive=true",
     "train solver.rtol=1e-4": "solver.rtol: has no effect here; it needs solver.adaptive=true",
     "train solver=dopri5 solver.adaptive=true solver.n_steps=4": "it needs solver.adaptive=false",
@@ -179,7 +179,7 @@ REFUSED = {
     "bench length=short": "length: bench times training steps",
     "bench 'compare=[solver.rtol=1e-2]'": "solver.rtol: has no effect here",
     "bench 'compare=[hydra.run.dir=x]'": "hydra.run.dir: not a setting of an entry",
-    "reproduce anode hydra.run.dir=x": "chosen by reproduce; give seeds=, directory= or figure=",
+    "reproduce anode hydra.run.dir=x": "chosen by reproduce; give seeds=, directory=, figure= or launcher=",
     "reproduce anode figure=fig1_fig7 recipe.lr=1": "is a study, which takes no settings of runs and no seeds",
     "reproduce anode figure=fig1_fig7 seeds=2": "seeds=2: figure=fig1_fig7 is a study",
     "train experiment=null": "experiment=null: experiment is a preset; leave it out for none",
@@ -200,8 +200,8 @@ REFUSED = {
     "bench hydra.verbose=true": "hydra.verbose: bench does not use it",
     "bench 'compare=[baseline=eager runtime.compile=true]'": "baseline=eager does not use it",
     "bench 'compare=[baseline=eager baseline=dataloader]'": "names two baselines",
-    "reproduce anode gradient=revolve": "is what a figure or method stands for",
-    "reproduce anode figure=table_resnet4 model=resnet10": "is what a figure or method stands for",
+    "reproduce anode gradient=revolve": "is set by the figure or method",
+    "reproduce anode figure=table_resnet4 model=resnet10": "is set by the figure or method",
     "reproduce anode ++seed=7": "chosen by reproduce",
     "reproduce anode seeds=99999999999": "at most 1000",
     "report anode length=[short]": "length=[short]: choose one of paper, short",

@@ -40,7 +40,7 @@ def test_samples_have_their_density(name, entropy):
     found = -(np.log(p[p > 0] / width**2) * p[p > 0]).sum()
     assert -log_p.mean() == pytest.approx(found, abs=5 * log_p.std() / 100 + 1e-3)
     if entropy is not None:
-        assert found == pytest.approx(entropy, abs=7e-3)  # of Gaussians that do not overlap, which these hardly do
+        assert found == pytest.approx(entropy, abs=7e-3)  # for Gaussians that do not overlap; these hardly do
 
 
 def test_planar_sets_have_fixed_samples_of_the_sizes_asked_for():
@@ -72,7 +72,7 @@ def test_whitened_digits_count_the_determinant():
 
 
 def test_the_noise_of_digits_is_drawn_anew_in_every_step():
-    """Uniform over [0, 1) in pixels, on the training samples alone, and the same after a resume."""
+    """Uniform over [0, 1) in pixels, on the training samples only, and the same after a resume."""
     data = load_density("digits64")
     without, of_noise = data.quantised
     moved = data.to(torch.device("cpu"), torch.float32)
@@ -121,7 +121,7 @@ def test_power_keeps_six_columns_with_their_noise(tmp_path):
     np.testing.assert_allclose(whole.mean(0), 0, atol=1e-12)
     np.testing.assert_allclose(whole.std(0), 1, rtol=1e-12)
     everything = torch.cat([data.train, data.validation, data.test]).numpy()
-    # Columns went up together by 8 a row, so that they are lines over the last, which has no noise, and their noise.
+    # Columns grew together by 8 per row, so they are linear in the last one, which has no noise, plus their noise.
     order = np.argsort(everything[:, 5])
     assert not np.array_equal(order, np.arange(1000))  # shuffled
     raw_units = 8.0 * np.arange(1000)
@@ -132,7 +132,7 @@ def test_power_keeps_six_columns_with_their_noise(tmp_path):
 
 
 class File(dict):
-    """What h5py.File is asked for."""
+    """The part of h5py.File that is used."""
 
     arrays: dict[str, np.ndarray]
 

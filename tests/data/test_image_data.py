@@ -31,7 +31,7 @@ def test_every_image_once_and_the_last_batch_smaller():
 
 def test_an_epoch_depends_on_seed_and_number_alone():
     images, labels = stacked(epoch(seed=3, number=7))
-    torch.manual_seed(99)  # the global generator has no say
+    torch.manual_seed(99)  # the global generator has no effect
     again, labels_again = stacked(epoch(seed=3, number=7))
     assert torch.equal(images, again) and torch.equal(labels, labels_again)
     for seed, number in ((4, 7), (3, 8), (7, 3)):
@@ -111,5 +111,5 @@ def test_a_subset_of_uneven_classes():
 
 
 def test_more_than_there_is():
-    with pytest.raises(ValueError, match="11 images were asked of 10"):
+    with pytest.raises(ValueError, match="size is 11, but there are only 10 images"):
         balanced_subset(torch.arange(10), 11)

@@ -1,4 +1,4 @@
-"""Trajectories of stiff systems, against the project's own solvers and what is known of the systems."""
+"""Trajectories of stiff systems, against the project's own solvers and known facts about the systems."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Gradients through adaptive solves: exact modes over the accepted steps, the reverse-time adjoint as torchdiffeq's."""
+"""Gradients through adaptive solves: exact modes over the accepted steps, the reverse-time adjoint by torchdiffeq."""
 
 import pytest
 import torch
@@ -59,7 +59,7 @@ def test_exact_modes_differentiate_the_accepted_steps(name):
 
 @pytest.mark.parametrize("tolerance", [1e-6, 1e-9])
 def test_reverse_adjoint_agrees_with_torchdiffeq(tolerance):
-    """Both to their tolerance: the two choose their steps by different controllers."""
+    """To the tolerance of both: the two choose their steps with different controllers."""
     module, calls = Field(), 0
 
     def count(*_):
@@ -91,7 +91,7 @@ def test_a_loose_reverse_adjoint_is_not_the_gradient():
 
 
 class Jump(torch.nn.Module):
-    """A field that turns round of a sudden, so that steps are rejected."""
+    """A field that changes direction suddenly, so that steps are rejected."""
 
     def __init__(self, f):
         super().__init__()

@@ -14,7 +14,7 @@ IMPLICIT = ("backward_euler", "crank_nicolson", "sdirk2", "tr_bdf2", "kvaerno3")
 
 
 class F(nn.Module):
-    """tanh(W y + t v) − 3 y: depends on time, and no sample on another."""
+    """tanh(W y + t v) − 3 y: depends on time; samples are independent."""
 
     def __init__(self):
         super().__init__()
@@ -35,7 +35,7 @@ def grids(n_steps=2):
 
 
 def gradients(mode, solver, steps, **keywords):
-    """y at the later times, the gradient of a function of all of them, and the evaluations that were counted."""
+    """y at the later times, the gradient of a function of all of them, and the counted evaluations."""
     field, y0 = setting()
     y = solve_through(mode, field, y0, field.theta, steps, solver, **keywords)
     weights = torch.arange(1, 1 + y.numel(), dtype=y.dtype).sin().view(y.shape)

@@ -71,7 +71,7 @@ def assert_exact(network_of, images):
 @pytest.mark.parametrize("tableau", TABLEAUX)
 @pytest.mark.parametrize("mode", POLICIES)
 def test_gradcheck(mode, tableau):
-    """Finite differences in y0 and in θ, which here is no leaf."""
+    """Finite differences in y0 and in θ, which is not a leaf here."""
     module = Field()
     field = VectorField(module)
     y0 = torch.tensor([[0.3, -0.2, 0.9], [1.0, 0.1, -0.5]], dtype=torch.float64, requires_grad=True)
@@ -160,7 +160,7 @@ def test_fifty_training_steps_to_the_last_bit(mode, tableau):
 
 @pytest.mark.parametrize("mode", POLICIES)
 def test_autocast_reaches_the_re_evaluation(mode):
-    """Equal bits under bfloat16 autocast, with the backward pass outside of it as training has it."""
+    """Equal bits under bfloat16 autocast, with the backward pass outside of it, as in training."""
     seen = []
 
     class Conv(nn.Conv2d):
@@ -212,7 +212,7 @@ def test_hooks_of_a_theta_that_is_no_leaf_fire_once(mode):
 
 @pytest.mark.parametrize("mode", GRADIENT_MODES)
 def test_frozen_and_unused_parameters(mode):
-    """A frozen parameter gets no gradient, one that f does not use gets none or zero, the others what is theirs."""
+    """A frozen parameter gets no gradient, one that f does not use gets none or zero, the others get their own."""
 
     class Extra(Field):
         def __init__(self):
@@ -324,11 +324,11 @@ def test_no_more_states_are_held_than_slots():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (("block", "keep"), "unit block goes with states input"),
-        (("step", "input"), "unit block goes with states input"),
+        (("block", "keep"), "unit block needs states input"),
+        (("step", "input"), "unit block needs states input"),
         (("step", "revolve"), "need at least 1 slot"),
         (("step", "revolve", 0), "need at least 1 slot"),
-        (("step", "keep", 3), "others none"),
+        (("step", "keep", 3), "other states take none"),
         (("layer", "keep"), "choose unit of"),
     ],
 )
@@ -350,7 +350,7 @@ def test_a_gradient_survives_a_graph_that_is_not_freed(mode):
 
 
 def test_two_passes_give_the_gradient_of_one():
-    """ANODE's published code asks for the input's gradient and the parameters' apart."""
+    """ANODE's published code computes the input's gradient and the parameters' separately."""
 
     def gradients(passes):
         torch.manual_seed(0)
@@ -363,7 +363,7 @@ def test_two_passes_give_the_gradient_of_one():
 
 
 def test_statistics_may_advance_in_every_evaluation():
-    """ANODE's published code lets BatchNorm's running statistics advance twice a step in an ODE block."""
+    """ANODE's published code lets BatchNorm's running statistics advance twice per step in an ODE block."""
 
     def running_mean(leaves_trace):
         torch.manual_seed(0)

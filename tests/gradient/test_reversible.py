@@ -97,7 +97,7 @@ def test_evaluations():
     ("grid", "solver", "message"),
     [
         (TimeGrid(2), ExplicitRungeKutta(TABLEAUX["rk2"]), "rk2 has no inverse step; .* alf or reversible_rk"),
-        (Tolerance(1e-3, 1e-3), AsynchronousLeapfrog(), "goes back over fixed steps"),
+        (Tolerance(1e-3, 1e-3), AsynchronousLeapfrog(), "gradient mode reversible needs fixed steps"),
     ],
 )
 def test_what_it_refuses_before_the_first_evaluation(grid, solver, message):

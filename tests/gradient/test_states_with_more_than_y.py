@@ -44,9 +44,9 @@ N = 4
 
 
 class AdamsBashforth:
-    """Two steps, the slope before the first taken for zero: part of the state begins as what depends on nothing.
+    """A two-step method, with a zero slope before the first step: part of the state begins as a constant.
 
-    The second part is of another shape than y, and passes through a step as it is.
+    The second part has another shape than y, and passes through a step unchanged.
     """
 
     name, order, static, nodes, start_nodes = "adams_bashforth", 1, True, (0.0,), ()
@@ -61,7 +61,7 @@ class AdamsBashforth:
 
 
 class Count(AdamsBashforth):
-    """y as it was, with its start: J depends on y0 only through what was made from it."""
+    """y unchanged, with its start: J depends on y0 only through what was made from it."""
 
     def start(self, field, theta, t, y):
         return y, field(t, y, theta)
@@ -91,7 +91,7 @@ def theta_of(module, per_step):
 @pytest.mark.parametrize("per_step", [False, True])
 @pytest.mark.parametrize("method", METHODS)
 def test_every_exact_mode_has_the_gradient_of_full_backpropagation(method, per_step):
-    """Output to the last bit, gradients in y0 and in a θ that is no leaf to rounding."""
+    """Output to the last bit, gradients in y0 and in a non-leaf θ to rounding."""
 
     def solved(mode):
         module = Field()
@@ -140,7 +140,7 @@ def test_frozen_parameters_and_an_input_without_gradient(mode, frozen):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_running_statistics_advance_in_forward_evaluations_only(mode):
-    """BatchNorm in f: the start's evaluation counts once too, and no mode leaves another trace than full_backprop."""
+    """BatchNorm in f: the start's evaluation counts once too, and every mode leaves the statistics of full_backprop."""
 
     def trained(mode):
         torch.manual_seed(0)
@@ -179,7 +179,7 @@ def test_evaluations_of_f(mode, backward):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_autocast_reaches_the_start_and_the_steps(mode):
-    """The backward pass is outside of autocast, as training has it."""
+    """The backward pass is outside of autocast, as in training."""
     seen = []
 
     class Linear(nn.Linear):

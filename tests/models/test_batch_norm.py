@@ -54,7 +54,7 @@ def test_interpolation_is_piecewise_linear_and_constant_outside():
 
 
 def test_every_time_of_a_fixed_solve_is_one_of_the_grid():
-    """Whatever the rounding of n h + c h: a row is then updated as a BatchNorm is, with nothing to interpolate."""
+    """For any rounding of n h + c h: a row is then updated as in BatchNorm, without interpolation."""
     for name, tableau in TABLEAUX.items():
         for n_steps in (1, 3, 7, 10):
             network, _ = network_of(f"solver={name}", f"solver.n_steps={n_steps}")
@@ -107,7 +107,7 @@ class HostReads(TorchDispatchMode):
 
 @pytest.mark.parametrize("affine", ["shared", "by_time"])
 def test_a_static_step_reads_nothing_on_the_host_and_adds_views_only(affine):
-    """Two for each evaluation of a norm in the forward pass: nothing that a device computes."""
+    """Two views for each evaluation of a norm in the forward pass: no work for a device."""
     counts = []
     for statistics in ("by_time", "forward"):
         network, config = network_of("solver=rk4", f"model.norm_affine={affine}", statistics=statistics)
@@ -139,14 +139,14 @@ def test_the_update_between_two_times_has_no_trace_of_the_initial_values():
         torch.testing.assert_close(norm.running_mean[row], x / (1 - left))
         assert norm.row_weight[row].item() == pytest.approx(1 - left)
     assert norm.row_weight[2] == 0 and not norm.running_mean[2].any(), "never near t = 1"
-    # So t = 1 is evaluated by t = 1/2, the last that has statistics.
+    # So t = 1 is evaluated with t = 1/2, the last time that has statistics.
     norm.eval()
     y = torch.randn(8, 3, 4, 4, generator=generator)
     expected = functional.batch_norm(y, norm.running_mean[1], norm.running_var[1])
     torch.testing.assert_close(f(1.0, y), expected)
     mean, var = (0.6 * x[0] + 0.4 * x[1] for x in (norm.running_mean, norm.running_var))
     torch.testing.assert_close(f(0.2, y), functional.batch_norm(y, mean, var))
-    with pytest.raises(RuntimeError, match="at what time"):
+    with pytest.raises(RuntimeError, match="called without a time"):
         norm(y)
 
 
@@ -166,12 +166,12 @@ def test_a_rejected_step_and_a_failed_evaluation_leave_no_trace():
 
 @pytest.mark.parametrize("overrides", [ADAPTIVE, ["solver=rk2", "model.evolution=reaction_diffusion_advection"]])
 def test_evaluation_is_the_trained_network(overrides):
-    """Calibrated on a batch, the network evaluates that batch as in training; with one set it does not."""
+    """Calibrated on a batch, the network evaluates that batch as in training; with a single set it does not."""
     gaps = []
     for statistics in ("by_time", "forward"):
         network, config = network_of(*overrides, statistics=statistics)
         optimizer = build_optimizer(network, config.recipe)
-        for _ in range(3):  # away from the start, where the times are alike
+        for _ in range(3):  # away from the start, where all times are similar
             train_step(
                 network, optimizer, autocast_for("fp32", CPU), Classification(), (batch(), torch.arange(64) % 10)
             )
@@ -204,7 +204,7 @@ def test_steps_and_solvers_other_than_the_trained_ones():
         network, _ = network_of(*overrides)
         network.load_state_dict(one.state_dict())
         assert all((n.running_mean == 4.0).all() and (n.row_weight == 1).all() for n in norms(network))
-    # A resumed adaptive run has its rows as they were, those without statistics too.
+    # A resumed adaptive run has the same rows, including those without statistics.
     adaptive, _ = network_of(*ADAPTIVE)
     norms(adaptive)[0].row_weight[3] = 0.5
     again, _ = network_of(*ADAPTIVE)
@@ -220,7 +220,7 @@ def test_before_any_training_an_adaptive_network_can_be_evaluated():
 
 @pytest.mark.parametrize("statistics", ["by_time", "forward"])
 def test_weight_and_bias_by_time(statistics):
-    """1 + offset and offset, interpolated; at the start the network with shared ones; all of it decays to those."""
+    """1 + offset and offset, interpolated; at the start equal to the network with shared ones, to which they decay."""
     network, config = network_of("model.norm_affine=by_time", "model.norm_intervals=4", "solver=rk2",
                                  "recipe.decay_all=false", statistics=statistics)  # fmt: skip
     plain, _ = network_of("solver=rk2", statistics=statistics)

@@ -54,7 +54,7 @@ def test_the_flow_is_the_exponential_of_the_spectral_operator(shape, sharing):
     squared = sum(g.square() for g in grid)
     axes = [g for g, k in zip(grid, shape[2:], strict=True) if k > 1]
     tau = torch.zeros_like(flow.rho) if flow.tau is None else flow.tau
-    axes = [torch.where(g == -torch.pi, 0.0, g) for g in axes]  # of an even size, the one without a derivative
+    axes = [torch.where(g == -torch.pi, 0.0, g) for g in axes]  # for an even size, the frequency without a derivative
     turn = sum((flow.upsilon[i][..., None, None] * g for i, g in enumerate(axes)), torch.zeros(1, 1, 1, 1))
     symbol = flow.rho[..., None, None] - tau[..., None, None] * squared + 1j * turn
     for n in range(4):
@@ -106,12 +106,12 @@ def test_every_coefficient_has_a_gradient_at_the_start(name, coupling, sharing, 
                 f"model.evolution_activation={activation}"]  # fmt: skip
     config = composed(settings)
     torch.manual_seed(0)
-    # A norm leaves of a shared ρ's gradient what its eps does: rounding in single precision.
+    # After a norm, only its eps contributes to a shared ρ's gradient: rounding in single precision.
     network = build_model(config.model, config.solver, config.gradient, 10).double()
     network(torch.randn(2, 3, 32, 32, dtype=torch.float64)).square().sum().backward()
     coefficients = [p for b in ode_blocks(network) for p in b.evolution.parameters()]
     assert coefficients
-    for p in coefficients:  # of single channels some may be dead behind their ReLU
+    for p in coefficients:  # some single channels may be dead behind their ReLU
         assert not p.any() and (p.grad != 0).float().mean() >= (1.0 if sharing == "layer" else 0.75)
 
 
@@ -176,7 +176,7 @@ def test_gradients_against_finite_differences(mode, coupling, activation):
 
 
 def test_the_reverse_adjoint_takes_the_weights_of_the_step_it_reverses():
-    """As the solve is refined its gradient tends to the exact one, at the order of the weights, constant in a step."""
+    """With more steps its gradient tends to the exact one, at the order of weights that are constant in a step."""
 
     def error(n_steps):
         ours = gradients(block(GRADIENT_MODES["reverse_adjoint"](), n_steps=n_steps, tableau="rk4"))
@@ -188,7 +188,7 @@ def test_the_reverse_adjoint_takes_the_weights_of_the_step_it_reverses():
 
 
 def test_steps_of_a_joint_solve_have_weights_of_their_own():
-    """By hand: Euler, the weights of step n those at t_n; first: those at t = 1 in every step."""
+    """By hand, with Euler: step n has the weights at t_n; with ``first``, every step has those at t = 1."""
     y0 = torch.randn(1, 2, 4, 4, dtype=torch.float64)
     for coupling in COUPLINGS:
         made = block(FullBackprop(), coupling, n_steps=2, tableau="euler")
@@ -203,7 +203,7 @@ def test_steps_of_a_joint_solve_have_weights_of_their_own():
 
 
 def test_parameters_beside_the_recalled_totals():
-    """Published: 7.96K and 8.23K for ResNet-4, from a parametrisation that is not known; ours adds less."""
+    """Published: 7.96K and 8.23K for ResNet-4, from an unknown parametrisation; ours adds less."""
 
     def total(*settings):
         config = composed(["model=resnet4", "model.evolution=reaction_diffusion_advection", *settings])
@@ -232,7 +232,7 @@ def test_coefficients_are_exempt_from_decay_and_have_a_rate_of_their_own():
     [
         (["solver.n_steps=1"], "evolution_coupling=joint"),
         (["solver=dopri5", "solver.adaptive=true"], "evolution_coupling=first"),
-        (["model.block=residual"], "use block=ode"),
+        (["model.block=residual"], "set model.block=ode"),
         (["model.evolution_sharing=pixel"], "choose one of layer, channel, kernel"),
     ],
 )

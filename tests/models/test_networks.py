@@ -128,7 +128,7 @@ def test_f_has_the_layers_of_the_reference(name):
 
 @pytest.mark.parametrize("tableau", ["euler", "rk2", "rk4"])
 def test_statistics_by_time(tableau):
-    """Each time's running statistics are those of the activations then: evaluated, the network is the trained one."""
+    """Each time's running statistics are those of its activations: the network evaluates as it was trained."""
     torch.manual_seed(0)
     config = composed([f"solver={tableau}", "model=resnet10", "model.statistics=by_time", "solver.n_steps=3"])
     network = build_model(config.model, config.solver, config.gradient, 10)
@@ -151,7 +151,7 @@ def test_statistics_by_time(tableau):
             gaps.append(float((made.eval()(images) - logits).norm() / logits.norm()))
     assert torch.equal(*outputs) and all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
     assert all(norm.running_mean.any(dim=1).all() for norm in norms), "every time was reached"
-    # A variance estimated with n or n − 1, and the two half stages of rk4 that share a time, remain.
+    # The rest comes from variances with n or n − 1, and from the two half stages of rk4, which share a time.
     assert gaps[0] < (0.05 if tableau == "rk4" else 0.01) and gaps[1] > 3 * gaps[0]
 
 

@@ -91,7 +91,7 @@ def test_the_log_density_is_that_of_the_change_of_variables(size, hidden, blocks
 
 
 def test_hutchinsons_estimate_is_right_on_average():
-    """Of a flow that is affine in z the estimate is linear in eeᵀ, and so exact on average: over ±1 all four signs."""
+    """For a flow affine in z the estimate is linear in eeᵀ, so it is exact on average over all four signs of ±1."""
     network, x = flow(hidden=(), n_steps=4), samples(1)
     signs = torch.tensor([[a, b] for a in (-1.0, 1.0) for b in (-1.0, 1.0)], dtype=torch.float64)
     estimates = network(x.expand(4, -1), signs)

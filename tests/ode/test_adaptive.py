@@ -1,4 +1,4 @@
-"""Adaptive steps: accuracy against closed forms, the count of evaluations, and how a hopeless solve ends."""
+"""Adaptive steps: accuracy against closed forms, the count of evaluations, and errors of solves that cannot end."""
 
 import math
 
@@ -20,7 +20,7 @@ class Decay(nn.Module):
 
 
 class Normed(nn.Module):
-    """A field with running statistics that turns round of a sudden, so that steps are rejected."""
+    """A field with running statistics that changes direction suddenly, so that steps are rejected."""
 
     def __init__(self):
         super().__init__()

@@ -1,4 +1,4 @@
-"""A compiled field gives the same gradients in every mode, and says so when it cannot be compiled."""
+"""A compiled field gives the same gradients in every mode, and raises an error when it cannot be compiled."""
 
 import pytest
 import torch
@@ -47,7 +47,7 @@ def test_the_same_gradients_and_buffers(mode):
 
 
 def test_other_batches_and_evaluations_compile_nothing():
-    """Of an epoch's smaller last batch, or an evaluation's: the module as it is, with the same numbers."""
+    """An epoch's smaller last batch, and evaluations, run the module uncompiled, with the same numbers."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     eager, compiled = network("dto_checkpoint"), network("dto_checkpoint")
@@ -75,7 +75,7 @@ def test_other_batches_and_evaluations_compile_nothing():
     ("norms", "mode"), [("by time", "dto_checkpoint"), ("by time", "full_backprop"), ("adaptive", "step_checkpoint")]
 )
 def test_norms_by_time(norms, mode):
-    """Time is data of the compiled code: results as without, and no more graphs for more steps."""
+    """Time is an input of the compiled code: same results as without, and no more graphs for more steps."""
     graphs = {}
     for n_steps in (2, 5) if norms == "by time" else (0,):
         torch._dynamo.reset()

@@ -67,7 +67,7 @@ def test_order(name):
 @pytest.mark.parametrize("linear", ["dense", "gmres"])
 @pytest.mark.parametrize("name", L_STABLE)
 def test_l_stability(name, linear):
-    """Off the solution by 1 at the start: gone after the first steps of any size."""
+    """A start that differs from the solution by 1: the difference is gone after the first steps of any size."""
     y0 = torch.full((3, 2), 2.0, dtype=torch.float64)
     y1 = integrate(VectorField(Cosine(-1e6)), y0, (), TimeGrid(10, 0.0, 1.0), method(name, linear=linear))
     assert (y1 - math.cos(1.0)).abs().max() < 1e-5
@@ -83,7 +83,7 @@ def gradients(mode, solver, f, y0, grid, theta=None):
 
 
 def unrolled(name, f, y0, n, iterations=30):
-    """The same solve with Newton's iterations written out and recorded by autograd: an independent truth."""
+    """The same solve with Newton's iterations written out and recorded by autograd: an independent reference."""
     table, theta = IMPLICIT_TABLEAUX[name], tuple(f.parameters())
     y, h = y0, 1.0 / n
     for step in range(n):
@@ -153,7 +153,7 @@ def test_gradcheck_on_a_stiff_linear_system(name):
 
 @pytest.mark.parametrize("name", METHODS)
 def test_a_linear_system_in_closed_form(name):
-    """One step is multiplication by the method's stability function of h A, by matrices here."""
+    """One step multiplies by the method's stability function of h A, computed with matrices here."""
     table, f = IMPLICIT_TABLEAUX[name], Linear()
     identity = torch.eye(2, dtype=torch.float64)
     matrix = torch.stack([f(0.0, e) for e in identity], 1).detach()
@@ -178,7 +178,7 @@ class Normed(nn.Module):
 
 @pytest.mark.parametrize("mode", ["full_backprop", "dto_checkpoint", "stage_checkpoint", "step_checkpoint"])
 def test_running_statistics_advance_once_a_stage(mode):
-    """In the evaluation at the converged state; whatever the mode, and not in the backward pass."""
+    """In the evaluation at the converged state, in every mode, and not in the backward pass."""
     torch.manual_seed(0)
     f, y0 = Normed().double(), torch.randn(4, 2, 5, 5, dtype=torch.float64)
     field = VectorField(f)
@@ -216,7 +216,7 @@ def test_a_stage_without_solution_says_so():
 
 
 class Pole(nn.Module):
-    """dy/dt = 3 w y²: y = 1/(1/y0 − 3 w t), with a pole that is in the way of long steps of backward Euler."""
+    """dy/dt = 3 w y²: y = 1/(1/y0 − 3 w t), with a pole that prevents long steps of backward Euler."""
 
     def __init__(self):
         super().__init__()

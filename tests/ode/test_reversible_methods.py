@@ -68,12 +68,12 @@ def test_order(name):
 
 
 def test_order_of_dormand_prince():
-    """With so few steps that its error is above rounding."""
+    """With few steps, so that its error is above rounding."""
     assert math.log2(error(METHODS["dopri5"], 8) / error(METHODS["dopri5"], 16)) > 4.6
 
 
 def test_what_damping_does_to_the_error():
-    """The term of order 1 is as (1 − η)/(2η) h, and there is none undamped."""
+    """The term of order 1 is proportional to (1 − η)/(2η) h; undamped there is none."""
     n, damped = 1000, {eta: error(AsynchronousLeapfrog(eta), 1000) for eta in (0.6, 0.8, 0.9)}
     constants = [e * n / ((1 - eta) / (2 * eta)) for eta, e in damped.items()]
     assert max(constants) == pytest.approx(min(constants), rel=0.02)
@@ -81,7 +81,7 @@ def test_what_damping_does_to_the_error():
 
 
 def test_what_damping_does_to_stability():
-    """dy/dt = −y: stable up to steps of 2(1 − η)/η, so that undamped an oscillation grows at any step."""
+    """dy/dt = −y: stable up to steps of 2(1 − η)/η, so undamped an oscillation grows with any step."""
     assert decayed(AsynchronousLeapfrog(), 0.25) > 1e6
     assert decayed(AsynchronousLeapfrog(0.8), 0.4) < 1e-6 < 1e6 < decayed(AsynchronousLeapfrog(0.8), 0.6)
 
@@ -112,7 +112,7 @@ def test_coupling_out_of_range(coupling):
 
 @pytest.mark.parametrize("name", METHODS)
 def test_nodes_are_the_times_of_evaluations(name):
-    """So that BatchNorm has statistics there: within a step, and in the start."""
+    """BatchNorm needs statistics at these times: within a step, and in the start."""
     times = []
 
     class Seen(nn.Module):

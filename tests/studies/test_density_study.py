@@ -91,5 +91,5 @@ def test_the_report_of_densities_in_the_plane(tmp_path):
 def test_the_report_of_other_densities_warns_of_coarse_steps(tmp_path):
     rows = [json.loads(json.dumps(row)) for row in rows_of(nll_by_steps=2.35, exploits_steps=True)]
     text = report(rows, tmp_path)
-    assert "run: the flow has learned the errors of its steps, rk4, 4 steps; −log p by them is off by -0.100" in text
+    assert "run: the flow has learned the errors of its steps (rk4, 4 steps); −log p by them is off by -0.100" in text
     assert (tmp_path / "study.png").stat().st_size > 5000

@@ -262,10 +262,14 @@ def test_a_gradient_mode_of_ones_own():
             "baseline=torch: choose one of torch_checkpoint",
         ),
         ("memory", ["study.longest=0"], "study.longest=0"),
-        ("gradient_error", ["study.adaptive_solvers=[rk4]"], "rk4 is none; choose from heun, bosh3, dopri5"),
+        (
+            "gradient_error",
+            ["study.adaptive_solvers=[rk4]"],
+            "rk4 has no error estimate; choose from heun, bosh3, dopri5",
+        ),
         ("gradient_error", ["study.checkpoint=first"], "choose best, last, the number of an epoch, or every"),
-        ("gradient_error", ["study.solvers=[rk5]"], "rk5 is no solver; choose from alf, backward_euler, bosh3"),
-        ("gradient_error", ["+study.gradients.a={name: sorcery}"], "sorcery is no gradient"),
+        ("gradient_error", ["study.solvers=[rk5]"], "rk5 is not a solver; choose from alf, backward_euler, bosh3"),
+        ("gradient_error", ["+study.gradients.a={name: sorcery}"], "sorcery is not a gradient"),
         ("memory", ["study.modes=[alf reversibel]"], "choose from full_backprop, dto_checkpoint, step_checkpoint keep"),
         ("memory", ["study.modes=[alf reversibel]"], "did you mean alf reversible?"),
         (
@@ -315,7 +319,7 @@ def test_study_evolution(tmp_path):
 
 
 def test_study_batchnorm(tmp_path):
-    """A run with one set and one with statistics by time of the same weights: the same accuracies from either side."""
+    """A run with one set and one with statistics by time of the same weights: the same accuracies from both."""
     settings = ["dataset=digits", "dataset.train_size=64", "dataset.test_size=64", "recipe.batch_size=32",
                 "recipe.epochs=2", "model=resnet4"]  # fmt: skip
     for name in ("forward", "by_time"):

@@ -1,4 +1,4 @@
-"""A task and data that are not images: the trainer needs no more of them than their protocols say."""
+"""A task and data that are not images: the trainer uses only what their protocols define."""
 
 import json
 
@@ -59,7 +59,7 @@ class Epoch:
 
 
 class Points:
-    """100 points in the plane to train on and 30 to test on; the target is the point turned by a right angle."""
+    """100 points in the plane for training and 30 for testing; the target is the point turned by a right angle."""
 
     device = CPU
     nbytes = 130 * 2 * 2 * 4
@@ -112,7 +112,7 @@ def trainer_in(directory, *overrides, resume_after=None):
 
 
 def test_a_run_of_another_task_and_its_records(tmp_path):
-    """At last the learning rate is far too large, so that the best epoch is not the last."""
+    """In the end the learning rate is far too large, so that the best epoch is not the last."""
     trainer = trainer_in(tmp_path, "recipe.epochs=13", "recipe.milestones=[12]", "recipe.gamma=20")
     while trainer.advance():
         pass

@@ -77,7 +77,7 @@ def test_metrics_of_a_whole_split_do_not_depend_on_the_batches(caplog):
     assert found["nll"] == pytest.approx(truth, rel=1e-12)
     assert found["loss"] == pytest.approx(2.0 - float(network(data().test).detach().mean()), rel=1e-12)
     assert found["step_error"] == pytest.approx(found["loss"] - found["nll"], abs=1e-12)
-    assert parts["nll"] == pytest.approx(found["nll"], abs=1e-4)  # adaptive steps are a batch's
+    assert parts["nll"] == pytest.approx(found["nll"], abs=1e-4)  # adaptive steps depend on the batch
     assert parts["loss"] == pytest.approx(found["loss"], rel=1e-12)
     loss, _ = task.loss(network, (data().test,))
     assert loss.item() == pytest.approx(found["loss"], rel=1e-12)

@@ -65,7 +65,7 @@ def test_a_run_and_its_records(trained):
 
 
 def test_the_loss_is_that_of_the_steps_one_by_one():
-    """Crank–Nicolson by its own equation, and the data of the intervals' ends."""
+    """Crank–Nicolson by its own equation, and the data at the ends of intervals."""
     assembly = assemble(config(), build_data(config().dataset, CPU))
     (batch,) = assembly.data.evaluation("train", 1)
     with torch.no_grad():
@@ -87,7 +87,7 @@ def test_the_loss_is_that_of_the_steps_one_by_one():
 
 @pytest.mark.parametrize("mode", ["batched_adjoint", "stage_checkpoint"])
 def test_a_resumed_run_continues_to_the_same_bits(tmp_path, mode):
-    """The trajectory from which the next solve begins is part of the run's state."""
+    """The trajectory that the next solve begins from is part of the run's state."""
     asked, stop = config(f"gradient={mode}", "recipe.epochs=2"), StopRequest()
     train(asked, tmp_path / "whole")
     (result,) = train_together(

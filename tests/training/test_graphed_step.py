@@ -15,7 +15,7 @@ from anode_exp.training.step import set_learning_rate, train_step
 
 
 class FailsToWarmUp(Repeat):
-    """Two steps of the warm-up train; the third finds no memory."""
+    """Two steps of the warm-up succeed; the third runs out of memory."""
 
     def warm_up(self, work):
         work()
@@ -24,7 +24,7 @@ class FailsToWarmUp(Repeat):
 
 
 class FailsToRecord(Repeat):
-    """The step reaches what no graph can hold; then the end of the capture complains, as torch's does."""
+    """The step has an operation that cannot be captured; then the end of the capture also raises, as in torch."""
 
     def record(self, work):
         try:
@@ -90,7 +90,7 @@ def test_trains_as_the_eager_step_does(mode, by_time):
     ],
 )
 def test_a_capture_that_fails_leaves_an_eager_run(kind, reason, caplog):
-    """Bit for bit the eager one, with one warning that says what went wrong first; nothing is tried again."""
+    """Bit for bit the eager run, with one warning that names the first error; recording is not tried again."""
     with caplog.at_level(logging.WARNING):
         ours, our_evaluations, replays = trained("dto_checkpoint", graphed=True, kind=kind)
     truth, evaluations, _ = trained("dto_checkpoint", graphed=False)
@@ -102,7 +102,7 @@ def test_a_capture_that_fails_leaves_an_eager_run(kind, reason, caplog):
 
 
 def test_an_eager_step_that_fails_is_an_error():
-    """Only what recording adds is undone: a first step without memory is no reason to try another."""
+    """Only errors of the recording are caught: a first step that runs out of memory is not tried again."""
     network = MODELS["squeezenext"](10, make_ode_block(), width=0.25)
     optimizer = torch.optim.SGD(network.parameters(), lr=torch.tensor(0.1), momentum=0.9)
     network.register_forward_hook(lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA out of memory")))

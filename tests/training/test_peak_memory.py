@@ -23,7 +23,7 @@ def test_counts_what_is_alive_and_the_most_there_was():
     with LiveTensorBytes([there]) as live:
         assert live.now == MB
         a = torch.zeros(2 * MB, dtype=torch.uint8)
-        view = a[10:]  # a view has no bytes of its own
+        view = a[10:]  # a view has no own bytes
         assert live.now == 3 * MB
         del a
         assert live.now == 3 * MB, "the view keeps the storage alive"
@@ -82,7 +82,7 @@ def test_the_optimisers_state_counts():
 
 
 class StandIn:
-    """An allocator that is told what is there. Blocks freed stay reserved."""
+    """An allocator that is told what is allocated. Freed blocks stay reserved."""
 
     def __init__(self, now: int = 0) -> None:
         self.now = self.most = self.kept = now
@@ -132,7 +132,7 @@ def test_a_pause_does_not_count(allocator):
 
 
 def test_runs_are_charged_with_their_own_training(tmp_path, allocator, monkeypatch):
-    """Not with evaluations, nor with what other runs of the process left or hold."""
+    """Not with evaluations, nor with what other runs of the process hold or left behind."""
     small = ["dataset=fake", "dataset.train_size=24", "dataset.test_size=8", "model=resnet4", "recipe.batch_size=8",
              "recipe.epochs=2", "runtime.device=cpu"]  # fmt: skip
     configs = [jobs([*small, f"seed={seed}"], multirun=False).configs[0] for seed in (0, 1, 2)]

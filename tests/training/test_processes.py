@@ -1,4 +1,4 @@
-"""Several processes that train one network, over gloo: as one process does, stopped, killed, resumed, refused."""
+"""Several processes that train one network, over gloo: same as one process, stopped, killed, resumed, refused."""
 
 import json
 import os
@@ -33,7 +33,7 @@ def torchrun(cwd, *settings):
 
 
 def train(cwd, *settings, processes=2):
-    """``train`` in one process, or in several with what torchrun tells them; (exit codes, outputs, errors) of all."""
+    """``train`` in one process, or in several with torchrun's environment; (exit codes, outputs, errors) of all."""
     if processes == 1:
         done = [command(cwd, "train", *settings)]
     else:
@@ -118,13 +118,13 @@ def test_other_modes(tmp_path, mode):
 
 
 def test_resumed_on_another_number_of_processes(runs):
-    """torchrun is asked to stop, within the second epoch; then one process goes on."""
+    """torchrun is asked to stop, within the second epoch; then one process continues."""
     asked = [
         *SMALL,
         "dataset.train_size=320",
         "recipe.epochs=3",
         "recipe.lr=1e-6",
-    ]  # at more, rounding grows over 60 steps
+    ]  # with a larger rate, rounding grows over 60 steps
     process = torchrun(runs, *asked, "hydra.run.dir=stopped")
     folder, deadline = runs / "stopped", time.monotonic() + 200
     while not (folder / "checkpoints" / "last.pt").exists() and time.monotonic() < deadline:
@@ -167,14 +167,14 @@ def test_a_process_that_is_killed_ends_the_others(runs):
     done = len((folder / "metrics.jsonl").read_text().splitlines())
     code, out, err = train(runs, f"resume={folder}", f"recipe.epochs={done + 1}")
     assert code == 0, err
-    assert f"going on after epoch {done}" in out or f"going on after epoch {done - 1}" in out
+    assert f"continuing after epoch {done}" in out or f"continuing after epoch {done - 1}" in out
 
 
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
         (["seeds=2"], "seeds=2: run them without torchrun"),
-        (["gradient=budget", "gradient.memory=1GiB"], "gradient=budget: its plan is that of one process"),
+        (["gradient=budget", "gradient.memory=1GiB"], "gradient=budget: its plan is for one process"),
         (["task=trajectory"], "task=trajectory: a batch is one trajectory"),
         (["solver=dopri5", "solver.adaptive=true"], "solver.adaptive=true: steps are chosen for a whole batch"),
         (["recipe.batch_size=2"], "recipe.batch_size=2: give at least one sample to each process"),

@@ -1,4 +1,4 @@
-"""A run that is stopped, however, and goes on ends as the run that never was."""
+"""A run that is stopped in any way and resumed ends as a run that was never stopped."""
 
 import json
 import os
@@ -171,17 +171,17 @@ def test_a_truncated_checkpoint_is_named_and_the_one_before_used(tmp_path, truth
 def test_no_checkpoint_can_be_read(tmp_path):
     train(config_of("recipe.epochs=1"), tmp_path)
     (tmp_path / "checkpoints" / "last.pt").write_bytes(b"")
-    with pytest.raises(UserError, match="nothing to go on from"):
+    with pytest.raises(UserError, match="nothing to continue from"):
         go_on(tmp_path, "recipe.epochs=2")
     torch.save({"weights": 1}, tmp_path / "checkpoints" / "last.pt")
-    with pytest.raises(UserError, match="nothing to go on from"):
+    with pytest.raises(UserError, match="nothing to continue from"):
         go_on(tmp_path, "recipe.epochs=2")
 
 
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ([], r"has ended after 3 epochs; to go on, give recipe.epochs=6"),
+        ([], r"has ended after 3 epochs; to continue, give more epochs, such as recipe.epochs=6"),
         (["seed=1"], r"seed=1: this run has 0; a resumed run may change recipe.epochs, dataset.root"),
         (["solver=rk4"], r"solver.name=rk4: this run has rk2"),
         (["solver.n_steps=4"], r"solver.n_steps=4: this run has 2"),
@@ -229,11 +229,11 @@ def test_a_run_in_use_is_refused(tmp_path, truth):
 
 
 def test_a_full_disk_under_the_records(tmp_path):
-    """Of metrics and results: one line that says what to do; what was cut off hides no line that comes after it."""
+    """For metrics and results: one line that says what to do; a line that was cut off does not hide later lines."""
     record = RunRecord(tmp_path, config_of())
     record._metrics.close()
     record._metrics = open("/dev/full", "w")  # noqa: SIM115  (the record closes it)
-    with pytest.raises(UserError, match=r"No space left .* make room, then go on with train resume="):
+    with pytest.raises(UserError, match=r"No space left .* make room, then continue with train resume="):
         record.epoch({"epoch": 1, "steps": 1, "step_losses": []})
     record.close()
     lines = tmp_path / "evaluations.jsonl"
@@ -243,7 +243,7 @@ def test_a_full_disk_under_the_records(tmp_path):
 
 
 def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays(tmp_path):
-    """A limit on file sizes stands for the disk: the checkpoint of the first epoch fits, a larger one would not."""
+    """A limit on file sizes acts as the full disk: the checkpoint of the first epoch fits, a larger one does not."""
     limited = (
         "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
         "resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]),) * 2); "
@@ -267,7 +267,7 @@ def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays(tmp_path):
 
 
 def test_a_killed_save_leaves_a_readable_checkpoint(tmp_path):
-    """Whatever of the three moves was made last."""
+    """Whichever of the three moves was made last."""
     checkpoints = Checkpoints(tmp_path)
     checkpoints.save({"progress": {}, "n": 1})
     checkpoints.save({"progress": {}, "n": 2}, best=True)

@@ -17,7 +17,7 @@ CPU = torch.device("cpu")
 
 
 class NoHostRead(TorchDispatchMode):
-    """Refuses the operator behind item(), bool() and float() of a tensor: on CUDA it waits for the device."""
+    """Raises at the operator behind item(), bool() and float() of a tensor, which waits for the device on CUDA."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func is torch.ops.aten._local_scalar_dense.default:
@@ -64,7 +64,7 @@ def test_a_whole_step_runs_on_the_meta_device(mode):
     net = network(mode).to(meta)
     optimizer = sgd(net)
     split = Split(torch.empty(8, 32, 32, 3, dtype=torch.uint8, device=meta), torch.empty(8, dtype=int, device=meta))
-    epoch = EpochBatches.__new__(EpochBatches)  # the meta device has no generator: what it would draw is given
+    epoch = EpochBatches.__new__(EpochBatches)  # the meta device has no generator: its draws are given
     epoch.split, epoch.batch_size, epoch.flip, epoch.part = split, 4, True, WHOLE
     epoch.normalise = Normalisation([0.5] * 3, [0.25] * 3, meta)
     epoch.order, epoch.offsets = torch.empty(8, dtype=int, device=meta), torch.empty(2, 8, 1, dtype=int, device=meta)

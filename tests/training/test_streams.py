@@ -1,4 +1,4 @@
-"""Streams and captures of runs, with stand-ins for torch.cuda: what is current when, and what is put back."""
+"""Streams and captures of runs, with stand-ins for torch.cuda: which stream is current, and what is restored."""
 
 import itertools
 from contextlib import contextmanager
@@ -16,7 +16,7 @@ CUDA = torch.device("cuda")
 
 
 class Stream:
-    """Every stream is another one, up to the size of torch's pool."""
+    """Every stream is a new one, up to the size of torch's pool."""
 
     made = itertools.count()
 
@@ -31,7 +31,7 @@ class Stream:
 
 
 class Cuda:
-    """torch.cuda as far as streams and captures go: the capture's own context leaves its stream current on failure."""
+    """The streams and captures of torch.cuda: the capture's own context leaves its stream current on failure."""
 
     def __init__(self, monkeypatch):
         Stream.made = itertools.count()
@@ -80,7 +80,8 @@ def test_every_run_has_a_stream_of_its_own_behind_the_work_there_is(monkeypatch)
 
 
 def test_more_runs_than_streams_are_refused():
-    with pytest.raises(UserError, match="33 runs at once: a GPU takes 32, a stream each; give seeds=32 or fewer"):
+    message = "33 runs at once: a GPU takes at most 32, one stream each; give seeds=32 or fewer"
+    with pytest.raises(UserError, match=message):
         run_streams(CUDA, MOST_STREAMS + 1)
 
 
@@ -95,7 +96,7 @@ def test_workspaces_are_cleared_behind_the_work_there_is(monkeypatch):
 
 
 def test_a_group_of_runs_begins_without_the_workspaces_of_others(tmp_path, monkeypatch):
-    """Once, before the data and before any run of it: a recording that is replayed still needs its own."""
+    """Once, before the data and before any run: a recording that is replayed still needs its own workspaces."""
     order = []
 
     def noted(name):
@@ -112,7 +113,7 @@ def test_a_group_of_runs_begins_without_the_workspaces_of_others(tmp_path, monke
 
 
 def test_what_follows_a_warm_up_that_fails_waits_for_it(monkeypatch):
-    """Weights are put back on the stream that was current: its work must not overtake the steps already launched."""
+    """Weights are restored on the stream that was current: this must not overtake the steps already launched."""
     cuda = Cuda(monkeypatch)
     capture = CudaCapture()
 

@@ -1,4 +1,4 @@
-"""Whole runs on little data: records, schedule, divergence, signals."""
+"""Whole runs on small data: records, schedule, divergence, signals."""
 
 import json
 import math
@@ -94,7 +94,7 @@ def test_the_same_seed_gives_the_same_run_and_another_does_not(tmp_path):
 
 
 def test_a_narrow_network_and_an_odd_batch(tmp_path):
-    """What brings oneDNN down in channels-last layout, in a process of two threads."""
+    """A case that crashes oneDNN in channels-last layout, in a process with two threads."""
     code = (
         "import sys; from pathlib import Path; from anode_exp.config.compose import jobs; "
         "from anode_exp.commands.together import train; train(jobs(sys.argv[2:], False).configs[0], Path(sys.argv[1]))"
@@ -160,7 +160,7 @@ def test_running_out_of_memory_names_the_remedies(tmp_path, monkeypatch, where, 
 
 
 def test_evaluation_batches_of_fixed_steps_change_no_accuracy(tmp_path):
-    """Nor anything else; the loss but for the order in which it is summed."""
+    """Nor anything else, except the loss by the order in which it is summed."""
     small, large = (run(tmp_path / n, f"recipe.test_batch_size={n}", "solver=rk2") for n in ("3", "1000"))
     assert small["train_loss"] == large["train_loss"] and small["test_accuracy"] == large["test_accuracy"]
     ours, theirs = (lines(tmp_path / n) for n in ("3", "1000"))
@@ -184,7 +184,7 @@ def test_how_many_images_are_evaluated_at_once(settings, on_cuda, on_cpu):
 
 
 def test_the_speed_is_that_of_settled_steps(tmp_path, monkeypatch):
-    """Of each process the first two steps are left out, warm-up and recording on CUDA: here they take 10 s each."""
+    """The first two steps of each process, warm-up and recording on CUDA, are left out: here they take 10 s each."""
     clock = [0.0]
 
     def timed(network, *args, **kwargs):
@@ -264,7 +264,7 @@ def test_epochs_can_be_kept(tmp_path):
 
 
 def test_averaged_weights_are_evaluated(tmp_path):
-    """The average of the weights after every step, decay 0.5, by hand; also what a recorded run gives back."""
+    """The average of the weights after every step, decay 0.5, by hand; a recorded run returns the same."""
     seen = []
     settings = ["recipe.moving_average=0.5", "recipe.epochs=1", "seed=1"]
 
@@ -301,7 +301,7 @@ def test_an_averaged_run_goes_on(tmp_path):
 
 
 def test_momentum_restarts_with_every_epoch(tmp_path):
-    """As an optimiser made anew: the first update of an epoch is lr times the gradient."""
+    """As with a new optimiser: the first update of an epoch is lr times the gradient."""
     settings = ["recipe.restart_momentum=true", "recipe.weight_decay=0", "runtime.check_every=1"]
     moved = []
 
@@ -328,7 +328,7 @@ def test_smoothed_labels_are_the_loss_trained_on(tmp_path):
 
 
 def test_averaging_leaves_indices_alone(tmp_path):
-    """Of evolving weights: what is recorded is what the run gives back."""
+    """With evolving weights: a recorded run returns what was recorded."""
     evolving = ["model=resnet4", "model.evolution=reaction_diffusion_advection", "recipe.moving_average=0.9"]
     (config,) = jobs([*(s for s in SMALL if "width" not in s and "model" not in s), *evolving], multirun=False).configs
     results = train(config, tmp_path / "run")
@@ -339,7 +339,7 @@ def test_averaging_leaves_indices_alone(tmp_path):
 
 
 def test_a_run_that_fails_does_not_stop_the_others(tmp_path):
-    """Of several at once: one in use, one that has ended; and a mistake is raised when the others are through."""
+    """Several at once: one in use, one that has ended; an error is raised after the others have ended."""
     configs = [jobs([*SMALL, f"seed={seed}"], multirun=False).configs[0] for seed in range(3)]
     train(configs[0], tmp_path / "0")
     with record_of(tmp_path / "1", configs[1]):
@@ -363,7 +363,7 @@ def record_of(directory, config):
 
 def test_a_cosine_schedule_ends_where_it_ends(tmp_path):
     run(tmp_path / "run", "recipe.schedule=cosine")
-    with pytest.raises(UserError, match="train anew"):
+    with pytest.raises(UserError, match="start a new run for another length"):
         resumed(tmp_path / "run", ["recipe.epochs=4"])
 
 

@@ -1,17 +1,17 @@
-"""A byte budget for training: for every ODE block the checkpoint policy with which a step is fastest and still fits.
+"""A byte budget for training: the checkpoint policy of every ODE block with which a step is fastest and still fits.
 
-Bytes come from dry steps on two small batches: the same operations run on both, every tensor's size is affine in the
-batch, and so the live bytes after every allocation extrapolate exactly to the batch of the run. Blocks share memory in
-one way alone: while block i is in its forward or backward pass, the blocks before it hold what their policies keep. So
+Bytes are found by dry steps on two small batches: the same operations run on both, every tensor's size is affine in the
+batch size, so the live bytes after every allocation extrapolate exactly to the batch of the run. Blocks share memory in
+only one way: while block i is in its forward or backward pass, the blocks before it hold what their policies keep. So
 
     peak(plan) = max over moments m of  live(m) + Σ_{j before m} kept_j(policy_j),
 
-and the fastest plan below a budget is found exactly, block by block, over the plans that no other betters in both bytes
-and time. Times are those of each block alone, on a batch of the run's size, as a graph where the run replays one.
+and the fastest plan below a budget is found exactly, block by block, over the plans that no other plan beats in both
+bytes and time. Each block is timed separately, on a batch of the run's size, as a graph if the run replays one.
 
-What no dry step sees (the data set, copies of the batch, an epoch's order, libraries' workspaces, the allocator's
-rounding) is measured with the steps that will run: once for the lightest plan, as a constant of every prediction, and
-again for each plan that is offered.
+What dry steps do not see (the data set, copies of the batch, an epoch's order, libraries' workspaces, the allocator's
+rounding) is measured with the run's own steps: once for the lightest plan, as a constant in every prediction, and again
+for each plan that is proposed.
 """
 
 import logging
@@ -57,17 +57,17 @@ class _Timeline(LiveTensorBytes):
 
 
 class Planner:
-    """Measures a network's policies once, and plans for any budget. The network is as it was when it is done.
+    """Measures a network's policies once, and plans for any budget. The network is restored afterwards.
 
     Args:
         network: on its device, in training mode.
         new_optimizer: makes the optimiser of a dry step; its state is filled, and its learning rate set to 0.
-        task: whose loss the steps take.
+        task: gives the loss of the steps.
         batch: in the run's layout.
         tick: called after every dry run, for a progress bar.
         batch_size: of the run; by default the batch's.
-        rehearse: takes the steps that will run, with the policies that are set, and returns their peak bytes. By
-            default one eager step on the batch, which then is the run's whole batch.
+        rehearse: takes the run's first steps with the policies that are set, and returns their peak bytes. By default
+            one eager step on the batch, which is then the run's whole batch.
         new_capture: makes the recordings of blocks to be timed; None times them eagerly.
     """
 
@@ -85,7 +85,7 @@ class Planner:
     ) -> None:
         self.network, self.autocast, self.task, self.tick = network, autocast, task, tick
         self.rehearse, self.new_capture = rehearse, new_capture
-        # Copies: a view would count with the whole storage that it looks at.
+        # Copies: a view would count with its whole storage.
         self.batch: Batch = tuple(x.clone() for x in batch)
         self.batch_size = len(batch[0]) if batch_size is None else batch_size
         self.optimizer = new_optimizer(network)
@@ -103,16 +103,16 @@ class Planner:
         with self._undone():
             self.profiles = {name: self._profile(mode) for name, mode in self.choices.items()}
         if rehearse is not None:
-            self.optimizer.state.clear()  # the steps that will run have their own
+            self.optimizer.state.clear()  # the run's own steps make theirs
 
     @staticmethod
     def dry_runs(n_steps: int, solver: Solver) -> int:
-        """How often ``tick`` is called at most."""
+        """The most calls of ``tick``."""
         return 2 * len(policies(n_steps, solver))
 
     @contextmanager
     def _undone(self) -> Iterator[None]:
-        """Weights, buffers, gradient modes and counters afterwards as they were."""
+        """Restore weights, buffers, gradient modes and counters afterwards."""
         modes = [block.gradient for block in self.blocks]
         state = {k: v.detach().cpu().clone() for k, v in self.network.state_dict().items()}
         try:
@@ -135,7 +135,7 @@ class Planner:
         (b1, first), (b2, second) = ((b, self._dry_step(b)) for b in SMALL_BATCHES)
         evaluations = [(e.forward // 2, e.backward // 2) for e in take_evaluations(self.network)]
         if [m[:3] for m in first.marks] != [m[:3] for m in second.marks]:
-            raise RuntimeError("two batches of different size took different operations")
+            raise RuntimeError("two batches of different size ran different operations")
 
         def at_full_batch(pair: tuple[int, int]) -> int:
             return pair[0] + (pair[1] - pair[0]) * (self.batch_size - b1) // (b2 - b1)
@@ -146,7 +146,7 @@ class Planner:
         n = len(self.blocks)
         kept = [at["leave", j] - at["enter", j] for j in range(n)]
         inside, outside = [0] * n, [0] * (n + 1)
-        # Between two marks: the most alive, the block whose pass it is if any, and how many blocks before hold theirs.
+        # Between two marks: the most bytes alive, the block in its pass if any, and how many blocks before hold theirs.
         position, holding = 0, 0
         own: int | None = None
         for (what, j, end, _), now in [*zip(first.marks, marked, strict=True), (("end", n, len(live), 0), 0)]:
@@ -155,7 +155,7 @@ class Planner:
                 outside[holding] = max(outside[holding], most)
             else:
                 inside[own] = max(inside[own], most)
-            if what != "done" or own == j:  # of two blocks in a row, one begins before the other is said to be done
+            if what != "done" or own == j:  # of two blocks in a row, one begins before the other is marked as done
                 own = j if what in ("enter", "backward") else None
                 holding = j + 1 if what == "leave" else j
             position = end
@@ -181,7 +181,7 @@ class Planner:
         return line
 
     def _laid_out(self, x: Tensor) -> Tensor:
-        """In the batch's layout, if x is images or their like."""
+        """x in the batch's memory layout, if it has the dimensions of images."""
         last = self.batch[0].dim() == 4 and self.batch[0].is_contiguous(memory_format=torch.channels_last)
         return x.contiguous(memory_format=torch.channels_last) if last and x.dim() == 4 else x
 
@@ -197,7 +197,7 @@ class Planner:
 
     @cached_property
     def constant_bytes(self) -> int:
-        """What a step holds that no dry step sees: measured, less predicted, of the lightest plan."""
+        """Bytes of a step that dry steps do not see: measured minus predicted, for the lightest plan."""
         names = lightest(self.profiles)
         return self.measure(Plan(names, 0, 0.0)) - counted_bytes(self.profiles, names)
 
@@ -210,7 +210,7 @@ class Planner:
         return self.predict(lightest(self.profiles))
 
     def seconds(self, budget: int) -> dict[str, list[float]]:
-        """Seconds of each block's forward and backward pass under every policy that could fit the budget; inf else."""
+        """Seconds of each block's forward and backward pass under every policy that could fit the budget; else inf."""
         lightest = [min(p.kept[i] for p in self.profiles.values()) for i in range(len(self.blocks))]
         room = budget - self.constant_bytes
         with self._undone():
@@ -241,7 +241,7 @@ class Planner:
         return best
 
     def _recorded(self, passes: Callable[[], None]) -> Callable[[], None]:
-        """As the run will take them: eagerly, launches of a GPU's kernels would be what is timed."""
+        """The passes as the run takes them, recorded if possible: eager times would be those of kernel launches."""
         if self.new_capture is None:
             return passes
         try:
@@ -250,14 +250,14 @@ class Planner:
             self.network.zero_grad(set_to_none=True)
             capture.record(passes)
         except Exception as error:
-            log.debug(f"timed eagerly: {error}")  # a run that cannot be captured says so itself
+            log.debug(f"timed eagerly: {error}")  # the run itself warns if it cannot be captured
             return passes
         return capture.replay
 
     def plan(self, budget: int) -> Plan:
         """The fastest plan whose predicted peak is at most the budget; UserError if there is none."""
         if budget < self.least():
-            raise UserError(f"no plan fits {budget} bytes; the least is {self.least()}")
+            raise UserError(f"no plan fits {budget} bytes; give at least {self.least()}")
         names = fastest(self.profiles, self.seconds(budget), budget - self.constant_bytes)
         assert names is not None
         return self._plan_of(names)
@@ -279,8 +279,8 @@ class Planner:
     def fitted(self, budget: int) -> tuple[Plan, int]:
         """A plan whose measured peak is below the budget too, and that peak.
 
-        What a kernel allocates for itself is in no prediction; where the measured peak shows it, it comes off the
-        budget, and the plan is made anew; the last to be tried is the lightest.
+        Memory that kernels allocate for themselves is not predicted. If the measured peak shows it, it is subtracted
+        from the budget and a new plan is made; the lightest plan is tried last.
 
         Raises:
             UserError: if nothing fits; names the smallest budget that does.

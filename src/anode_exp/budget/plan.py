@@ -18,11 +18,11 @@ from anode_exp.gradient import (
 from anode_exp.ode import ReversibleSolver, Solver, StageSolver
 
 RESERVE = 2**16
-"""Bytes of a budget left to what the measured steps do not have: checks of the losses between them, mostly."""
+"""Bytes of a budget reserved for what the measured steps lack, mostly checks of the losses between steps."""
 
 
 def policies(n_steps: int, solver: Solver) -> dict[str, GradientMode]:
-    """The policies worth choosing from for blocks of so many steps of this method: name → mode."""
+    """The policies worth trying for blocks of ``n_steps`` steps of this method: name → mode."""
     found: dict[str, GradientMode] = {"full_backprop": FullBackprop(), "dto_checkpoint": DtoCheckpoint()}
     units = ["step"]
     if isinstance(solver, StageSolver):
@@ -48,8 +48,8 @@ class Profile:
 
     Attributes:
         kept: what each block holds from its forward pass until its backward pass.
-        inside: the most alive during each block's own passes, less what the blocks before it keep.
-        outside: the most alive elsewhere, less what blocks keep: entry i while the first i blocks hold theirs.
+        inside: the most bytes alive during each block's own passes, minus what the blocks before it keep.
+        outside: the most bytes alive elsewhere, minus what blocks keep: entry i while the first i blocks hold theirs.
         evaluations: of f, forward and backward, in each block.
         shapes: of each block's input, without the batch.
     """
@@ -71,7 +71,7 @@ class Plan:
 
 
 def plan_table(plan: dict[str, Any]) -> str:
-    """A recorded plan, a line a block."""
+    """A recorded plan, one line per block."""
     rows = []
     for i, b in enumerate(plan["blocks"], 1):
         evaluations = f"{b['evaluations_forward']} + {b['evaluations_backward']}"
@@ -124,7 +124,7 @@ def fastest(
 
 
 def lightest(profiles: Mapping[str, Profile]) -> tuple[str, ...]:
-    """The policies of the fewest bytes."""
+    """The policies with the fewest bytes."""
     blocks = len(_outside(profiles)) - 1
     any_time = {name: [0.0] * blocks for name in profiles}
     low, high = 0, min(counted_bytes(profiles, [name] * blocks) for name in profiles)

@@ -1,4 +1,4 @@
-"""How every verb reads its words: ``--help``, and settings as ``key=value``."""
+"""Parsing the arguments of a verb: ``--help``, and settings as ``key=value``."""
 
 import argparse
 import sys
@@ -16,7 +16,7 @@ Tables = Iterable[tuple[str, list[tuple[str, str]]]]
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse, with a mistake as one line that names the help."""
+    """argparse that reports a mistake on one line, which names ``--help``."""
 
     def __init__(self, verb: str, *positionals: str) -> None:
         super().__init__(prog=f"{PROGRAM} {verb}", add_help=False, allow_abbrev=False)
@@ -33,7 +33,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def own_settings(schema: type, names: Iterable[str] | None = None) -> list[tuple[str, str]]:
-    """Rows of help for a verb's own settings: ``key=default`` and what it is."""
+    """Rows of help for a verb's own settings: ``key=default`` and what it means."""
     chosen = [f for f in fields(schema) if names is None or f.name in names]
     return [(f"{f.name}={_shown(f.default)}", f.metadata["help"]) for f in chosen]
 
@@ -53,7 +53,7 @@ def help_text(usage: str, about: str, parts: Tables = (), examples: Iterable[str
 
 
 def version() -> str:
-    """This program's, Python's, torch's and CUDA's, in a line."""
+    """Versions of this program, Python, torch, CUDA and torchvision, on one line."""
     import torch
 
     cuda = f"CUDA {torch.version.cuda}" if torch.version.cuda else "no CUDA"

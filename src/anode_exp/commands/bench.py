@@ -1,4 +1,4 @@
-"""``bench``: training steps of several compositions, and of usual ways to train, timed in turn."""
+"""``bench``: training steps of several configurations and of common training loops, timed in turn."""
 
 from fnmatch import fnmatchcase
 
@@ -9,7 +9,7 @@ from anode_exp.config.describe import near
 from anode_exp.config.schema import BenchSettings, TrainConfig
 from anode_exp.errors import UserError
 
-ABOUT = "time of a training step of several compositions, and of usual ways to train, in turn"
+ABOUT = "time of a training step of several configurations and of common training loops, measured in turn"
 EXAMPLES = (
     "bench model=squeezenext solver=rk2",
     "bench 'compare=[gradient=full_backprop, gradient=dto_checkpoint solver=rk4, baseline=dataloader]'",
@@ -21,8 +21,8 @@ def main(arguments: list[str]) -> None:
     parsed = Parser("bench").parse_intermixed_args(arguments)
     if parsed.help:
         usage = "bench [GROUP=OPTION …] [KEY=VALUE …] [compare=LIST]"
-        text = f"Bench: {ABOUT}. The other settings are those of train and shared by all entries."
-        place = ("hydra.run.dir=outputs/DATE/TIME-bench", "where table and records go")
+        text = f"Bench: {ABOUT}. All other settings are those of train and apply to every entry."
+        place = ("hydra.run.dir=outputs/DATE/TIME-bench", "folder of the table and the records")
         baselines = [(f"baseline={name}", said) for name, said in BASELINES.items()]
         parts = [("settings", [*own_settings(BenchSettings), place]), ("baselines", baselines)]
         print(help_text(usage, text, parts, EXAMPLES))
@@ -47,16 +47,17 @@ NOT_TIMED = (
     *("recipe.gamma", "recipe.schedule", "recipe.warmup_epochs", "recipe.evolution_lr", "recipe.restart_momentum"),
     *("recipe.moving_average", "runtime.check_every", "runtime.keep_every", "runtime.sync_debug", "dataset.test_size"),
 )
-"""Settings of a run that are no part of its training step, as ``bench`` times it."""
+"""Settings of a run that do not affect the training step that ``bench`` times."""
 
 
 def bench_entries(arguments: list[str]) -> tuple[list[tuple[str, TrainConfig, str | None]], int]:
-    """What ``bench`` compares: (label, configuration, baseline) each, and how many rounds.
+    """The entries to compare, each (label, configuration, baseline), and the number of rounds.
 
-    ``compare=[…]`` lists overrides, several in one entry separated by spaces, next to those that all entries share;
-    ``baseline=NAME`` among them is one of ``BASELINES``. Without it the project's step stands next to all of those.
+    ``compare=[…]`` lists the entries. An entry has overrides, separated by spaces, in addition to those that all
+    entries share; ``baseline=NAME`` among them is one of ``BASELINES``. Without ``compare``, the project's step is
+    compared with all baselines except ``torchdiffeq_adjoint``.
 
-    Raises UserError for the first thing wrong.
+    Raises UserError for the first mistake.
     """
     own, shared = split_settings(BenchSettings, arguments, "bench")
     compare = yaml_or_text(own.compare)
@@ -73,8 +74,8 @@ def bench_entries(arguments: list[str]) -> tuple[list[tuple[str, TrainConfig, st
         raise UserError("compare: names the same entry twice")
     if len({(c.runtime.device, c.runtime.precision == "tf32", c.runtime.cudnn_benchmark) for _, c, _ in entries}) > 1:
         raise UserError(
-            "compare: one process runs on one device, with TF32 or without, with runtime.cudnn_benchmark or without; "
-            "compare those in two runs"
+            "compare: the entries differ in device, TF32 or runtime.cudnn_benchmark, which a process sets once; "
+            "compare them in two runs"
         )
     return entries, own.rounds
 
@@ -88,7 +89,9 @@ def _entry(label: str, shared: list[str]) -> tuple[str, TrainConfig, str | None]
     config = composed([*shared, *settings], "list them in compare")
     check_used(given_keys(parse(settings)), [config])
     if baselines and config.task.name != "classification":
-        raise UserError(f"baseline={baselines[0]}: is for images; list settings in compare, as --help shows")
+        raise UserError(
+            f"baseline={baselines[0]}: takes task=classification; list settings in compare, as --help shows"
+        )
     if len(baselines) > 1:
         raise UserError(f"compare: {label} names two baselines; write an entry for each")
     baseline = baselines[0] if baselines else None
@@ -103,7 +106,7 @@ def _entry(label: str, shared: list[str]) -> tuple[str, TrainConfig, str | None]
             raise UserError(f"{key}: baseline={baseline} does not use it; leave it out of its entry")
     for key in given_keys(parse([*shared, *settings])):
         if key in NOT_TIMED:
-            raise UserError(f"{key}: bench times training steps, of which it is no part; leave it out")
+            raise UserError(f"{key}: bench times training steps, which it does not affect; leave it out")
     if config.gradient.name == "budget":
         raise UserError("gradient=budget: bench does not plan for a budget; use study budget, or study memory")
     if config.seeds > 1 and baseline:

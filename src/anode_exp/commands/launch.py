@@ -1,4 +1,4 @@
-"""Processes that torchrun or a launcher of Hydra started: who they are, and handing a reproduction's runs to them."""
+"""Processes started by torchrun or a Hydra launcher, and running a reproduction as jobs of a launcher."""
 
 import json
 import os
@@ -30,12 +30,12 @@ LOOK_EVERY_S = 5.0
 
 
 def launched() -> bool:
-    """Whether torchrun, or what sets the same variables, started this process as one of several."""
+    """Whether this process is one of several, started by torchrun or a program that sets the same variables."""
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
 def join(config: TrainConfig) -> "World":
-    """The processes that torchrun started, and that share every batch; UserError for what they cannot share."""
+    """Join the processes that torchrun started to share every batch; UserError for settings they cannot share."""
     from anode_exp.training import world
 
     if not launched():
@@ -48,13 +48,13 @@ def join(config: TrainConfig) -> "World":
 
 
 def enter_job() -> bool:
-    """Take up a job's place: the folder of its command; several tasks of a cluster's job become processes of one run.
+    """Prepare a job: change to the folder of its command, and make several tasks of a Slurm job processes of one run.
 
     Returns:
-        Whether the launcher starts a job again that was stopped or killed: it then goes on where it was.
+        Whether the launcher restarts a job that was stopped or killed, which then continues from its checkpoint.
     """
     hydra = HydraConfig.get()
-    os.chdir(hydra.runtime.cwd)  # Ray's processes begin elsewhere
+    os.chdir(hydra.runtime.cwd)  # Ray's processes start in another folder
     launcher = str(hydra.launcher.get("_target_", ""))
     if "submitit" in launcher:
         import submitit
@@ -66,47 +66,52 @@ def enter_job() -> bool:
 
 
 def run_by_hydra(job: Callable[[DictConfig], None], program: str, arguments: list[str]) -> None:
-    """Start a job, or with ``-m`` the jobs of a sweep, as Hydra's command line asks.
+    """Start a job, or with ``-m`` the jobs of a sweep, by Hydra's command line.
 
     Raises:
-        UserError: if the launcher's cluster is not there.
+        UserError: if the launcher's cluster cannot be reached.
     """
     import hydra
 
     if "hydra/launcher=slurm" in arguments and "-m" in arguments and shutil.which("srun") is None:
-        raise UserError("launcher slurm: this machine has no Slurm (srun); submitit_local starts such jobs on it")
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises what a job raised, for the caller to report
+        raise UserError("launcher slurm: this machine has no Slurm (srun); use submitit_local to start such jobs here")
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises a job's exception, which the caller reports
     sys.argv = [program, *arguments]
     try:
         hydra.main(version_base="1.3", config_path=str(CONF), config_name="train")(job)()
     except ConnectionError as error:
-        if type(error) is not ConnectionError:  # a pipe that was closed, say
+        if type(error) is not ConnectionError:  # such as a closed pipe
             raise
         remedy = "start it with ray start --head, or leave out hydra.launcher.ray.init.address"
         raise UserError(f"launcher ray: no cluster answers; {remedy}") from error
 
 
 def launch(cells: list[Cell], settings: list[str], folder: Path) -> list[dict[str, Any]]:
-    """A job for each cell, as many at once as the launcher lets; returns when all have ended.
+    """Run each cell as a job, as many at once as the launcher allows; return when all have ended.
 
     Args:
-        settings: Hydra's, with the launcher.
-        folder: how each job ended is written there, and what the launcher writes itself.
+        settings: overrides for Hydra, including the launcher.
+        folder: for the outcome of each job and the launcher's own files.
 
     Returns:
-        Of each job ``error``, None if nothing failed; ``mistake``, whether the user can mend it; and ``signal``, the
-        number of the one that interrupted it, or None.
+        For each job ``error``, None if nothing failed; ``mistake``, whether the user can fix it; and ``signal``, the
+        number of the signal that interrupted it, or None.
     """
-    jobs = {f"{cell.figure}/{cell.directory.name}": (cell, folder.absolute()) for cell in cells}
+    jobs = {f"{cell.paper}/{cell.figure}/{cell.directory.name}": (cell, folder.absolute()) for cell in cells}
     for name in jobs:
         _ending(folder, name).unlink(missing_ok=True)
     own = ["hydra.output_subdir=null", "hydra.sweep.subdir=.", f"hydra.sweep.dir={quoted(folder.absolute())}"]
     with _epochs_shown(cells):
         job = update_wrapper(partial(_run_job, jobs), _run_job)
-        run_by_hydra(job, "reproduce", ["-m", *own, *settings, f"+cell={','.join(jobs)}"])
+        try:
+            run_by_hydra(job, "reproduce", ["-m", *own, *settings, f"+cell={','.join(jobs)}"])
+        except UserError:
+            raise
+        except Exception as error:  # a process was killed, and the launcher gave up; the others may have ended well
+            print(f"{type(error).__name__}: {str(error).partition(chr(10))[0]}", file=sys.stderr)
     endings = []
     for name, (cell, _) in jobs.items():
-        path, unknown = _ending(folder, name), f"{cell.name}: the job ended and did not say how; see {folder}"
+        path, unknown = _ending(folder, name), f"{cell.name}: its job left no result; see {folder}"
         known = path.exists()
         endings.append(json.loads(path.read_text()) if known else {"error": unknown, "mistake": False, "signal": None})
     return endings
@@ -117,7 +122,7 @@ def _ending(folder: Path, name: str) -> Path:
 
 
 def _run_job(jobs: dict[str, tuple[Cell, Path]], config: DictConfig) -> None:
-    """What a job does: it trains or studies one cell. Nothing that goes wrong in it stops the other jobs."""
+    """Run one cell in a job. An error in it does not stop the other jobs."""
     from anode_exp.commands.reproduce import run_group
     from anode_exp.training.signals import stop_requests
 
@@ -135,7 +140,7 @@ def _run_job(jobs: dict[str, tuple[Cell, Path]], config: DictConfig) -> None:
 
 @contextmanager
 def _epochs_shown(cells: list[Cell]) -> Iterator[None]:
-    """A bar of the epochs that the jobs have recorded."""
+    """Show a progress bar of the epochs that the jobs have recorded."""
     runs = [cell for cell in cells if cell.config is not None]
     ended = threading.Event()
 

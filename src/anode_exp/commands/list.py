@@ -4,7 +4,7 @@ from anode_exp.commands.arguments import Parser, help_text
 from anode_exp.config.describe import catalogue
 from anode_exp.errors import UserError
 
-ABOUT = "models, solvers, gradient modes, data sets, presets, studies and papers, each with a line"
+ABOUT = "models, solvers, gradient modes, data sets, presets, studies and papers, each with one line"
 
 
 def main(arguments: list[str]) -> None:

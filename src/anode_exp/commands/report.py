@@ -1,4 +1,4 @@
-"""``report PAPER`` or ``report DIR …``: curves and tables of a reproduction, or of any runs, as one page."""
+"""``report PAPER`` or ``report DIR …``: curves and tables of a reproduction, or of any runs, on one page."""
 
 import shlex
 from pathlib import Path
@@ -12,7 +12,7 @@ from anode_exp.config.reproduction import cells, directories, specification
 from anode_exp.config.schema import ReportSettings
 from anode_exp.errors import UserError
 
-ABOUT = "curves and tables as one page: of any folders' runs, or of a paper's next to the published ones"
+ABOUT = "curves and tables on one page: of the runs in any folders, or of a paper's runs next to the published results"
 
 
 def main(arguments: list[str]) -> None:
@@ -59,25 +59,23 @@ def main(arguments: list[str]) -> None:
 
 
 def report_runs(folders: list[str], settings: list[str]) -> None:
-    """The page of any runs; UserError for folders that hold none."""
+    """Write the page of any runs; UserError for folders that hold none."""
     for word in folders:
         if word in options("reproduce"):
-            raise UserError(
-                f"{word}: a paper has a page of its own; report {word} directory=DIR reads its runs from DIR"
-            )
+            raise UserError(f"{word}: a paper has its own page; use report {word} directory=DIR for its runs in DIR")
         if not Path(word).is_dir():
             papers = ", ".join(options("reproduce"))
-            raise UserError(f"{word}: no paper and no folder; papers are {papers}, a folder is such as outputs/DATE")
+            raise UserError(f"{word}: is not a paper or folder; give one of {papers}, or a folder such as outputs/DATE")
     own, others = split_settings(ReportSettings, settings, "report")
     for argument in (a for a in settings if a in others or not a.startswith("to=")):
-        raise UserError(f"{argument}: a report of folders takes to=, the folder of its page")
+        raise UserError(f"{argument}: a report of folders takes only to=, the folder of its page")
 
     from anode_exp.records.folders import read_runs
     from anode_exp.report.runs import write_runs_report
 
     records = read_runs([Path(word) for word in folders])
     if not records:
-        raise UserError(f"{', '.join(folders)}: no run lies there; give a folder of runs, such as outputs/DATE")
+        raise UserError(f"{', '.join(folders)}: there are no runs; give a folder of runs, such as outputs/DATE")
     target = Path(own.to) if own.to is not None else Path(folders[0]) / "report"
     page = write_runs_report(records, ", ".join(folders), target)
     print((target / "README.md").read_text())

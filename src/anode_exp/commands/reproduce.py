@@ -48,7 +48,7 @@ def main(arguments: list[str]) -> None:
             raise UserError(f"{of_launcher[0]}: is for jobs in parallel; add launcher=NAME")
         sys.exit(reproduce(found))
     launcher = [f"hydra/launcher={own.launcher}", *of_launcher]
-    compose_line(launcher)  # checked
+    compose_line(launcher)  # checks the settings
     sys.exit(reproduce_by_jobs(found, launcher, directories(parsed.paper, own.length, Path(own.directory))[0]))
 
 
@@ -56,7 +56,7 @@ def paper_name(verb: str, given: str | None) -> str:
     """The paper that was named; UserError if none was."""
     if given is None or "=" in given:
         folders = "" if verb == "reproduce" else "; or folders of runs, such as outputs/DATE"
-        raise UserError(f"{verb}: needs the name of a paper; there are {', '.join(options('reproduce'))}{folders}")
+        raise UserError(f"{verb}: needs the name of a paper; papers are {', '.join(options('reproduce'))}{folders}")
     return given
 
 
@@ -76,11 +76,11 @@ def paper_help(verb: str, text: str, paper: str | None, schema: type = Reproduce
     if verb == "reproduce":
         of_figure = f"reproduce {paper} figure=table_resnet4"
         examples += [f"{of_figure} seeds=3 length=short", f"{of_figure} runtime.precision=bf16"]
-        notes = "Any setting of train besides applies to every run."
+        notes = "All other settings of train apply to every run."
     else:
         examples += [f"{verb} outputs/DATE outputs/DATE/TIME", f"{verb} outputs/DATE to=page"]
         notes = (
-            "A report of folders shows any runs in them, of any task, grouped by the settings that vary; it takes to=."
+            "A report of folders shows their runs, of any task, grouped by the settings that vary; it takes only to=."
         )
     parts.append(("settings", own_settings(schema)))
     usage = "PAPER" if verb == "reproduce" else "PAPER | DIR …"
@@ -88,7 +88,7 @@ def paper_help(verb: str, text: str, paper: str | None, schema: type = Reproduce
 
 
 def is_done(cell: Cell) -> bool:
-    """Whether a cell's run is recorded whole, completed or diverged; UserError for a run of other settings there."""
+    """Whether a cell's run is completed or diverged; UserError if the folder holds a run with other settings."""
     if cell.config is None:  # cell.json is written last
         path = cell.directory / "cell.json"
         if not path.exists():
@@ -101,7 +101,7 @@ def is_done(cell: Cell) -> bool:
         return True
     if not (cell.directory / "config.yaml").exists():
         return False
-    # Training is the same whatever the running statistics, and a run is evaluated both ways.
+    # Training does not depend on the running statistics, and a run is evaluated with both kinds.
     other = [k for k in differing(typed(read_config(cell.directory)), cell.config) if k != "model.statistics"]
     if other:
         remedy = "give directory= for a new reproduction"
@@ -111,19 +111,19 @@ def is_done(cell: Cell) -> bool:
 
 
 def _measured(settings: list[str]) -> list[str]:
-    """Those that change what a study measures."""
+    """The settings that change what a study measures."""
     return [s for s in settings if not s.startswith(("dataset.root=", "dataset.download=", "runtime.device="))]
 
 
 def with_runs(cell: Cell) -> Cell:
-    """A study of a figure's runs, with the completed ones in its settings; any other cell as it is."""
+    """A study of a figure's runs with the completed ones in its settings; any other cell unchanged."""
     folders = sorted(path.parent for path in cell.directory.glob("*_seed-*/results.json"))
     ended = [str(f) for f in folders if cell.of_runs and (read_results(f) or {}).get("status") == "completed"]
     return replace(cell, settings=[f"study.run='{','.join(ended)}'", *cell.settings]) if ended else cell
 
 
 def recorded_config(cell: Cell) -> TrainConfig | None:
-    """A cell's configuration, with the running statistics that its run keeps where it has begun."""
+    """A cell's configuration; if its run has begun, with the ``model.statistics`` of the run."""
     if cell.config is None or not (cell.directory / "config.yaml").exists():
         return cell.config
     statistics = typed(read_config(cell.directory)).model.statistics
@@ -131,7 +131,7 @@ def recorded_config(cell: Cell) -> TrainConfig | None:
 
 
 def lacks_calibration(cell: Cell) -> bool:
-    """Whether a completed run of an ODE network is still to be evaluated with the other BatchNorm statistics too."""
+    """Whether a completed run of an ODE network still lacks its evaluation with the other BatchNorm statistics."""
     config, results = recorded_config(cell), read_results(cell.directory)
     if config is None or results is None or results["status"] != "completed":
         return False
@@ -142,25 +142,26 @@ def lacks_calibration(cell: Cell) -> bool:
 
 
 def missing(cells: list[Cell]) -> list[Cell]:
-    """Those without a record, and studies of runs that will have more; in order."""
+    """The cells without a record, in order, then the studies of runs whose figures will get more runs."""
     todo = [cell for cell in cells if not is_done(cell) or lacks_calibration(cell)]
-    changing = {cell.directory.parent for cell in todo}  # figures that will have more runs than their studies know
+    changing = {cell.directory.parent for cell in todo}  # figures that will get runs that their studies lack
     return todo + [cell for cell in cells if cell.of_runs and cell.directory in changing and cell not in todo]
 
 
 def reproduce(cells: list[Cell]) -> int:
-    """Run what is missing, go on with what was interrupted, skip what is recorded with the same settings.
+    """Run the missing cells, continue the interrupted ones, skip those that are recorded with the same settings.
 
-    On CUDA the seeds of one figure and method run at once. A run that another process is writing is left to it. A
-    failed one does not stop the others, and one whose data set's file is not there is left out where nothing named it.
+    On CUDA the seeds of one figure and method run at once. A run that another process is writing is skipped. A failed
+    run does not stop the others. An optional run is left out if the file of its data set is missing.
 
     Returns:
-        The exit code: 0, 2 where runs failed by a mistake to mend alone, else 1, 128 and the signal that interrupted.
+        The exit code: 0 on success; 2 if every failure is a mistake that the user can fix, else 1; 128 plus the number
+        of the signal that interrupted.
     """
     cells = list({cell.directory: cell for cell in cells}.values())  # figures may share some
     todo = missing(cells)
     print(f"{len(cells) - len(todo)} of {len(cells)} runs are recorded, {len(todo)} to go")
-    failed: list[tuple[str, bool]] = []  # and whether the user can mend it
+    failed: list[tuple[str, bool]] = []  # and whether the user can fix it
     groups, done_epochs = _together(todo), sum(map(_epochs, cells))
     epochs = sum(c.config.recipe.epochs for c in cells if c.config is not None)
     with stop_requests() as stop, bar(epochs, "all runs", done_epochs) as progress:
@@ -186,13 +187,13 @@ def _exit_code(failed: list[tuple[str, bool]]) -> int:
 
 
 def reproduce_by_jobs(cells: list[Cell], launcher: list[str], folder: Path) -> int:
-    """As ``reproduce``, with each of the missing runs a job of one of Hydra's launchers.
+    """As ``reproduce``, but each missing run is a job of a Hydra launcher.
 
-    A job trains one run: how many share a device is the launcher's matter. Studies of runs come when all have ended.
+    A job trains one run; the launcher decides how many share a device. Studies of runs start when all runs have ended.
 
     Args:
-        launcher: Hydra's settings.
-        folder: of the reproduction; the launcher writes to ``jobs`` in it.
+        launcher: overrides for Hydra.
+        folder: the folder of the reproduction; the launcher writes to its subfolder ``jobs``.
     """
     cells = list({cell.directory: cell for cell in cells}.values())
     todo = missing(cells)
@@ -221,9 +222,9 @@ def _epochs(cell: Cell) -> int:
 
 
 def run_group(group: list[Cell], failed: list[tuple[str, bool]], tick: Callable[[], object], stop: StopRequest) -> None:
-    """Train the cells of a group, or do the study; what fails is told and noted.
+    """Train the cells of a group, or run its study; a failure is logged and appended to ``failed``.
 
-    Where a launcher started several processes for a cell, they train it together, and the first does the rest.
+    If a launcher started several processes for a cell, they train it together, and the first does the rest.
     """
     from anode_exp.commands.together import train_together  # imports torch
     from anode_exp.runs import evaluate_run
@@ -246,7 +247,7 @@ def run_group(group: list[Cell], failed: list[tuple[str, bool]], tick: Callable[
         try:
             if runs:
                 train_together(runs, resume=True, tick=tick, stop=stop, world=world)
-        finally:  # also of those that went well beside one that failed
+        finally:  # also for runs that completed when another one failed
             for cell in group if first else ():
                 if lacks_calibration(cell) and (config := recorded_config(cell)) is not None:
                     configs = evaluations(cell.directory, [f"model.statistics={other_statistics(config)}"])
@@ -270,9 +271,10 @@ def run_group(group: list[Cell], failed: list[tuple[str, bool]], tick: Callable[
 
 
 def _time_to_go(cells: list[Cell], left: list[list[Cell]]) -> str:
-    """From recorded epochs: those of the same figure and method, else of the figure's others. Groups run at once.
+    """The estimated time to the end, as text, from the median time of recorded epochs, evaluation included.
 
-    An epoch takes the median of those recorded, evaluation included.
+    The epochs are those of the same figure and method, else of the figure's slowest other method. The runs of a group
+    run at once.
     """
     seconds: dict[tuple[str, str | None], list[float]] = {}
     for recorded in (c for c in cells if c.config is not None):

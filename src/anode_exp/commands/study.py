@@ -22,11 +22,11 @@ def main(arguments: list[str]) -> None:
     if name is None and parsed.help:
         parts = [("studies", [(n, about("study", n).line) for n in names])]
         examples = [about("study", n).commands[0].removeprefix(f"{PROGRAM} ") for n in names]
-        about_all = f"Study: {ABOUT}. Each answers --help with its settings."
+        about_all = f"Study: {ABOUT}. study NAME --help shows the settings of each."
         print(help_text("study NAME [KEY=VALUE …]", about_all, parts, examples))
         return
     if name is None or "=" in name:
-        raise UserError(f"study: needs the name of one; there are {', '.join(names)}")
+        raise UserError(f"study: needs the name of a study; studies are {', '.join(names)}")
     if name not in names:
         raise UserError(f"study {name}: there is no such study; choose one of {', '.join(names)}{near(name, names)}")
     if parsed.help:
@@ -56,8 +56,8 @@ def help_page(name: str) -> str:
     rows = [r for r in rows if not r[0].startswith(OF_RUN)]
     if "gradients" in config.study:
         modes = ", ".join(config.study.gradients)
-        rows.append(("+study.gradients.NAME={name: …}", f"one more mode; there are {modes}"))
-    place = (f"hydra.run.dir=outputs/DATE/TIME-{name}", "where table, plot and records go")
+        rows.append(("+study.gradients.NAME={name: …}", f"add a mode to {modes}"))
+    place = (f"hydra.run.dir=outputs/DATE/TIME-{name}", "folder of the table, the plot and the records")
     settings = [*of_run, *own_settings(StudySettings, takes), place, *rows]
     examples = [c.removeprefix(f"{PROGRAM} ") for c in said.commands]
     notes = f"Settings of train that it uses: {', '.join(STUDY_READS[name])}." if STUDY_READS[name] else ""

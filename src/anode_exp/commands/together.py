@@ -1,4 +1,4 @@
-"""The verb ``train``: one composed configuration to one finished run."""
+"""Training one run, or several runs at once on one device."""
 
 import json
 import logging
@@ -38,14 +38,14 @@ ALONE_STEPS = 3
 
 
 def train(config: TrainConfig, directory: Path, resume: bool = False) -> dict[str, Any]:
-    """Run a configuration in a directory of its own, or go on with the run that is there.
+    """Train a configuration in its own directory, or continue the run that is there.
 
     Returns:
-        What ``results.json`` holds, and ``signal``: the number of the one that interrupted, or None.
+        The content of ``results.json``, and ``signal``: the number of the signal that interrupted the run, or None.
 
     Raises:
-        UserError: if the data are missing, the device is, or the directory holds a run already (to resume: none, or
-            one that has ended).
+        UserError: if the data or the device are missing, or the directory already holds a run (when resuming: no run,
+            or one that has ended).
     """
     return train_together([(config, directory)], resume)[0]
 
@@ -57,19 +57,19 @@ def train_together(
     stop: StopRequest | None = None,
     world: World = ALONE,
 ) -> list[dict[str, Any]]:
-    """Several runs that share a data set, a step of each in turn; on CUDA every run has a stream of its own.
+    """Train several runs that share a data set, one step of each in turn; on CUDA every run has its own stream.
 
-    Networks this small leave most of a GPU idle. Every run computes what it would alone, and its peak memory is that of
-    its first steps, which it takes alone; its times are those of a shared device.
+    One small network leaves most of a GPU idle. Every run computes the same numbers as on its own. Its peak memory is
+    that of its first steps, which it takes alone; its times are those of a shared device.
 
     Args:
         tick: called after every epoch of every run.
-        stop: what asks to stop; by default SIGINT and SIGTERM do.
+        stop: the request to stop; by default SIGINT and SIGTERM make it.
         world: the processes that share every batch of a single run.
 
     Returns:
-        As ``train``, for each run. A run that has ended or that another process is writing stays as it is; if none can
-        go on, or one fails, that is raised when the others are through.
+        As ``train``, for each run. A run that has ended or that another process is writing stays unchanged. If no run
+        can continue, or one fails, the error is raised after the others have ended.
 
     Raises:
         UserError: as ``train``, and on CUDA for more runs than ``MOST_STREAMS``.
@@ -79,7 +79,7 @@ def train_together(
     first = runs[0][0]
     device = build_device(first.runtime)
     set_backends(first.runtime)
-    clear_workspaces(device)  # an earlier job of this process, failed perhaps, is no part of this one's memory
+    clear_workspaces(device)  # so that memory of an earlier job of this process does not count
     data = build_data(first.dataset, device)
     streams = run_streams(device, len(runs))
     alone = len(runs) == 1
@@ -92,9 +92,9 @@ def train_together(
         for run in todo:
             closing.callback(run.close)
             run.go_on(run.begin)
-            if world.size > 1:  # a mistake that the first process finds is one of all
+            if world.size > 1:  # an error in one process ends all of them
                 world.settle(run.error)
-            # Its first steps alone: warm-up, recording, and memory are then what they are without the others.
+            # It takes its first steps alone: warm-up, capture and peak memory are then those of a single run.
             for _ in range(0 if alone else ALONE_STEPS):
                 if run.go_on(run.advance):
                     tick()
@@ -118,12 +118,12 @@ def train_together(
 
 @dataclass(eq=False)
 class Run:
-    """One of the runs of a command: begun, then advanced a step at a time. What goes wrong in one is its own.
+    """One of the runs of a command: begun, then advanced one step at a time. An error in it does not stop the others.
 
     Attributes:
-        active: whether it has begun and not ended.
-        results: what ``results.json`` holds, and ``signal``, once it has ended.
-        error: what it failed with.
+        active: whether it has not ended.
+        results: the content of ``results.json``, and ``signal``, once it has ended.
+        error: the exception that ended it, or None.
     """
 
     config: TrainConfig
@@ -143,7 +143,7 @@ class Run:
     _trainer: Trainer | None = None
 
     def go_on(self, part: Callable[[], bool]) -> bool:
-        """A part of the run, on its stream and with its log; whether an epoch has ended. An error ends the run."""
+        """Call ``part`` on the run's stream and with its log; return whether an epoch ended. An error ends the run."""
         if not self.active:
             return False
         with logging_for(self.directory), torch.cuda.stream(self.stream):
@@ -156,7 +156,7 @@ class Run:
                 return False
 
     def begin(self) -> bool:
-        """Assemble what the configuration says, and take up the checkpoint where the run is resumed."""
+        """Build the run from its configuration, and load its checkpoint when resuming."""
         config, directory = self.config, self.directory
         self.memory = PeakMemory(self.data.device, self.data.nbytes)
         first = self.world.rank == 0
@@ -183,14 +183,14 @@ class Run:
             f"seed {config.seed}, {device_name(assembly.device)}{self._processes()}\n{directory}"
         )
         if self.resume:
-            log.info(f"going on after epoch {done.epochs}, step {done.steps}")
+            log.info(f"continuing after epoch {done.epochs}, step {done.steps}")
         return False
 
     def _processes(self) -> str:
         return "" if self.world.size == 1 else f", {self.world.size} processes"
 
     def advance(self) -> bool:
-        """One step; whether an epoch has ended with it. After the last one the run is finished."""
+        """Take one step, and finish the run after the last one; return whether an epoch has ended."""
         assert self._trainer is not None
         epochs = self._trainer.progress.epochs
         if not self._trainer.advance():
@@ -198,13 +198,13 @@ class Run:
         return self._trainer.progress.epochs > epochs
 
     def pause(self, alone: bool) -> None:
-        """The others' first steps come now."""
+        """Wait while the others take their first steps."""
         if self._trainer is not None and self.active and not alone:
             self.memory.alone()
         self._paused_at = time.perf_counter()
 
     def wake(self) -> None:
-        """What it waited is no part of its times."""
+        """End the wait, which does not count in the run's times."""
         if self._trainer is not None:
             self._trainer.waited_s += time.perf_counter() - self._paused_at
 
@@ -229,16 +229,16 @@ class Run:
         self._record.finish(results)
         log.info(_table(results, trainer))
         if trainer.status == "interrupted":
-            log.info(f"go on with: python -m anode_exp train resume={self.directory}")
+            log.info(f"continue with: python -m anode_exp train resume={self.directory}")
         self.active = False
         signals = [signal for signal in self.world.gather(self.stop.signal) if signal is not None]
         self.results = {**results, "signal": signals[0] if trainer.status == "interrupted" and signals else None}
 
 
 def _plan(directory: Path, trainer: Trainer, resume: bool) -> None:
-    """Choose every block's policy for the byte budget, and record it; a resumed run keeps the one it had.
+    """Choose every block's policy for the byte budget, and record the plan; a resumed run keeps its plan.
 
-    Raises UserError if nothing fits.
+    Raises UserError if no plan fits.
     """
     path, network, config = directory / "plan.json", trainer.network, trainer.assembly.config
     solver = next(ode_blocks(network)).solver
@@ -249,7 +249,7 @@ def _plan(directory: Path, trainer: Trainer, resume: bool) -> None:
         budget = parse_bytes(str(config.gradient.memory))
         with (
             bar(Planner.dry_runs(config.solver.n_steps, solver), "planning") as progress,
-            memory_for("planning", "give a smaller gradient.memory, which the device holds, or recipe.batch_size"),
+            memory_for("planning", "give a gradient.memory that the device has, or a smaller recipe.batch_size"),
         ):
             batch = next(trainer.data.evaluation("train", max(SMALL_BATCHES)))
             new_capture = trainer.step.new_capture if isinstance(trainer.step, GraphedStep) else None
@@ -270,20 +270,20 @@ def _check_can_go_on(directory: Path, config: TrainConfig, state: dict[str, Any]
     results, device = read_results(directory), data.device
     if results is not None and results["status"] == "diverged":
         raise Ended(f"{directory}: diverged after {results['steps']} steps, and would diverge again; start a new run")
-    if state is None:  # stopped before its first checkpoint: from the beginning, then
+    if state is None:  # stopped before its first checkpoint: it starts from the beginning
         return
     done = Progress.of(state["progress"])
     if results is not None and state["epoch_part"] is None and done.at_end_of(config.recipe, len(data.train)):
         epochs = done.epochs
-        more = f"to go on, give recipe.epochs={2 * epochs} or so"
+        more = f"to continue, give more epochs, such as recipe.epochs={2 * epochs}"
         if done.steps < total_steps(config.recipe, len(data.train)):
-            more = f"the last {done.stale} brought no better score, and recipe.stop_after={config.recipe.stop_after}"
+            more = f"the last {done.stale} gave no better score, and recipe.stop_after={config.recipe.stop_after}"
         elif config.recipe.schedule == "cosine":
-            more = "its schedule ends there, so nothing can be added"
+            more = "its cosine schedule ends there; start a new run for more epochs"
         raise Ended(f"{directory}: has ended after {epochs} epochs; {more}")
     if state["device_type"] != device.type:
-        why = f"this run was on {state['device_type']}, here is {device.type}, where the same seed draws other numbers"
-        raise UserError(f"{directory}: {why}; resume it on a machine of its kind")
+        why = f"this run was on {state['device_type']}; on {device.type} the same seed draws other numbers"
+        raise UserError(f"{directory}: {why}; resume it on {state['device_type']}")
 
 
 def _summary(trainer: Trainer) -> dict[str, Any]:
@@ -314,14 +314,14 @@ def _table(results: dict[str, Any], trainer: Trainer) -> str:
         ("speed", f"{shown(results[f'{task.unit}_per_s'], ',.0f')} {task.unit}/s"),
     ]
     if nfe:
-        rows.append(("evaluations of f", f"{nfe['forward']:g} forward, {nfe['backward']:g} backward a step"))
+        rows.append(("evaluations of f", f"{nfe['forward']:g} forward, {nfe['backward']:g} backward per step"))
         if nfe.get("accepted"):
             solves = f"{nfe['accepted']:g} accepted and {nfe['rejected']:g} rejected forward"
             if nfe["backward_accepted"]:
                 solves += f", {nfe['backward_accepted']:g} and {nfe['backward_rejected']:g} backward"
-            rows.append(("adaptive steps", f"{solves}, a training step"))
+            rows.append(("adaptive steps", f"{solves}, per training step"))
         if nfe.get("newton"):
             linear_solves = {"jacobians": "Jacobians", "linear": "products of GMRES"}
             linear = [f"{nfe[k]:g} {text}" for k, text in linear_solves.items() if nfe.get(k)]
-            rows.append(("Newton iterations", ", ".join([f"{nfe['newton']:g}", *linear]) + " a step"))
+            rows.append(("Newton iterations", ", ".join([f"{nfe['newton']:g}", *linear]) + " per step"))
     return "\n".join(f"  {name:<18}{value}" for name, value in rows)

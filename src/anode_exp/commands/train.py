@@ -23,7 +23,7 @@ from anode_exp.records.reading import write_json
 
 log = logging.getLogger(__name__)
 
-ABOUT = "one run, on CUDA where there is one; with -m a sweep; with resume=DIR a run continued"
+ABOUT = "one run, on CUDA if available; with -m a sweep; with resume=DIR a recorded run is continued"
 SWEEP = "run every combination of the settings that list several values: gradient=full_backprop,revolve"
 FLAGS = [
     ("-m, --multirun", SWEEP),
@@ -86,9 +86,9 @@ def main(arguments: list[str]) -> None:
     flags = [a for a in arguments if a not in parsed.overrides]
     ours: list[str] = []
     if not parsed.hydra_help:
-        # All of it once before Hydra runs any of it: a mistake in the last job of a sweep stops the first.
+        # All jobs are checked before Hydra runs the first one: a mistake in the last job stops the whole sweep.
         asked = jobs(parsed.overrides, parsed.multirun)
-        if parsed.multirun:  # a job may begin in another folder than this one
+        if parsed.multirun:  # a job may start in another folder
             parsed.overrides = [a for a in parsed.overrides if not a.startswith("hydra.sweep.dir=")]
             ours.append(f"hydra.sweep.dir={quoted(asked.directory.absolute())}")
         elif not asked.given:
@@ -143,19 +143,19 @@ def resume(own: ResumeSettings, overrides: list[str]) -> None:
 
 
 def _gone(error: OtherProcessFailed, directory: Path) -> NoReturn:
-    print(f"anode_exp: {error}; go on with the same torchrun and train resume={directory}", file=sys.stderr)
+    print(f"anode_exp: {error}; continue with the same torchrun command and train resume={directory}", file=sys.stderr)
     sys.exit(1)
 
 
 def exit_by_signal(results: list[dict[str, Any]]) -> None:
-    """With 128 and the signal that interrupted, if one did."""
+    """Exit with 128 plus the number of the signal that interrupted a run, if there was one."""
     for result in results:
         if result["signal"] is not None:
             sys.exit(128 + result["signal"])
 
 
 def seed_runs(config: TrainConfig, directory: Path) -> list[tuple[TrainConfig, Path]]:
-    """The runs that a configuration asks for: one in the directory, or one a seed, each in a folder of its own."""
+    """The runs that a configuration asks for: one in the directory, or one per seed, each in its own folder."""
     if config.seeds == 1:
         return [(config, directory)]
     seeds = range(config.seed, config.seed + config.seeds)
@@ -163,7 +163,7 @@ def seed_runs(config: TrainConfig, directory: Path) -> list[tuple[TrainConfig, P
 
 
 def run_job(config: DictConfig) -> None:
-    """Train in Hydra's output directory. A failed job of a sweep is recorded and named, and the others go on."""
+    """Train in Hydra's output directory. A failed job of a sweep is recorded and logged, and the others continue."""
     from anode_exp.commands.together import train_together
 
     hydra = HydraConfig.get()

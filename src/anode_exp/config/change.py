@@ -1,4 +1,4 @@
-"""What may change of a recorded run: on resume, and for an evaluation."""
+"""Which settings of a recorded run may change, on resume and for an evaluation."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -15,44 +15,44 @@ from anode_exp.errors import UserError
 
 MAY_CHANGE_ON_RESUME = ("recipe.epochs", "dataset.root", "dataset.download", "runtime.check_every",
                         "runtime.keep_every", "runtime.cuda_graph", "runtime.sync_debug")  # fmt: skip
-"""Settings that change no number of the epochs already done, or of those to come."""
+"""Settings that do not affect the results of the epochs already done, or of those to come."""
 
 MAY_CHANGE_TO_EVALUATE = ("solver", "dataset", "runtime", "recipe.test_batch_size", "model.statistics")
 _RUNTIME_OF_EVALUATION = ("runtime.device", "runtime.precision", "runtime.channels_last", "runtime.cudnn_benchmark")
 
 
 def differing(recorded: TrainConfig, asked: TrainConfig) -> list[str]:
-    """Settings in which two runs differ that change a number of them."""
+    """The settings that differ between two runs and affect their results."""
     mine, theirs = (flat(asdict(config)) for config in (recorded, asked))
     free = {*MAY_CHANGE_ON_RESUME, "runtime.device"} - {"recipe.epochs"}
     batch = "recipe.test_batch_size"
     mine[batch], theirs[batch] = mine[batch] or TEST_BATCH_SIZE, theirs[batch] or TEST_BATCH_SIZE
-    if not asked.solver.adaptive:  # then it changes no accuracy
+    if not asked.solver.adaptive:  # then it does not affect the accuracy
         free.add(batch)
     return sorted(k for k in mine.keys() | theirs.keys() if k not in free and mine.get(k) != theirs.get(k))
 
 
 def resumed(directory: Path, overrides: list[str]) -> TrainConfig:
-    """The configuration of a recorded run, to go on with.
+    """The configuration with which a recorded run continues.
 
-    Raises UserError if there is no run, or a setting is to change that may not.
+    Raises UserError if there is no run, or if a setting changes that may not change.
     """
     parsed = parse(overrides)
-    (line,) = expanded(parsed, False, "a run goes on with one")
+    (line,) = expanded(parsed, False, "a resumed run takes one")
     check_hydra(parsed, "a resumed run continues in its own folder")
     recorded = read_config(directory)
     config = _recomposed(recorded, line, MAY_CHANGE_ON_RESUME, "a resumed run")
     check_used(given_keys(parsed), [config])
     if config.recipe.schedule == "cosine" and config.recipe.epochs != recorded.recipe.epochs:
         why = f"a cosine schedule depends on it, and this run's has {recorded.recipe.epochs}"
-        raise UserError(f"recipe.epochs={config.recipe.epochs}: {why}; train anew for another length")
+        raise UserError(f"recipe.epochs={config.recipe.epochs}: {why}; start a new run for another length")
     return config
 
 
 def evaluations(directory: Path, overrides: list[str]) -> list[TrainConfig]:
     """A recorded run's configuration under every combination of the given solvers, steps and data sets.
 
-    Raises UserError if there is no run, or a setting is to change that the trained weights depend on.
+    Raises UserError if there is no run, or if a setting changes that the trained weights depend on.
     """
     base = read_config(directory)
     parsed = parse(overrides)
@@ -64,17 +64,17 @@ def evaluations(directory: Path, overrides: list[str]) -> list[TrainConfig]:
 
 
 def check_evaluation(overrides: list[str], calibrate: int) -> None:
-    """Refuse settings that may change, and that an evaluation does not use; UserError for the first of them."""
+    """Refuse settings that may change but that an evaluation does not use; UserError for the first of them."""
     for key in given_keys(parse(overrides)):
         if key in ("dataset.train_size", "dataset.validation_size", "dataset.crop_padding", "dataset.flip"):
             if not calibrate:
-                raise UserError(f"{key}: of training images, which an evaluation uses only with calibrate=N")
+                raise UserError(f"{key}: is for training images, which an evaluation uses only with calibrate=N")
         elif key.startswith("runtime.") and key not in _RUNTIME_OF_EVALUATION:
-            raise UserError(f"{key}: of training steps; an evaluation takes none, leave it out")
+            raise UserError(f"{key}: is for training steps, which an evaluation does not take; leave it out")
 
 
 def _recomposed(base: DictConfig, overrides: list[str], may_change: tuple[str, ...], who: str) -> TrainConfig:
-    base = OmegaConf.create(asdict(typed(base)))  # with the settings that are newer than the run
+    base = OmegaConf.create(asdict(typed(base)))  # adds the settings that are newer than the run
     changed = base.copy()
     parsed = parse(overrides)
     for override in parsed:
@@ -90,7 +90,7 @@ def _recomposed(base: DictConfig, overrides: list[str], may_change: tuple[str, .
             check_key(override, setting_names(cast(dict[str, Any], OmegaConf.to_container(changed))))
             OmegaConf.update(changed, key_of(override), override.value())
     before, after = (flat(cast(dict[str, Any], OmegaConf.to_container(c))) for c in (base, changed))
-    for key in sorted(after):  # what an option's files do not name keeps the schema's value
+    for key in sorted(after):  # settings that an option's files do not name keep the schema's value
         allowed = any(key == k or key.startswith(k + ".") for k in may_change)
         if not allowed and before.get(key) != after.get(key):
             allows = f"{who} may change {', '.join(may_change)}"

@@ -28,7 +28,7 @@ from anode_exp.errors import UserError
 def yaml_or_text(text: str) -> Any:
     try:
         return yaml.safe_load(text)
-    except yaml.YAMLError:  # refused with the type that was expected
+    except yaml.YAMLError:  # refused later, with the type that is expected
         return text
 
 
@@ -70,13 +70,13 @@ def parse_bytes(text: str, key: str = "gradient.memory") -> int:
 
 
 def _expected(annotation: str) -> str:
-    """A type in the words of an error message."""
+    """A type as an error message names it."""
     base, _, optional = annotation.partition(" | ")
     return _WORDS[base] + (" or null" if optional else "")
 
 
 def _expected_at(schema: type, key: str) -> str | None:
-    """What the setting at a dotted key may be; None if there is none."""
+    """The type that a setting may have, as text, by its dotted key; None if there is no such setting."""
     group, _, leaf = key.split("[")[0].rpartition(".")
     node = get_type_hints(schema).get(group) if group else schema
     types = {f.name: str(f.type) for f in fields(node)} if is_dataclass(node) else {}
@@ -84,7 +84,7 @@ def _expected_at(schema: type, key: str) -> str | None:
 
 
 def _check(config: Any, path: str = "") -> None:
-    """Ranges and choices that the types alone cannot say."""
+    """Check ranges and choices, which types do not express."""
     for f in fields(config):
         key, value = f"{path}{f.name}", getattr(config, f.name)
         entries = {f"{key}.{k}": v for k, v in value.items()} if isinstance(value, dict) else {key: value}
@@ -111,19 +111,19 @@ def _check(config: Any, path: str = "") -> None:
 
 
 def _refuse(*cases: tuple[bool, str]) -> None:
-    """UserError for the first that is the case."""
+    """Raise UserError for the first case that is true."""
     for wrong, message in cases:
         if wrong:
             raise UserError(message)
 
 
 def _check_gradient(gradient: GradientConfig, prefix: str) -> None:
-    """Units and states that go together."""
+    """Check that ``unit`` and ``states`` fit the mode."""
     mode, unit, states, whole = gradient.name, gradient.unit, gradient.states, gradient.name == "dto_checkpoint"
     units, kinds = ("block", "input") if whole else ("step or stage", "keep or rebuild")
     _refuse(
         (unit is not None and (unit == "block") != whole,
-         f"{prefix}unit={unit}: {mode} takes {units}; unit block is dto_checkpoint"),
+         f"{prefix}unit={unit}: {mode} takes {units}; unit block is for dto_checkpoint"),
         (states is not None and (states == "input") != whole, f"{prefix}states={states}: {mode} takes {kinds}"),
     )  # fmt: skip
 
@@ -132,7 +132,7 @@ def to_object(schema: type[T], config: DictConfig, prefix: str = "") -> T:
     """The configuration as the schema's class; UserError for a value of the wrong type, or out of range."""
     try:
         plain = OmegaConf.create(OmegaConf.to_container(config, resolve=True))
-    except OmegaConfBaseException as error:  # an interpolation that leads nowhere
+    except OmegaConfBaseException as error:  # an interpolation that cannot be resolved
         raise UserError(f"{error.full_key}: {str(error.msg or error).splitlines()[0]}") from error
     try:
         checked = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), plain))
@@ -154,12 +154,13 @@ def typed_study(config: DictConfig) -> StudyConfig:
     for budget in study.budgets:
         parse_bytes(budget, "study.budgets")
     for solver in set(study.adaptive_solvers) - set(solvers_that("embedded")):
-        raise UserError(f"study.adaptive_solvers: {solver} is none; choose from {', '.join(solvers_that('embedded'))}")
+        choice = f"choose from {', '.join(solvers_that('embedded'))}"
+        raise UserError(f"study.adaptive_solvers: {solver} has no error estimate; {choice}")
     for precision in set(study.precisions) - {"fp64", "fp32", "tf32", "bf16"}:
-        raise UserError(f"study.precisions: {precision} is none; choose from fp64, fp32, tf32, bf16")
+        raise UserError(f"study.precisions: {precision} is not a precision; choose from fp64, fp32, tf32, bf16")
     for label, gradient in study.gradients.items():
         if gradient.name == "budget" and study.name != "memory":
-            raise UserError(f"study.gradients.{label}: study {study.name} compares no budget; see study budget")
+            raise UserError(f"study.gradients.{label}: study {study.name} does not take budgets; see study budget")
         if gradient.baseline is not None and study.name != "memory":
             raise UserError(f"study.gradients.{label}.baseline: study {study.name} does not use it; study memory does")
         _check_gradient(gradient, f"study.gradients.{label}.")
@@ -172,7 +173,7 @@ def solvers_that(can: str) -> list[str]:
 
 
 def _check_solver(config: TrainConfig) -> None:
-    """What is asked of a solver must be among what it can do."""
+    """Check that the solver supports what the configuration asks for."""
     name, gradient = config.solver.name, config.gradient
     _refuse(
         (name in SOLVERS and SOLVERS[name].implicit and config.runtime.precision not in ("fp32", "fp64"),
@@ -219,12 +220,12 @@ def check_shared(config: TrainConfig, processes: int) -> None:
     few = f"recipe.batch_size={recipe.batch_size}"
     for refused, text in (
         (config.seeds > 1, f"seeds={config.seeds}: run them without torchrun, or one at a time"),
-        (config.gradient.name == "budget", "gradient=budget: its plan is that of one process; give a mode that fits"),
+        (config.gradient.name == "budget", "gradient=budget: its plan is for one process; use another gradient mode"),
         (config.task.name == "trajectory", "task=trajectory: a batch is one trajectory, which cannot be divided"),
         (config.solver.adaptive, "solver.adaptive=true: steps are chosen for a whole batch; use solver.adaptive=false"),
         (recipe.batch_size < processes, f"{few}: give at least one sample to each process"),
-        (method.implicit and synchronised, f"solver={config.solver.name}: each process takes Newton iterations of its "
-         f"own, BatchNorm's statistics are those of all; {norms}"),
+        (method.implicit and synchronised, f"solver={config.solver.name}: each process has its own Newton iterations, "
+         f"but BatchNorm's statistics are those of all; {norms}"),
         (config.runtime.compile and synchronised, f"runtime.compile=true: f exchanges BatchNorm's statistics; {norms}"),
     ):  # fmt: skip
         if refused:
@@ -238,12 +239,12 @@ def lacking_in_torchdiffeq(config: TrainConfig) -> str | None:
         steps = "adaptive" if config.solver.adaptive else "fixed"
         return f"torchdiffeq has no {config.solver.name} on {steps} steps; choose solver={', '.join(methods)}"
     if config.model.evolution != "none" and config.model.evolution_coupling == "joint":
-        return "weights that evolve with the activations are others in every step; set model.evolution=none"
+        return "weights that evolve with the activations differ in every step; set model.evolution=none"
     return None
 
 
 def _check_task(config: TrainConfig) -> None:
-    """Model, data set and recipe must go with the task, and so must what only one task has."""
+    """Check that model, data set and recipe fit the task, and the settings that only one task has."""
     task, trajectory = config.task.name, config.task.name == "trajectory"
     if task not in TASKS:
         raise UserError(f"task.name={task}: choose one of {', '.join(TASKS)}, as task=NAME")
@@ -262,7 +263,7 @@ def _check_task(config: TrainConfig) -> None:
          f"model.activation={config.model.activation}: a density contains its derivative; choose softplus or gelu"),
         (mode == "batched_adjoint" and not trajectory,
          f"gradient=batched_adjoint: for the small states of task=trajectory; with task={task} use stage_checkpoint"),
-        (mode == "budget" and trajectory, f"gradient=budget: plans for the blocks of images' networks; use {modes}"),
+        (mode == "budget" and trajectory, f"gradient=budget: does not plan for task=trajectory; use {modes}"),
         (config.runtime.compile and trajectory, "runtime.compile=true: not with task=trajectory; leave it out"),
         (trajectory and config.recipe.steps_per_epoch is None,
          "recipe.steps_per_epoch=null: give the training steps that are recorded together, such as 100"),
@@ -277,11 +278,11 @@ def _check_task(config: TrainConfig) -> None:
 def typed(config: DictConfig) -> TrainConfig:
     """The composed configuration, checked.
 
-    ``model.block=residual`` stands for one Euler step differentiated by full backpropagation (ANODE Eq. 1), and the
-    solver and gradient of the result say so.
+    ``model.block=residual`` is one Euler step with full backpropagation (ANODE Eq. 1): the result has this solver and
+    this gradient mode.
 
     Raises:
-        UserError: for a value of the wrong type, out of range, or against another setting.
+        UserError: for a value of the wrong type, out of range, or in conflict with another setting.
     """
     checked = to_object(TrainConfig, config)
     model, solver, gradient, recipe = checked.model, checked.solver, checked.gradient, checked.recipe
@@ -289,14 +290,14 @@ def typed(config: DictConfig) -> TrainConfig:
     mean, std = checked.dataset.mean, checked.dataset.std
     _refuse(
         (len(mean) != 3 or len(std) != 3 or min(std) <= 0,
-         "dataset.mean and dataset.std: give three numbers each, one a channel, std above 0"),
+         "dataset.mean and dataset.std: give three numbers each, one per channel, std above 0"),
         (checked.seed + checked.seeds > 2**31, f"seed={checked.seed}: give a whole number below 2147483648"),
         (model.width is not None and not (model.width * 8).is_integer(),
          f"model.width={model.width}: give a multiple of 1/8, such as 0.5, 1 or 2"),
     )  # fmt: skip
     _check_gradient(gradient, "gradient.")
     if gradient.name != "dto_checkpoint":
-        gradient.passes = None  # of a block's graph, which no other mode has
+        gradient.passes = None  # only dto_checkpoint has a block's graph
     planned, residual = gradient.memory is not None, model.block == "residual"
     if gradient.memory is not None:
         parse_bytes(gradient.memory)
@@ -316,7 +317,8 @@ def typed(config: DictConfig) -> TrainConfig:
          f"model.norm_affine=by_time: model.field_norm={model.field_norm} has one weight for all times; "
          "set model.field_norm=batch, or model.norm_affine=shared"),
         (timed and residual, "model.norm_affine=by_time: a residual block has one time; set model.block=ode"),
-        (evolving and residual, f"model.evolution={model.evolution}: a residual block has one step; use block=ode"),
+        (evolving and residual,
+         f"model.evolution={model.evolution}: a residual block has one step; set model.block=ode"),
         (joint and (solver.adaptive or solver.n_steps == 1),
          "model.evolution_coupling=joint: every step has its own weights, the first the initial ones; use "
          "solver.adaptive=false and solver.n_steps=2 or more, or model.evolution_coupling=first"),
@@ -361,14 +363,14 @@ NEEDS: tuple[tuple[tuple[str, ...], str, Callable[[TrainConfig], bool]], ...] = 
     (("dataset.root", "dataset.download"), "dataset=cifar10 or cifar100, or a table such as miniboone",
      lambda c: c.dataset.name.startswith("cifar") or c.dataset.name in ("power", "miniboone", "bsds300")),
 )  # fmt: skip
-"""Settings, what they need to have an effect, and whether a configuration has it."""
+"""Settings, what they need to have an effect, and whether a configuration meets that."""
 
 
 def check_used(keys: Iterable[str], configs: list[TrainConfig]) -> None:
-    """Refuse settings that a user gave and that no run of the command line uses, with what the first needs.
+    """Refuse given settings that no run of the command line uses; the error says what the first of them needs.
 
     Args:
-        keys: of the settings given, dotted; groups by their names.
+        keys: dotted keys of the given settings; groups by their names.
     """
     for key in keys:
         for patterns, need, holds in NEEDS:

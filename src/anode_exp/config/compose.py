@@ -29,7 +29,7 @@ LONGEST_NAME = 180
 
 
 def path_safe(*parts: object) -> str:
-    """The parts that are not empty, joined by ``_``; ``-`` for what a shell or Hydra would want quoted."""
+    """The parts that are not empty, joined by ``_``; ``-`` replaces characters that a shell or Hydra wants quoted."""
     text = "_".join(str(part) for part in parts if part != "")
     return re.sub(r"[^A-Za-z0-9_.+-]", "-", text)[:LONGEST_NAME]
 
@@ -40,7 +40,7 @@ def gpus_of_a_job() -> int:
     return min(1, torch.cuda.device_count())
 
 
-# Its file here gives the launcher's own schema, of the same name, the defaults that a job of this project needs.
+# conf/hydra/launcher/ray.yaml has the name of the launcher's own schema, and sets the defaults of this project's jobs.
 warnings.filterwarnings("ignore", r"\n'hydra/launcher/ray' is validated against", UserWarning)
 
 OmegaConf.register_new_resolver("path_safe", path_safe, replace=True)
@@ -48,7 +48,7 @@ OmegaConf.register_new_resolver("gpus_of_a_job", gpus_of_a_job, replace=True)
 
 
 def quoted(value: object) -> str:
-    """For a line of Hydra's: any text, as a value."""
+    """Any text as a quoted value of a Hydra override."""
     return "'" + re.sub(r"(\\*)'", r"\1\1\'", str(value)) + "'"
 
 
@@ -58,7 +58,7 @@ LAUNCHERS = {
     "submitit_local": ("hydra_submitit_launcher", "launchers"),
     "ray": ("hydra_ray_launcher", "ray"),
 }
-"""What starts the jobs of a sweep in parallel: the plugin, and the extra that installs it."""
+"""Launchers that start jobs in parallel: the plugin, and the extra that installs it."""
 
 
 def check_launcher(name: object) -> None:
@@ -72,7 +72,7 @@ def check_gpus(config: DictConfig) -> None:
     """Refuse more GPUs than a job uses."""
     gpus = OmegaConf.select(config, "hydra.launcher.ray.remote.num_gpus")
     if gpus is not None and gpus > 1:
-        several = "torchrun trains on several, and slurm with hydra.launcher.tasks_per_node"
+        several = "for several use torchrun, or slurm with hydra.launcher.tasks_per_node"
         raise UserError(f"hydra.launcher.ray.remote.num_gpus={gpus}: a job takes one GPU or a part of it; {several}")
 
 
@@ -98,7 +98,7 @@ def check_hydra(parsed: list[Override], why: str) -> None:
 
 
 def expanded(parsed: list[Override], multirun: bool, advice: str) -> list[list[str]]:
-    """The overrides of every job: one, or the product of what lists several values."""
+    """The overrides of every job: one job, or one per combination of the settings that list several values."""
     for override in parsed:
         check_group(override)
         if override.is_sweep_override() and not multirun:
@@ -182,14 +182,14 @@ class Jobs:
 
 
 def jobs(overrides: list[str], multirun: bool) -> Jobs:
-    """Compose and check all of a command line before any of it runs; UserError for the first thing wrong."""
+    """Compose and check every job of a command line before any job runs; UserError for the first mistake."""
     parsed = parse(overrides)
     check_folders(parsed, ("hydra.sweep.dir", "hydra.sweep.subdir") if multirun else ("hydra.run.dir",))
     lines = expanded(parsed, multirun, "add -m for a sweep over them")
     composed = [compose_line(line) for line in lines]
     key = "hydra.sweep.dir" if multirun else "hydra.run.dir"
     directory = folder_of(composed[0], key)
-    # What a start that failed leaves behind, such as one without its data, may be started over.
+    # Files of a start that failed, such as one without its data, do not count, so that it can be started again.
     files = (f.relative_to(directory) for f in directory.rglob("*") if f.is_file())
     if any(f.name != "train.log" and ".hydra" not in f.parts for f in files):
         raise UserError(f"{key}={directory}: {_OCCUPIED}")
@@ -209,7 +209,7 @@ def folder(overrides: list[str], verb: str) -> Path:
         return Path("outputs") / f"{datetime.now():%Y-%m-%d/%H-%M-%S-%f}-{verb}"
     config = compose_line([*([f"+study={verb}"] if verb in options("study") else []), *overrides])
     directory = folder_of(config, "hydra.run.dir")
-    # What a start that failed leaves behind, its settings and no results, may be started over.
+    # Files of a start that failed, its settings and empty results, do not count, so that it can be started again.
     left = (f for f in directory.rglob("*") if f.is_file() and f.name not in ("config.yaml", "environment.json"))
     if directory.is_file() or any(f.stat().st_size for f in left):
         raise UserError(f"hydra.run.dir={directory}: {_OCCUPIED}")
@@ -224,14 +224,14 @@ def folder_of(config: DictConfig, key: str) -> Path:
 
 
 def composed(overrides: list[str], advice: str = "a run takes one") -> TrainConfig:
-    """The checked configuration of one run; UserError for the first thing wrong, with advice for several values."""
+    """The checked configuration of one run; UserError for the first mistake; ``advice`` is for several values."""
     (line,) = expanded(parse(overrides), False, advice)
     return typed_line(compose_line(line))
 
 
-@cache  # the jobs of a sweep and the runs of a reproduction choose the same few, and each composition takes 0.1 s
+@cache  # jobs of a sweep and runs of a reproduction share few choices, and each composition takes 0.1 s
 def _settings_of(*chosen: str) -> list[str]:
-    """The settings that there are with these choices of groups, within Hydra's folder of configurations."""
+    """The names of the settings under these choices of groups; Hydra must be initialised."""
     return setting_names(cast(dict[str, Any], OmegaConf.to_container(compose("train", list(chosen)))))
 
 

@@ -1,4 +1,4 @@
-"""The words of conf/: its groups and options, and what its files say of them."""
+"""The groups and options in conf/, and their descriptions in its files."""
 
 import difflib
 import re
@@ -33,7 +33,7 @@ def groups() -> list[str]:
 
 
 def files_of(group: str, option: str) -> list[Path]:
-    """An option's file, after those of its group that it is made of."""
+    """An option's file, after the files of its group that it includes."""
     path = CONF / group / f"{option}.yaml"
     defaults = (yaml.safe_load(path.read_text()) or {}).get("defaults", [])
     bases = [entry.partition("@")[0] for entry in defaults if isinstance(entry, str)]
@@ -42,7 +42,7 @@ def files_of(group: str, option: str) -> list[Path]:
 
 @dataclass(frozen=True)
 class About:
-    """What the head of a configuration file says: its commands, indented there, and a description in sentences."""
+    """The head of a configuration file: its commands, which are indented there, and its description."""
 
     commands: list[str]
     text: str
@@ -54,7 +54,7 @@ class About:
 
 
 def about(group: str, option: str) -> About:
-    """A configuration file's own words."""
+    """Read the head of a configuration file."""
     head = []
     for line in (CONF / group / f"{option}.yaml").read_text().splitlines():
         if not line.startswith("#"):
@@ -66,7 +66,7 @@ def about(group: str, option: str) -> About:
 
 
 def comments(path: Path) -> dict[str, str]:
-    """What a configuration file says of each of its settings, by dotted key from the top of the configuration."""
+    """A configuration file's comments on its settings, by dotted key from the top of the configuration."""
     found: dict[str, str] = {}
     text = path.read_text()
     package = () if "@package _global_" in text else path.relative_to(CONF).parts[:-1]
@@ -87,7 +87,7 @@ def comments(path: Path) -> dict[str, str]:
 
 
 def described(config: DictConfig, files: Iterable[Path]) -> list[tuple[str, str]]:
-    """Rows of help: every setting of a configuration as ``key=value``, and what the files say of it."""
+    """Rows of help: every setting of a configuration as ``key=value``, and the files' comment on it."""
     said: dict[str, str] = {}
     for file in files:
         said |= comments(file) if file.exists() else {}
@@ -107,7 +107,7 @@ def wrapped(text: str, indent: int = 0) -> str:
 
 
 def two_columns(rows: Iterable[tuple[str, str]], indent: int = 2) -> str:
-    """Names, and what is said of each, in columns as wide as the terminal allows."""
+    """Names and their descriptions, in two columns as wide as the terminal allows."""
     rows = list(rows)
     wide = min(44, max((len(name) for name, _ in rows), default=0))
     lines = []

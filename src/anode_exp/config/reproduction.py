@@ -1,4 +1,4 @@
-"""What a paper's reproduction consists of: figures, methods, seeds, and the run that each combination stands for."""
+"""The parts of a paper's reproduction: figures, methods, seeds, and the run of each combination."""
 
 import json
 import shlex
@@ -22,14 +22,14 @@ MOST_SEEDS = 1000
 
 @dataclass(frozen=True)
 class Cell:
-    """One run of a reproduction, or a study, which has no method, seed and configuration.
+    """One run of a reproduction, or a study, which has no method, seed or configuration.
 
     Attributes:
-        paper, figure: where the run belongs; ``shown_in`` is the figure of the reproduction that asks for it, which is
-            another one where reproductions share runs.
+        paper, figure: where the run belongs. ``shown_in`` is the figure of the reproduction that asks for it, which
+            differs if reproductions share the run.
         settings: the overrides that compose it, for ``train`` or ``study``.
-        of_runs: whether a study looks at its figure's runs; these lie in folders of its folder.
-        optional: whether it is left out where the file of its data set is not there.
+        of_runs: whether it is a study of its figure's runs, which are in subfolders of its folder.
+        optional: whether it is left out if the file of its data set is missing.
     """
 
     paper: str
@@ -57,18 +57,18 @@ class Cell:
         return f"python -m anode_exp {verb} {shlex.join(self.settings)}".rstrip()
 
     def describe(self) -> str:
-        """What ``cell.json`` holds: enough for a report to place the run."""
+        """The content of ``cell.json``, which tells a report where the run belongs."""
         keys = ("paper", "length", "figure", "method", "seed", "study", "settings")
         return json.dumps({**{k: getattr(self, k) for k in keys}, "command": self.command}, indent=2) + "\n"
 
 
 def specification(paper: str) -> dict[str, Any]:
-    """A paper's methods, figures and published numbers, from ``conf/reproduce``; UserError if it is not there."""
+    """A paper's methods, figures and published numbers, from ``conf/reproduce``; UserError for an unknown paper."""
     if paper not in (papers := options("reproduce")):
         raise UserError(f"{paper}: no such reproduction; choose one of {', '.join(papers)}{near(paper, papers)}")
     text = (CONF / "reproduce" / f"{paper}.yaml").read_text()
     spec = {"name": paper, **cast(dict[str, Any], yaml.safe_load(text))}
-    for figure in spec["figures"].values():  # a list of settings may hold one that figures share
+    for figure in spec["figures"].values():  # a list of settings may contain a list that figures share
         for key in ("settings", *options("length")):
             parts = [[s] if isinstance(s, str) else s for s in figure.get(key, [])]
             figure[key] = [setting for part in parts for setting in part]
@@ -76,7 +76,7 @@ def specification(paper: str) -> dict[str, Any]:
 
 
 def directories(paper: str, length: str, base: Path) -> list[Path]:
-    """Where the runs lie that a reproduction consists of: its own, and those of reproductions it shares some with."""
+    """The folders of a reproduction's runs: its own, and those of reproductions with which it shares runs."""
     figures = specification(paper)["figures"].values()
     papers = dict.fromkeys([paper, *(f["shares"]["paper"] for f in figures if "shares" in f)])
     return [base / of / length for of in papers]
@@ -102,13 +102,13 @@ def _seeds(given: str) -> list[int]:
 
 
 def cells(paper: str, arguments: list[str]) -> list[Cell]:
-    """Studies, then runs, seed after seed, so that every method has one before any has two; then studies of the runs.
+    """The cells in order: studies, runs, studies of runs. Every method has a run of one seed before any has a second.
 
     Args:
         arguments: ``figure=``, ``method=`` (several separated by commas), ``seeds=``, ``length=``, ``directory=`` (runs
-            go to directory/paper/length), and settings for every run. ``launcher=`` changes none of them.
+            go to directory/paper/length), and settings for every run. ``launcher=`` has no effect on them.
 
-    Raises UserError for the first thing wrong.
+    Raises UserError for the first mistake.
     """
     spec = specification(paper)
     asked, shared = split_settings(ReproduceSettings, arguments, "reproduce")
@@ -120,7 +120,7 @@ def cells(paper: str, arguments: list[str]) -> list[Cell]:
         if key in ("seed", "experiment") or key.startswith(("hydra.", "hydra/")):
             raise UserError(f"{argument}: chosen by reproduce; give seeds=, directory=, figure= or launcher=")
         if key == "model" or key in of_methods:
-            raise UserError(f"{argument}: is what a figure or method stands for; give figure= or method=")
+            raise UserError(f"{argument}: is set by the figure or method; give figure= or method=")
     lengths = _chosen("length", asked.length, options("length"))
     if len(lengths) > 1:
         raise UserError(f"length={asked.length}: a reproduction has one; run it once for each")

@@ -1,4 +1,4 @@
-"""The configuration as types: every setting and what it may be. Without torch."""
+"""The configuration as types: every setting and its allowed values. Does not import torch."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ T = TypeVar("T")
 
 
 def _setting(default: Any = MISSING, **said: Any) -> Any:
-    """A field and what is said of it: at_least, above, below, one_of, and the help of a setting of a verb itself."""
+    """A field with its limits (at_least, above, below, one_of) and, for a verb's own setting, its help."""
     return field(default=default, metadata=said)
 
 
@@ -19,7 +19,7 @@ ACTIVATION_NAMES = ("relu", "leaky_relu", "softplus", "gelu")
 
 @dataclass(kw_only=True)
 class TaskConfig:
-    """What is learned; a run recorded before there was a choice is a classification."""
+    """What is learned. Runs recorded before this setting existed are classifications."""
 
     name: str = "classification"
     loss: str | None = _setting(None, one_of=("mae", "mse"))
@@ -61,7 +61,7 @@ TASKS = {
 
 @dataclass(kw_only=True)
 class ModelConfig:
-    """A setting that a model does not have keeps the value here."""
+    """Settings that a model does not have keep the values here."""
 
     name: str
     block: str = _setting("ode", one_of=("ode", "residual"))
@@ -74,7 +74,7 @@ class ModelConfig:
     weight_std: float | None = _setting(None, above=0)
     width: float | None = _setting(None, above=0)
     field_gain: float = 1.0
-    # The default of a new run is in conf/model; this one is that of runs recorded before there was a choice.
+    # The default of new runs is in conf/model; this one is for runs recorded before the setting existed.
     statistics: str = _setting("forward", one_of=("forward", "every_evaluation", "by_time"))
     norm_affine: str = _setting("shared", one_of=("shared", "by_time"))
     norm_intervals: int = _setting(10, at_least=1)
@@ -115,10 +115,10 @@ class Method:
 
     Attributes:
         embedded: has an error estimate, and so can choose its steps.
-        stages: has stage states with an adjoint step of their own: gradient modes by the unit stage.
+        stages: has stage states with their own adjoint steps, for gradient modes with unit=stage.
         explicit: an explicit Runge–Kutta method, which also steps a continuous adjoint.
         implicit: solves its stages by Newton's method.
-        static: performs the same operations in every step: CUDA graphs and byte budgets.
+        static: performs the same operations in every step, for CUDA graphs and byte budgets.
         reversible: its step has an inverse in closed form.
     """
 
@@ -166,7 +166,7 @@ class GradientConfig:
 
 @dataclass(kw_only=True)
 class DatasetConfig:
-    """A setting that a data set does not have keeps the value here."""
+    """Settings that a data set does not have keep the values here."""
 
     name: str
     root: str = "data"
@@ -184,7 +184,7 @@ class DatasetConfig:
 
 
 TEST_BATCH_SIZE = 128
-"""Images that an evaluation of ANODE's published code takes at once."""
+"""The batch size of evaluations in ANODE's published code."""
 
 
 @dataclass(kw_only=True)
@@ -242,7 +242,7 @@ class TrainConfig:
 
 @dataclass(kw_only=True)
 class StudyGradient(GradientConfig):
-    """A gradient mode that a study compares, on a solver of its own or on the study's; or another library's way."""
+    """A gradient mode that a study compares, with its own solver or the study's; or a baseline of another library."""
 
     solver: str | None = None
     baseline: str | None = _setting(None, one_of=("torch_checkpoint", "torchdiffeq_adjoint"))
@@ -250,7 +250,7 @@ class StudyGradient(GradientConfig):
 
 @dataclass(kw_only=True)
 class StudyConfig:
-    """A study's own settings; which of them it has is in its file."""
+    """A study's own settings; its file lists those that it has."""
 
     name: str
     batch_size: int | None = _setting(None, at_least=1)
@@ -275,27 +275,27 @@ class StudyConfig:
 
 @dataclass(kw_only=True)
 class ResumeSettings:
-    """Of ``train resume=DIR``."""
+    """Settings of ``train resume=DIR``."""
 
-    resume: str | None = _setting(None, help="folder of a run that was interrupted, or that is to have more epochs")
+    resume: str | None = _setting(None, help="folder of a run to continue, after an interruption or for more epochs")
 
 
 @dataclass(kw_only=True)
 class EvaluateSettings:
-    """Of ``evaluate``."""
+    """Settings of ``evaluate``."""
 
     run: str | None = _setting(None, help="folder of a trained run, such as outputs/DATE/TIME")
     checkpoint: str = _setting("best", help="best | last | the number of a kept epoch | 0, the untrained network")
     calibrate: int = _setting(
         0,
-        help="training batches from which BatchNorm's running statistics are estimated anew; 0 keeps the run's",
+        help="training batches from which BatchNorm's running statistics are estimated again; 0 keeps the run's",
         at_least=0,
     )
 
 
 @dataclass(kw_only=True)
 class StudySettings:
-    """Of every ``study``; ``run`` and ``checkpoint`` only of those that look at a run."""
+    """Settings of every ``study``; ``run`` and ``checkpoint`` only of studies of recorded runs."""
 
     thorough: bool = _setting(False, help="the fine grid of the documented tables; without it a study takes minutes")
     run: str | None = _setting(None, help="folder of a trained run: its weights, model, data set and seed")
@@ -304,34 +304,34 @@ class StudySettings:
 
 @dataclass(kw_only=True)
 class BenchSettings:
-    """Of ``bench``."""
+    """Settings of ``bench``."""
 
     compare: str = _setting(
-        "[]", help="list of entries, each some settings separated by spaces; baseline=NAME is one of them"
+        "[]", help="list of entries, each with settings separated by spaces; baseline=NAME may be one of them"
     )
-    rounds: int = _setting(15, help="timed turns of each entry", at_least=1)
+    rounds: int = _setting(15, help="how often each entry is timed", at_least=1)
 
 
 @dataclass(kw_only=True)
 class PaperSettings:
-    """Of ``reproduce`` and ``report``."""
+    """Settings of ``reproduce`` and ``report``."""
 
-    length: str = _setting("paper", help="paper | short: which recipe's runs")
-    seeds: str = _setting("3", help="how many, from seed 0 on, or a list such as [0,7]")
-    directory: str = _setting("outputs", help="runs lie in DIRECTORY/PAPER/LENGTH")
+    length: str = _setting("paper", help="paper | short: the length of the training runs")
+    seeds: str = _setting("3", help="number of seeds, from 0 on, or a list such as [0,7]")
+    directory: str = _setting("outputs", help="runs are in DIRECTORY/PAPER/LENGTH")
 
 
 @dataclass(kw_only=True)
 class ReportSettings(PaperSettings):
-    """Of ``report``: what is read, and where the page goes."""
+    """Settings of ``report``: which runs it reads, and where it writes the page."""
 
-    seeds: str = _setting("3", help="seeds expected: for those that have no run, the page shows the command")
-    to: str | None = _setting(None, help="folder of the page and copies of its records; by default next to the runs")
+    seeds: str = _setting("3", help="expected seeds, a number or a list; the page shows the commands of missing runs")
+    to: str | None = _setting(None, help="folder of the page and of copies of its records; by default next to the runs")
 
 
 @dataclass(kw_only=True)
 class ReproduceSettings(PaperSettings):
-    """Of ``reproduce``: which cells."""
+    """Settings of ``reproduce``: which cells it runs."""
 
     figure: str | None = _setting(None, help="figures of the paper, separated by commas; by default all")
     method: str | None = _setting(None, help="methods, separated by commas; by default all")

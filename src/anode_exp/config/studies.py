@@ -34,21 +34,21 @@ STUDY_READS: dict[str, tuple[str, ...]] = {
     "stiff": ("runtime.device",),
     "density": ("dataset.root", "runtime.device"),
 }  # fmt: skip
-"""The settings, besides its own, that each study uses. What a run brings with it is not to be set beside it."""
+"""The settings that each study uses in addition to its own. Settings that a recorded run provides cannot be given."""
 
 
 SEVERAL_RUNS = {"batchnorm": "runtime.keep_every=1", "stiff": "task=trajectory", "density": "task=density"}
-"""Studies of one or more recorded runs, and what these were given."""
+"""Studies of one or more recorded runs, and the setting that these runs need."""
 
 OF_TASK = {"stiff": "trajectory", "density": "density"}
-"""The task of a study's runs, where it is not classification."""
+"""The task of a study's runs, if it is not classification."""
 
 
 def study(name: str, overrides: list[str], thorough: bool = False) -> tuple[TrainConfig, StudyConfig]:
-    """The checked settings of a study, and of the networks and data it measures; UserError for the first thing wrong.
+    """The checked settings of a study, and of the networks and data it measures; UserError for the first mistake.
 
     Args:
-        thorough: the values of ``conf/study/thorough`` in place of the defaults.
+        thorough: use the values of ``conf/study/thorough`` instead of the defaults.
     """
     if name not in options("study"):
         choice = f"choose one of {', '.join(options('study'))}{near(name, options('study'))}"
@@ -66,14 +66,14 @@ def study(name: str, overrides: list[str], thorough: bool = False) -> tuple[Trai
     for label in checked.modes:
         if label not in checked.gradients:
             known = list(checked.gradients)
-            raise UserError(f"study.modes: {label} is none of study.gradients; choose from {', '.join(known)}"
+            raise UserError(f"study.modes: {label} is not in study.gradients; choose from {', '.join(known)}"
                             + near(label, known))  # fmt: skip
     if checked.modes:
         checked.gradients = {label: g for label, g in checked.gradients.items() if label in checked.modes}
     own = [g.solver for g in checked.gradients.values() if g.solver is not None]
     for group, names in (("solver", checked.solvers + own), ("gradient", [g.name for g in checked.gradients.values()])):
         for unknown in set(names) - set(options(group)):
-            raise UserError(f"study {name}: {unknown} is no {group}; choose from {', '.join(options(group))}")
+            raise UserError(f"study {name}: {unknown} is not a {group}; choose from {', '.join(options(group))}")
     compared = [] if name == "stiff" else checked.solvers  # that one compares implicit methods too
     if not compared and name in ("memory", "budget", "reversibility"):
         compared = [config.solver.name]
@@ -86,7 +86,7 @@ def study(name: str, overrides: list[str], thorough: bool = False) -> tuple[Trai
         if gradient.baseline == "torchdiffeq_adjoint":
             as_asked = [replace(config, solver=replace(config.solver, name=s, adaptive=False)) for s in on]
             refused = [lacking_in_torchdiffeq(c) for c in as_asked]
-        if refused and all(refused):  # a mode that no solver here has; the study's own are left out
+        if refused and all(refused):  # no solver here has this mode; the study's own modes are then left out
             if (
                 gradient.solver
                 or label in checked.modes
@@ -137,7 +137,7 @@ def study(name: str, overrides: list[str], thorough: bool = False) -> tuple[Trai
     if name == "evolution" and (checked.run is None or config.model.evolution == "none"):
         raise UserError("study evolution: needs run=DIR, a run with model.evolution=reaction_diffusion_advection")
     adaptive = ("study.tolerances", "study.adaptive_solvers", "solver.max_evaluations", "solver.min_step")
-    if name == "gradient_error":  # which names its solvers itself
+    if name == "gradient_error":  # it has its own list of solvers
         joint = config.model.evolution != "none" and config.model.evolution_coupling == "joint"
         for key in (k for k in given if k in adaptive):
             if joint or (not checked.adaptive_solvers and key != "study.adaptive_solvers"):

@@ -1,4 +1,4 @@
-"""Data sets to tensors, and augmentation."""
+"""Data sets as tensors, and augmentation."""
 
 from anode_exp.data.datasets import DATASETS, load
 from anode_exp.data.densities import DENSITIES, DensityData, load_density

@@ -29,7 +29,7 @@ def _cifar(dataset: type[CIFAR10], name: str) -> Loader:
                 "point dataset.root or ANODE_DATA at it, or allow the download"
             )
         try:
-            # Files already there are checked, never replaced: a corrupt one is the user's to see.
+            # Files already there are checked, never replaced: a corrupt one is reported to the user.
             parts = [dataset(str(root), train=train, download=absent) for train in (True, False)]
         except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
             raise UserError(
@@ -39,7 +39,7 @@ def _cifar(dataset: type[CIFAR10], name: str) -> Loader:
         except RuntimeError as error:  # torchvision's MD5 check
             raise UserError(
                 f"{where}: a file in {folder} is missing or does not match its published MD5; "
-                "delete the folder to have it downloaded again, or copy it anew"
+                "delete the folder to download it again, or copy it again"
             ) from error
         except OSError as error:
             raise UserError(f"{where}: {error.strerror or error}; choose a readable dataset.root") from error
@@ -50,7 +50,7 @@ def _cifar(dataset: type[CIFAR10], name: str) -> Loader:
 
 
 def _digits(root: Path, download: bool) -> tuple[Split, Split]:
-    """1,797 handwritten digits (UCI, bundled with scikit-learn), 8×8 → 32×32×3; 1,437 to train on, 360 to test."""
+    """1,797 handwritten digits (UCI, bundled with scikit-learn), 8×8 → 32×32×3; 1,437 for training, 360 for testing."""
     from sklearn.datasets import load_digits
 
     bunch = load_digits()
@@ -94,11 +94,10 @@ def load(
 ) -> ImageData:
     """A data set with its fixed, class-balanced subsets, on the CPU.
 
-    The validation images are taken from the training images first, ``train_size`` from what is left, so neither
-    changes when the other does not grow into it.
+    The validation images are taken from the training images first, and ``train_size`` images from the rest.
 
     Raises:
-        UserError: if files are missing or corrupt, or a subset is larger than what there is.
+        UserError: if files are missing or corrupt, or a subset is larger than its data.
     """
     loader, num_classes = DATASETS[name]
     train, test = loader(root, download)

@@ -33,7 +33,7 @@ def _log_normal(x: np.ndarray, std: float) -> np.ndarray:
 
 
 def _log_mean_exp(terms: np.ndarray) -> np.ndarray:
-    """Over the first axis."""
+    """log of the mean of exp(terms) over the first axis."""
     top = terms.max(0)
     with np.errstate(divide="ignore", invalid="ignore"):
         return np.where(np.isfinite(top), top + np.log(np.exp(terms - top).mean(0)), -np.inf)
@@ -52,7 +52,7 @@ def _sample_moons(rng: np.random.Generator, n: int) -> Points:
 
 
 def _log_moons(x: Points) -> np.ndarray:
-    """The integral over the angle by Gauss–Legendre rules on 16 parts of the half circle: to rounding."""
+    """The integral over the angle by Gauss–Legendre rules on 16 parts of the half circle, accurate to rounding."""
     nodes, weights = np.polynomial.legendre.leggauss(8)
     angles = ((np.arange(16)[:, None] + (nodes + 1) / 2) / 16 * np.pi).ravel()
     log_weights = np.log(np.tile(weights / 2, 16) / 16)
@@ -78,7 +78,7 @@ def _log_eight_gaussians(x: Points) -> np.ndarray:
 
 
 def _sample_checkerboard(rng: np.random.Generator, n: int) -> Points:
-    """Uniform on the 8 squares of side 2 in [−4, 4]² whose column and row, counted from the middle, differ evenly."""
+    """Uniform on the 8 squares of side 2 in [−4, 4]² with column − row, counted from the middle, even."""
     column = rng.uniform(-2, 2, n)
     row = rng.uniform(0, 1, n) - 2 * rng.integers(0, 2, n) + np.floor(column) % 2
     return 2 * np.stack([column, row], 1)
@@ -104,8 +104,8 @@ def _sample_pinwheel(rng: np.random.Generator, n: int) -> Points:
 def _log_pinwheel(x: Points) -> np.ndarray:
     """log p(x) = log mean over blades of N(f₀; 1, 0.3²) N(f₁; 0, 0.1²) / |4 (1 + rate f₁ e^{f₀})|.
 
-    With polar coordinates (r, ψ) of f the angle of x is ψ − θ_k − rate e^{r cos ψ}: Newton's method for ψ. A second
-    solution exists only where f₁ is beyond 5 standard deviations, and is not counted.
+    With polar coordinates (r, ψ) of f the angle of x is ψ − θ_k − rate e^{r cos ψ}, which Newton's method solves for ψ.
+    A second solution exists only where f₁ is beyond 5 standard deviations, and is not counted.
     """
     radius, angle = np.hypot(*x.T) / 2, np.arctan2(x[:, 1], x[:, 0])
     terms = []
@@ -140,15 +140,15 @@ PLANAR: dict[str, Planar] = {
 
 @dataclass(frozen=True)
 class DensityData:
-    """Samples of a density, as a network gets them.
+    """Samples of a density, as a network receives them.
 
     Attributes:
         train, validation, test: [N, d].
-        offset: nats to be added to −log p of these samples for that of the samples before they were whitened,
-            −log |det| of the whitening.
-        quantised: of samples with noise that makes them continuous: the training samples without it, [N, d], and the
-            matrix W by which noise u uniform over [0, 1)ᵈ is added to one, x + u W. Training draws it anew in each
-            step: a flow learns one draw of it by heart.
+        offset: nats to add to −log p of these samples to get that of the samples before whitening: −log |det| of the
+            whitening.
+        quantised: for samples that noise makes continuous: the training samples without noise, [N, d], and the matrix
+            W that maps noise u, uniform over [0, 1)ᵈ, to what is added, x + u W. Training draws new noise in each
+            step, because a flow would memorise a single draw.
     """
 
     train: Tensor
@@ -183,7 +183,7 @@ Splits = tuple[Points, Points, Points]
 
 
 def _from_the_end(data: Points) -> Splits:
-    """The last tenth to test on, the last tenth of the rest to validate on."""
+    """The last tenth is for testing, the last tenth of the rest for validation."""
     rest, test = np.split(data, [len(data) - len(data) // 10])
     train, validation = np.split(rest, [len(rest) - len(rest) // 10])
     return train, validation, test
@@ -211,7 +211,7 @@ def _power(path: Path) -> Splits:
     rng.shuffle(data)
     data = np.delete(data, (1, 3), 1)
     n = len(data)
-    voltage, gap, metering = 0.01 * rng.rand(n, 1), 0.001 * rng.rand(n, 1), rng.rand(n, 3)  # in the order of the papers
+    voltage, gap, metering = 0.01 * rng.rand(n, 1), 0.001 * rng.rand(n, 1), rng.rand(n, 3)  # in the papers' order
     return _standardised(_from_the_end(data + np.hstack([gap, voltage, metering, np.zeros((n, 1))])))
 
 
@@ -234,7 +234,7 @@ TABLES: dict[str, tuple[str, int, Callable[[Path], Splits]]] = {
 }
 """Name → (file under the root, as unpacked from the archive of MAF's authors; columns; reader).
 
-Source: Papamakarios et al., Masked autoregressive flow (arXiv 1705.07057); FFJORD and PNODE split and scale as they do.
+Source: Papamakarios et al., Masked autoregressive flow (arXiv 1705.07057); FFJORD and PNODE split and scale alike.
 """
 
 ARCHIVE = "https://zenodo.org/records/1161203 (data.tar.gz)"
@@ -252,12 +252,12 @@ def _load_table(name: str, root: Path) -> Splits:
         raise UserError(f"{where}: reading it needs h5py, which is not installed; pip install h5py") from error
     except (OSError, ValueError, KeyError, EOFError) as error:
         raise UserError(
-            f"{where}: cannot be read ({' '.join(str(error).split())[:100]}); copy the file anew"
+            f"{where}: cannot be read ({' '.join(str(error).split())[:100]}); copy the file again"
         ) from error
 
 
 def _digits64(split: int) -> DensityData:
-    """scikit-learn's 1,797 handwritten digits of 8×8 pixels in 0 … 16, d = 64; 360 to test on, 180 to validate on.
+    """scikit-learn's 1,797 handwritten digits of 8×8 pixels in 0 … 16, d = 64; 360 for testing, 180 for validation.
 
     Dequantised by noise uniform over [0, 1), and whitened: mean 0 and covariance I over the training samples.
     """
@@ -292,11 +292,11 @@ def load_density(
 
     Args:
         root: folder of the tables' files.
-        train_size, validation_size, test_size: samples to draw of a density in the plane; always the same ones.
-        split: of digits64, which of its random divisions.
+        train_size, validation_size, test_size: samples to draw from a density in the plane; always the same ones.
+        split: number of the random division of digits64.
 
     Raises:
-        UserError: if a file is not there, or is not what it should be.
+        UserError: if a file is missing, or cannot be read.
     """
     splits: Sequence[Points]
     if name == "digits64":

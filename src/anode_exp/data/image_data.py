@@ -1,4 +1,4 @@
-"""Images as uint8 tensors on the training device, and the batches of an epoch drawn from (seed, epoch) alone."""
+"""Images as uint8 tensors on the training device, and the batches of an epoch, which depend only on (seed, epoch)."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class Augmentation:
 
 
 class Normalisation:
-    """(image/255 − mean) / std, a value a channel, as one fused multiply-add."""
+    """(image/255 − mean) / std, one value per channel, as one fused multiply-add."""
 
     def __init__(
         self,
@@ -86,14 +86,14 @@ class Normalisation:
 def balanced_subset(labels: Tensor, size: int) -> tuple[Tensor, Tensor]:
     """Indices of a fixed, class-balanced choice of ``size`` labels, and the rest; both in the data's order.
 
-    Classes differ by at most one image where ``size`` is no multiple of the number of classes, and by what they have
-    where one is smaller. The choice does not depend on any seed.
+    Classes differ by at most one image, or by more if a class does not have enough images. The choice does not
+    depend on any seed.
 
     Raises:
         ValueError: if size is more than there are labels.
     """
     if size > len(labels):
-        raise ValueError(f"{size} images were asked of {len(labels)}")
+        raise ValueError(f"size is {size}, but there are only {len(labels)} images")
     shuffled = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
     by_class = shuffled[torch.argsort(labels[shuffled].cpu(), stable=True)]
     counts = torch.bincount(labels.cpu())
@@ -109,10 +109,10 @@ def balanced_subset(labels: Tensor, size: int) -> tuple[Tensor, Tensor]:
 class EpochBatches:
     """The training batches of one epoch: permutation, crops and flips drawn at once, on the images' device.
 
-    They depend on (seed, epoch) alone, so an epoch sees the same images however it was reached. The last batch is
+    They depend only on (seed, epoch), so an epoch has the same batches in a resumed run. The last batch is
     smaller where the batch size does not divide the number of images.
 
-    Iterating gives (images [B, 3, 32, 32] float32, labels [B]), of each batch the given part; no host synchronisation.
+    Iterating gives the part of each batch, (images [B, 3, 32, 32] float32, labels [B]), without host synchronisation.
     """
 
     def __init__(
@@ -128,8 +128,8 @@ class EpochBatches:
         self.split, self.batch_size, self.normalise, self.part = split, batch_size, normalise, part
         self.flip = augmentation.flip
         device, n, pad = split.labels.device, len(split), augmentation.crop_padding
-        # The CPU's generator takes the low 32 bits of its seed. Multiples of 2³² divided by the golden ratio stay far
-        # apart there, so epochs of one seed do not run into those of another.
+        # The CPU's generator uses the low 32 bits of its seed. Multiples of 2³² divided by the golden ratio stay far
+        # apart there, so epochs of one seed do not coincide with those of another.
         generator = torch.Generator(device).manual_seed((seed * 2654435769 + epoch) % 2**32)
         self.order = torch.randperm(n, generator=generator, device=device)
         self.offsets = torch.randint(-pad, pad + 1, (2, n, 1), generator=generator, device=device)
@@ -148,7 +148,7 @@ class EpochBatches:
             yield self._batch(slice(start + mine.start, start + mine.stop))
 
     def _batch(self, batch: slice) -> tuple[Tensor, Tensor]:
-        """A function, not a part of the generator: that would hold what follows while the network trains."""
+        """A method, not part of the generator, which would hold its tensors while the network trains."""
         size = self.split.images.shape[1]
         pixels = torch.arange(size, device=self.order.device)
         index = self.order[batch]

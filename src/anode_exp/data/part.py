@@ -7,13 +7,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Part:
-    """Part ``rank`` of ``size`` parts, which are in order and differ by one entry at most."""
+    """Part ``rank`` of ``size`` consecutive parts, whose sizes differ by at most one entry."""
 
     rank: int = 0
     size: int = 1
 
     def of(self, n: int) -> slice:
-        """Which of n entries."""
+        """The slice of n entries."""
         return slice(n * self.rank // self.size, n * (self.rank + 1) // self.size)
 
     def count(self, n: int) -> int:

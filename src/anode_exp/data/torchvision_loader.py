@@ -32,7 +32,7 @@ def torchvision_loader(
 ) -> DataLoader[tuple[Tensor, int]]:
     """Shuffled batches ([B, 3, 32, 32] float32, [B] int64) on the CPU, pinned where there is CUDA; the last is dropped.
 
-    Random crop, horizontal flip, conversion and normalisation an image at a time, in ``workers`` processes.
+    Random crop, horizontal flip, conversion and normalisation, one image at a time, in ``workers`` processes.
     """
     steps: list[Any] = []
     if augmentation.crop_padding:
@@ -40,7 +40,7 @@ def torchvision_loader(
     if augmentation.flip:
         steps.append(transforms.RandomHorizontalFlip())
     steps += [transforms.ToTensor(), transforms.Normalize(mean, std)]
-    # Four are asked for on purpose, also where torch would rather have as many as there are cores.
+    # Four workers are intended, also where torch warns that there are fewer cores.
     warnings.filterwarnings("ignore", "This DataLoader will create")
     return DataLoader(
         _PilImages(split, transforms.Compose(steps)),

@@ -19,7 +19,7 @@ class System:
     """A system du/dt = f(t, u), its initial state and the times of its data.
 
     Attributes:
-        times: from the number of points and the stiffness to the times after 0, increasing.
+        times: maps the number of points and the stiffness to the times after 0, in increasing order.
     """
 
     size: int
@@ -59,8 +59,8 @@ class TrajectoryData:
 
     Attributes:
         times: of the training states, the first of them 0, [T + 1] on the CPU.
-        test_times: the training times and the ones halfway between each two: halfway of their logarithms, where the
-            times themselves are spaced like that.
+        test_times: the training times and the midpoints between them: geometric midpoints, if the times are spaced
+            geometrically.
         train, test: scaled states, [1, T + 1, d] and [1, 2 T + 1, d].
         low, high: of each component, [d]: u = low + (high − low) · scaled.
     """
@@ -86,7 +86,7 @@ class TrajectoryData:
 
 
 def halfway(times: np.ndarray) -> np.ndarray:
-    """The times, which begin with 0, and those halfway between: arithmetic for equal steps, else geometric."""
+    """The times, which begin with 0, and the midpoints between them: arithmetic for equal steps, else geometric."""
     steps = np.diff(times)
     middle = (times[:-1] + times[1:]) / 2
     if not np.allclose(steps, steps[0]):

@@ -1,4 +1,4 @@
-"""How a solve is differentiated: one file a family, all behind ``GradientMode.solve``."""
+"""How a solve is differentiated: one file per family, all behind ``GradientMode.solve``."""
 
 from collections.abc import Callable
 

@@ -1,4 +1,4 @@
-"""What every gradient mode offers: a solve whose result can be differentiated in y0 and θ."""
+"""The interface of gradient modes: a solve whose result can be differentiated in y0 and θ."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ class GradientMode(Protocol):
         Args:
             y0: initial state, any shape.
             theta: f's parameters, leaves or not; constant in time, or with a leading axis of n_steps.
-            grid: fixed steps, or a tolerance that steps are chosen for. Their sizes are constants of the gradient.
+            grid: fixed steps, or a tolerance for adaptive steps. Step sizes are constants in the gradient.
         """
         ...
 
 
 @dataclass
 class WarmStart:
-    """What an iterative solve begins from next time: the last trajectory, and the numbers of its outputs' steps."""
+    """Where the next iterative solve begins: the last trajectory, and the indices of its output steps."""
 
     trajectory: Trajectory | None = None
     ends: tuple[int, ...] = ()
@@ -39,7 +39,7 @@ class WarmStart:
 
 @runtime_checkable
 class ThroughMode(GradientMode, Protocol):
-    """A mode that solves through several grids, one after another, in one piece."""
+    """A mode that solves over several consecutive grids in one piece."""
 
     def solve_through(
         self,
@@ -50,7 +50,7 @@ class ThroughMode(GradientMode, Protocol):
         solver: Solver,
         warm_start: WarmStart | None = None,
     ) -> Tensor:
-        """y at the end of every grid, [K, …], each of which begins where the one before ends."""
+        """y at the end of every grid, [K, …]; each grid begins where the previous one ends."""
         ...
 
 
@@ -74,10 +74,10 @@ def solve_through(
 
 
 def explicit(solver: Solver) -> ExplicitRungeKutta:
-    """The solver, whose tableau also steps the continuous adjoint.
+    """The solver, which must be an explicit Runge–Kutta method: its tableau also steps the continuous adjoint.
 
     Raises:
-        ValueError: if it is another method.
+        ValueError: if it is not one.
     """
     if not isinstance(solver, ExplicitRungeKutta):
         raise ValueError(
@@ -88,8 +88,8 @@ def explicit(solver: Solver) -> ExplicitRungeKutta:
 
 
 def current_autocast(device_type: str) -> Callable[[], AbstractContextManager[Any]]:
-    """A factory of contexts equal to the autocast in force now: a Function's backward does not inherit it."""
-    if not torch.amp.is_autocast_available(device_type):  # such as meta, on which whole steps are tried
+    """A factory of contexts with the current autocast settings, which a Function's backward does not inherit."""
+    if not torch.amp.is_autocast_available(device_type):  # such as meta
         return nullcontext
     settings: dict[str, Any] = {
         "dtype": torch.get_autocast_dtype(device_type),
@@ -100,15 +100,15 @@ def current_autocast(device_type: str) -> Callable[[], AbstractContextManager[An
 
 
 class ThetaGradient:
-    """∂J/∂θ, gathered step by step: entries constant in time sum up, entries with a θ of every step fill their rows.
+    """∂J/∂θ, step by step: summed up for entries constant in time, a row per step for entries with one θ per step.
 
     Args:
         theta: the entries, as the solve got them.
-        needed: which of them want a gradient.
+        needed: which of them need a gradient.
 
     Attributes:
-        theta: detached, or the hooks of a θ that is no leaf would fire once in a backward pass and once outside of it.
-        result: the gradient of each entry, None where none is wanted.
+        theta: detached; otherwise hooks of a non-leaf θ would run twice, once in a backward pass and once outside it.
+        result: the gradient of each entry, None where none is needed.
         wanted: the entries of ``result`` that are not None.
     """
 
@@ -119,11 +119,11 @@ class ThetaGradient:
 
     def per_step(self, field: VectorField, n_steps: int) -> list[Theta]:
         """θ of each step, requiring a gradient where its entry does."""
-        with torch.enable_grad():  # without, the rows of an entry would not say that they require one
+        with torch.enable_grad():  # otherwise an entry's rows would not require a gradient
             return field.theta_per_step(self.theta, n_steps)
 
     def add(self, n: int, gradients: Sequence[Tensor], factor: float = 1.0) -> None:
-        """The contribution of step n, factor · gradients, to each entry that wants one, in order."""
+        """The contribution of step n, factor · gradients, to each entry that needs one, in order."""
         if self.wanted:
             rows = [x if x.shape == g.shape else x[n] for x, g in zip(self.wanted, gradients, strict=True)]
             torch._foreach_add_(rows, list(gradients), alpha=factor)
@@ -136,14 +136,14 @@ def vjp_through(
     a: State,
     add: Callable[[Sequence[Tensor]], None],
 ) -> State:
-    """∂J/∂state from ``a`` = ∂J/∂function(state), through the function's graph; what ``a`` is too short for is 0.
+    """∂J/∂state from ``a`` = ∂J/∂function(state), through the function's graph; missing entries of ``a`` are 0.
 
     Args:
         add: receives ∂J/∂θ, for each entry of θ that requires a gradient.
     """
     with torch.enable_grad():
         state = tuple(x.detach().requires_grad_() for x in state)
-        # What depends on nothing, such as the zeros that a multistep method starts from, has no place in a graph.
+        # A constant, such as the zeros that a multistep method starts from, is not part of the graph.
         ends = [(get_gradient_edge(x), a_x) for x, a_x in zip(function(state), a, strict=False) if x.requires_grad]
         wanted = (*state, *(p for p in theta if p.requires_grad))
         edges, a_edges = [edge for edge, _ in ends], [a_x for _, a_x in ends]

@@ -29,13 +29,13 @@ from anode_exp.ode import (
 class BatchedAdjoint:
     """The exact discrete adjoint of Runge–Kutta steps, with f evaluated at all stages of all steps at once.
 
-    For states of few numbers per sample, where a step costs little more than its launches: all Jacobians of a
+    For states of few numbers per sample, where a step costs little more than its kernel launches: all Jacobians of a
     trajectory come from one evaluation of f, and so do all products with ∂f/∂θ (``ode.at_once`` has the equations).
-    Stage states are kept, N s of them, and the backward pass holds the graph of all N s evaluations. f must not mix
-    samples, and gets a tensor of times there, [rows, 1].
+    All N s stage states are kept, and the backward pass holds the graph of all N s evaluations. f must not mix samples,
+    and must accept a tensor of times, [rows, 1].
 
-    With a ``WarmStart`` an implicit solve on fixed steps begins from the last solve's trajectory, by Newton's method
-    for all steps at once, and is solved step by step where that does not converge. Its values are then those of the
+    With a ``WarmStart`` an implicit solve on fixed steps begins from the last solve's trajectory and uses Newton's
+    method for all steps at once; if that does not converge, it is solved step by step. Its values equal those of the
     step-by-step solve to the tolerance of Newton's method.
 
     Source: PNODE (arXiv 2206.01298) for the adjoint of the steps.
@@ -53,14 +53,14 @@ class BatchedAdjoint:
         solver: Solver,
         warm_start: WarmStart | None = None,
     ) -> Tensor:
-        """y at the end of every grid, [K, B, d], of a solve that runs through one grid after another.
+        """y at the end of every grid, [K, B, d], of one solve over consecutive grids.
 
         Args:
             y0: [B, d].
             theta: constant in time.
 
         Raises:
-            ValueError: for another kind of solver, or for a θ of every step.
+            ValueError: for a solver that is not Runge–Kutta, a state that is not [B, d], or a θ that changes per step.
         """
         if not isinstance(solver, ExplicitRungeKutta | DiagonallyImplicitRungeKutta):
             raise ValueError(f"{solver.name}: only Runge–Kutta methods have an adjoint that is batched over steps")
@@ -120,7 +120,7 @@ def _warm(
     y0: Tensor,
     theta: Theta,
 ) -> tuple[Trajectory | None, tuple[int, ...]]:
-    """From the last trajectory, if it had the same steps."""
+    """The solve from the last trajectory, if that has the same steps."""
     last = warm_start.trajectory
     if last is None or last.states.shape[1:] != y0.shape or not all(isinstance(grid, TimeGrid) for grid in grids):
         return None, ()
@@ -150,6 +150,6 @@ def _step_by_step(
         ends.append(len(times))
         outputs.append(y)
     stages = torch.stack([torch.stack(step) for step in kept], 1)
-    # Between outputs states are no more than a guess, for which a step's last stage serves.
+    # Between outputs, states are only a guess: the last stage of the step.
     states = torch.cat([y0[None], stages[-1]]).index_copy(0, torch.tensor(ends, device=y.device), torch.stack(outputs))
     return Trajectory(y0.new_tensor(times), y0.new_tensor(sizes), stages, states), tuple(ends)

@@ -1,8 +1,8 @@
-"""The discrete adjoint: exact gradients of the discrete solve, from as many or as few kept states as there is room for.
+"""The discrete adjoint: exact gradients of the discrete solve, with many or few kept states.
 
-One mechanism, two choices. The *unit* is what is evaluated again with a graph at a time: the whole block, a step, or a
-stage (one evaluation of f). The *states* are where the units begin from: kept during the forward pass, or rebuilt from
-the block's input when its gradient is due. For a block of N steps of s stages, L layers in f:
+One mechanism, two choices. The *unit* is what is evaluated again with a graph at one time: the whole block, a step, or
+a stage (one evaluation of f). The *states* are those that units begin from: kept during the forward pass, or rebuilt
+from the block's input when its gradient is needed. For a block of N steps of s stages, L layers in f:
 
 | unit | states | kept between blocks | held for one block | evaluations of f in its backward pass |
 |---|---|---|---|---|
@@ -14,9 +14,9 @@ the block's input when its gradient is due. For a block of N steps of s stages, 
 | stage | rebuild | 1 | N + s states, graph of L | sN + s(N−1) + (s−1)N |
 | stage | revolve, c slots | 1 | c + s states, graph of L | sN + s(N−1) + s p(N, c) + (s−1)N |
 
-Slots hold states alone, y_n at the start of a step, and the block's input takes one of them, as in the library
+Slots hold only states, y_n at the start of a step, and the block's input takes one of them, as in the library
 ``checkpoint-schedules``. p(N, c) = (t−1)N − C(c+t, t−1) + 1 with C(c+t−1, t−1) < N ≤ C(c+t, t) is the number of steps
-that the binomial schedule takes more often than a second forward pass does; it is the fewest possible.
+that the binomial schedule takes in addition to those of ``rebuild``; it is the smallest possible.
 
 Sources: ANODE (arXiv 1902.10298) Sec. V; ACA (arXiv 2006.02493); PNODE (arXiv 2206.01298); Griewank and Walther,
 Algorithm 799: revolve, ACM TOMS 26(1), 2000.
@@ -57,8 +57,8 @@ class DiscreteAdjoint:
 
     Args:
         unit: block, step or stage.
-        states: input (block alone), keep, rebuild, revolve or equispaced.
-        slots: states held at a time, the block's input included; revolve and equispaced need it.
+        states: input (only with block), keep, rebuild, revolve or equispaced.
+        slots: states held at a time, the block's input included; required for revolve and equispaced.
 
     Raises:
         ValueError: for a combination that does not exist.
@@ -69,11 +69,11 @@ class DiscreteAdjoint:
             raise ValueError(f"unit={unit}, states={states}: choose unit of {UNITS} and states of {STATES}")
         if (unit == "block") != (states == "input"):
             raise ValueError(
-                f"unit={unit}, states={states}: the unit block goes with states input, and nothing else does"
+                f"unit={unit}, states={states}: unit block needs states input, and other units need other states"
             )
         if (slots is not None) != (states in ("revolve", "equispaced")) or (slots is not None and slots < 1):
             raise ValueError(
-                f"states={states}, slots={slots}: revolve and equispaced need at least 1 slot, others none"
+                f"states={states}, slots={slots}: revolve and equispaced need at least 1 slot, other states take none"
             )
         self.unit, self.states, self.slots, self.passes = unit, states, slots, passes
 
@@ -82,13 +82,13 @@ class DiscreteAdjoint:
 
 
 class DtoCheckpoint(DiscreteAdjoint):
-    """ANODE: keep a block's input alone, and solve the block again with a graph when its gradient is due.
+    """ANODE: keep only a block's input, and solve the block again with a graph when its gradient is needed.
 
     Discretise-then-optimise: α_n = (I + h ∂f(y_n)/∂y)ᵀ α_{n+1} for Euler, the adjoint of the step for any method; the
-    gradient of full backpropagation, to the last bit where kernels are deterministic. sN evaluations of f backward.
+    gradient of full backpropagation, bit for bit where kernels are deterministic. sN evaluations of f backward.
 
     Args:
-        passes: over the block's graph; with 2, as in the published code, the input's gradient and then the parameters'.
+        passes: over the block's graph; 2, as in the published code: first the input's gradient, then the parameters'.
 
     Source: ANODE (arXiv 1902.10298) Sec. V, Eqs. 18–24.
     """
@@ -126,7 +126,7 @@ class StageCheckpoint(DiscreteAdjoint):
 class Revolve(DiscreteAdjoint):
     """The binomial schedule: at most ``slots`` states held, the fewest steps repeated.
 
-    sN + s(N−1) + s p(N, c) evaluations of f backward, and (s−1)N more by stages; the module gives p.
+    sN + s(N−1) + s p(N, c) evaluations of f backward, and (s−1)N more with unit stage; the module gives p.
 
     Source: Griewank and Walther, Algorithm 799, ACM TOMS 26(1), 2000; ANODE Sec. V; PNODE.
     """
@@ -136,7 +136,7 @@ class Revolve(DiscreteAdjoint):
 
 
 class Equispaced(DiscreteAdjoint):
-    """At most ``slots`` states at equal distances, every step reached again from the slot before it.
+    """At most ``slots`` states at equal distances; every step is computed again from the slot before it.
 
     The suboptimal schedule that ANODE Sec. V names; a baseline for ``Revolve``.
     """
@@ -157,12 +157,12 @@ class _Solve(torch.autograd.Function):
         *theta: Tensor,
     ) -> Tensor:
         if mode.unit == "stage":
-            with_stages(solver)  # refused here, not first in the backward pass
+            with_stages(solver)  # raises here, not in the backward pass
         ctx.mode, ctx.field, ctx.solver = mode, field, solver
         ctx.autocast = current_autocast(y0.device.type)
         kept: list[State] = []
         to_keep = kept if mode.states == "keep" else None
-        # The steps taken: an adaptive solve finds them once, and they are a fixed grid from then on.
+        # The steps taken: an adaptive solve finds them once; from then on they are a fixed grid.
         y1, ctx.grid = solve_forward(field, y0, theta, grid, solver, to_keep, mode.unit == "stage")
         kept = kept or [(y0,)]
         ctx.sizes = [len(tensors) for tensors in kept]
@@ -183,13 +183,13 @@ class _Solve(torch.autograd.Function):
 def _block_adjoint(ctx: Any, kept: list[State], theta: Theta, grad_y1: Tensor) -> list[Tensor | None]:
     """Gradients in y0 and θ through the graph of the whole block."""
     needed = ctx.needs_input_grad[4:]
-    # Detached, or the hooks of a θ that is no leaf would fire once in here and once outside.
+    # Detached; otherwise hooks of a non-leaf θ would run twice, once in here and once outside.
     y0, *copies = (x.detach().requires_grad_(need) for x, need in zip((*kept[0], *theta), needed, strict=True))
     with torch.enable_grad():
-        # Where in the graph y1 is, not its value: that would be held all through the backward pass.
+        # The place of y1 in the graph, not its value, which would be held through the backward pass.
         y1 = get_gradient_edge(integrate(ctx.field, y0, tuple(copies), ctx.grid, ctx.solver))
     wanted = [x for x in (y0, *copies) if x.requires_grad]
-    # y0 and θ in one pass over the graph, unless asked otherwise
+    # y0 and θ in one pass over the graph, unless two passes are set
     cut = 1 if ctx.mode.passes > 1 and y0.requires_grad and len(wanted) > 1 else len(wanted)
     grads = iter(
         gradient
@@ -215,7 +215,7 @@ def _adjoint(ctx: Any, kept: list[State], theta: Theta, grad_y1: Tensor) -> list
     def advance(n: int, state: State) -> State:
         return solver.step(field, per_step[n], grid.time(n), grid.step_size(n), state)
 
-    y0 = kept[0][:1]  # y is the first of a state, and of the stage states of an explicit method
+    y0 = kept[0][:1]  # y comes first in a state, and in the stage states of an explicit method
     start = partial(solver.start, field, per_step[0], grid.time(0))
     if mode.states != "keep":
         kept = [start(*y0)]
@@ -227,8 +227,8 @@ def _adjoint(ctx: Any, kept: list[State], theta: Theta, grad_y1: Tensor) -> list
             a = vjp_through(partial(solver.step, field, theta_n, t, h), state, theta_n, a, add)
             continue
         stages = list(state) if mode.states == "keep" else by_stages.stage_states(field, theta_n, t, h, state)
-        del state  # the list alone holds the stage states: each is freed when it was used
+        del state  # only the list holds the stage states: each is freed after use
         a = by_stages.adjoint_step(field, theta_n, t, h, stages, a, add)
-    if len(a) > 1:  # what the method carries besides y was made from y
+    if len(a) > 1:  # the other parts of the state were made from y
         a = vjp_through(lambda state: start(*state), y0, per_step[0], a, partial(gradient.add, 0))
     return [a[0] if needed[0] else None, *gradient.result]

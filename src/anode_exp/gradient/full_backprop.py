@@ -10,8 +10,8 @@ from anode_exp.ode import Solver, Theta, TimeGrid, Tolerance, VectorField, solve
 class FullBackprop:
     """Discretise-then-optimise with everything kept: autograd records the whole solve.
 
-    The exact gradient of the discrete solve, and the truth that other modes are tested against. For a block of N steps,
-    s stages and L layers in f, it holds N s L activations and evaluates f no more than the forward solve did (s N).
+    The exact gradient of the discrete solve, and the reference for the tests of other modes. For a block of N steps, s
+    stages and L layers in f, it holds N s L activations and evaluates f in the forward solve only (s N).
 
     Source: ANODE (arXiv 1902.10298) Sec. II.
     """

@@ -1,4 +1,4 @@
-"""The reverse-time adjoint of Neural ODEs: the state is solved backwards, beside the continuous adjoint."""
+"""The reverse-time adjoint of Neural ODEs: the state is solved backwards, together with the continuous adjoint."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ from anode_exp.ode import (
 
 
 class ReverseAdjoint:
-    """Optimise-then-discretise with the trajectory rebuilt from y(t1): Neural ODE's memory-free gradient.
+    """Optimise-then-discretise with the trajectory rebuilt from y(t1): the memory-free gradient of Neural ODEs.
 
     Backwards in time, with the forward solve's method:
         dy/dt = f(t, y, θ),   dα/dt = −(∂f/∂y)ᵀ α,   dg/dt = −(∂f/∂θ)ᵀ α,   α(t1) = ∂J/∂y(t1), g(t1) = 0;
-    then ∂J/∂y0 = α(t0) and ∂J/∂θ = g(t0). A fixed grid is gone back over; to a tolerance the augmented system finds
-    steps of its own, its error the largest root mean square of y's, α's and each entry of g's, as in torchdiffeq.
+    then ∂J/∂y0 = α(t0) and ∂J/∂θ = g(t0). A fixed grid is used in reverse; with a tolerance the augmented system finds
+    its own steps, and its error is the largest root mean square over y, α and each entry of g, as in torchdiffeq.
 
-    It holds y(t1) alone and the graph of one evaluation, L activations; the backward pass evaluates f s N times a
+    It holds only y(t1) and the graph of one evaluation, L activations; the backward pass evaluates f s N times per
     block on a fixed grid. It is not the gradient of the discrete solve: the backward solve does not retrace y, and the
-    continuous adjoint does not belong to the discrete method. It is here because that is what ANODE argues against.
+    continuous adjoint is not that of the discrete method. It is included because ANODE argues against it.
 
     Source: Neural ODE (arXiv 1806.07366) Alg. 1; ANODE (arXiv 1902.10298) Eq. 5.
     """
@@ -77,7 +77,7 @@ def _fixed(
         end = _augmented_step(field, per_step[n], grid.time(n + 1), -grid.step_size(n), y, a, table)
         y, a = end.y, end.a
         gradient.add(n, end.g)
-        del end  # its slopes are not to live through the next step
+        del end  # frees its slopes before the next step
     return a
 
 
@@ -90,7 +90,7 @@ def _adaptive(
     a: Tensor,
     gradient: ThetaGradient,
 ) -> Tensor:
-    """α(t0), over steps chosen on the way; the first is as long as the forward solve's last."""
+    """α(t0), over adaptive steps; the first is as long as the forward solve's last."""
     (theta,) = gradient.per_step(field, 1)
     before = field.evaluations.total
     control = StepController(tolerance.t1, tolerance.t0, steps.sizes[-1], table.order, tolerance)
@@ -119,7 +119,7 @@ Slopes = tuple[Tensor, Tensor, tuple[Tensor, ...]]
 class AugmentedStep:
     """y and α at a step's end, the increment of g, and for an embedded method the errors of all three.
 
-    ``first`` are the slopes where it began, ``last`` those where it ended, if the method evaluates them.
+    ``first`` are the slopes at its start, ``last`` those at its end, if the method evaluates them.
     """
 
     y: Tensor

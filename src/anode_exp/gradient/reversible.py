@@ -1,4 +1,4 @@
-"""The discrete adjoint of a reversible method: the last state alone is kept, and the steps are undone one by one."""
+"""The discrete adjoint of a reversible method: only the last state is kept, and the steps are undone one by one."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from anode_exp.ode import Solver, Theta, TimeGrid, Tolerance, VectorField, end_s
 class Reversible:
     """MALI: the gradient of the discrete solve, from the state at its end.
 
-    Backwards over the steps, the evaluations that the inverse of a step takes also give its vector–Jacobian products,
-    so that the state at t_n and its adjoint come together (``ReversibleSolver.reverse_step``). The method's start is
-    differentiated last, at the y0 that was found again.
+    Backwards over the steps, the evaluations in the inverse of a step also give its vector–Jacobian products, so the
+    state at t_n and its adjoint are found together (``ReversibleSolver.reverse_step``). The method's start is
+    differentiated last, at the reconstructed y0.
 
-    It holds the last state, its adjoint and the graph of what a step evaluates at once, whatever the number of steps;
-    the backward pass evaluates f as often as the forward pass. It is exact but for the rounding errors of the inverse
-    steps, which the solve backwards amplifies as any solve amplifies errors; ``study gradient_error`` measures them.
+    It holds the last state, its adjoint and the graph of what a step evaluates at once, for any number of steps; the
+    backward pass evaluates f as often as the forward pass. It is exact up to the rounding errors of the inverse steps,
+    which the backward solve amplifies; ``study gradient_error`` measures them.
 
     Raises:
         ValueError: in ``solve``, for a method without an inverse, or for adaptive steps.
@@ -32,7 +32,7 @@ class Reversible:
 
     def solve(self, field: VectorField, y0: Tensor, theta: Theta, grid: TimeGrid | Tolerance, solver: Solver) -> Tensor:
         if not isinstance(grid, TimeGrid):
-            raise ValueError("gradient mode reversible goes back over fixed steps; give a TimeGrid")
+            raise ValueError("gradient mode reversible needs fixed steps; give a TimeGrid")
         y1: Tensor = _Solve.apply(field, grid, with_inverse(solver), y0, *theta)
         return y1
 
@@ -51,7 +51,7 @@ class _Solve(torch.autograd.Function):
     def backward(ctx: Any, grad_y1: Tensor) -> tuple[Any, ...]:
         field, grid, solver, needed = ctx.field, ctx.grid, ctx.solver, ctx.needs_input_grad[3:]
         saved = list(ctx.saved_tensors)
-        ctx.maybe_clear_saved_tensors()  # unless the graph is retained: the list alone holds them, and is emptied
+        ctx.maybe_clear_saved_tensors()  # unless the graph is retained: only the list holds them, and it is emptied
         gradient = ThetaGradient(saved[: len(needed) - 1], needed[1:])
         state = saved[len(needed) - 1 :]
         del saved

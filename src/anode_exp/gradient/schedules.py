@@ -1,4 +1,4 @@
-"""In which order the states of a solve are there again: kept, rebuilt, or by a checkpoint schedule."""
+"""The states of a solve in reverse order: kept, rebuilt, or by a checkpoint schedule."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def _revolve(state: State, n_steps: int, slots: int, advance: Advance) -> Iterat
     for action in BinomialSchedule(n_steps, min(slots, n_steps)):
         match action:
             case Forward(write_adj_deps=True):
-                pass  # the unit that the adjoint evaluates again begins from the state as it stands
+                pass  # the unit to be evaluated again begins from this state
             case Forward():
                 if action.write_ics:
                     stored[action.n0] = state

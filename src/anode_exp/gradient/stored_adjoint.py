@@ -1,4 +1,4 @@
-"""Optimise-then-discretise on the trajectory of the forward solve: inconsistent, but not for want of retracing it."""
+"""Optimise-then-discretise on the trajectory of the forward solve: inconsistent, but without reversal errors."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ from anode_exp.ode import (
 
 
 class StoredAdjoint:
-    """The continuous adjoint, stepped backwards with the forward method along the states that the forward solve met.
+    """The continuous adjoint, stepped backwards with the forward method along the states of the forward solve.
 
         dα/dt = −(∂f/∂y(y(t)))ᵀ α,   ∂J/∂θ = ∫ (∂f/∂θ(y(t)))ᵀ α dt,
 
     with y(t_n) from the forward pass and y at inner stage times from the cubic Hermite interpolant of the step's end
     states and slopes. For one Euler step α_0 = (I + h ∂f/∂y(y_1))ᵀ α_1 (ANODE Eq. 10), where the gradient of the
-    discrete solve has the Jacobian at y_0 (Eq. 9). Its error is of the method's order in h: the second of ANODE's two
-    faults without the first.
+    discrete solve has the Jacobian at y_0 (Eq. 9). Its error is of the method's order in h: the second of the two
+    faults that ANODE names, without the first.
 
-    It keeps N states a block and holds the graph of one evaluation. The backward pass evaluates f sN times, and once
-    more a step where the method has inner stages, for the slope at the step's start.
+    It keeps N states per block and holds the graph of one evaluation. The backward pass evaluates f sN times, and once
+    more per step if the method has inner stages, for the slope at the step's start.
 
     Source: ANODE (arXiv 1902.10298) Sec. IV.
     """

@@ -1,4 +1,4 @@
-"""Networks with ODE blocks, one file an architecture."""
+"""Networks with ODE blocks, one file per architecture."""
 
 from collections.abc import Callable
 

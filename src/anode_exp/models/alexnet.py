@@ -1,4 +1,4 @@
-"""The AlexNet with an ODE block of ANODE's table."""
+"""AlexNet with an ODE block, as in ANODE's table."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from anode_exp.models.layers import ACTIVATIONS, NORMS, Autonomous, MakeOdeBlock
 class AlexNet(nn.Sequential):
     """conv5×5 3→64, pooling, ODE blocks of one conv5×5 64→64, pooling, linear 4096→384→192→classes.
 
-    1,756,682 parameters at ten classes, 102,592 of them in the ODE block, whose f = act(norm(conv5×5(y))). Pooling is
-    the largest of 3×3 at stride 2, as in AlexNet; the published code's is not known to differ.
+    1,756,682 parameters for ten classes, 102,592 of them in the ODE block, whose f = act(norm(conv5×5(y))). Pooling is
+    max pooling of 3×3 with stride 2, as in AlexNet; the published code is not known to differ.
 
     Args:
         make_ode_block: turns f into a layer.
         blocks_per_stage: ODE blocks.
-        norm, field_norm: names in ``NORMS``; of the network, and of f alone.
+        norm, field_norm: names in ``NORMS``, for the network and for f.
         activation: name in ``ACTIVATIONS``.
 
     Input [B, 3, 32, 32], output [B, num_classes].

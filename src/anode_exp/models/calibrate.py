@@ -1,4 +1,4 @@
-"""Running statistics of a trained network, estimated anew."""
+"""Running statistics of a trained network, estimated again."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from anode_exp.models import TimedBatchNorm, take_evaluations
 def calibrate_norms(
     network: nn.Module, autocast: Callable[[], torch.autocast], batches: Iterable[tuple[Tensor, Tensor]]
 ) -> None:
-    """Set every BatchNorm's running statistics to the mean over its evaluations of those that training would use."""
+    """Set every BatchNorm's running statistics to the mean over its evaluations of batch statistics in training."""
     norms = [m for m in network.modules() if isinstance(m, nn.BatchNorm2d)]
     momenta = [m.momentum for m in norms]
     calls: Counter[nn.Module] = Counter()

@@ -30,8 +30,8 @@ def _exponential(t: Tensor, growth: Tensor, turn: Tensor) -> tuple[Tensor, Tenso
 class _Flow(torch.autograd.Function):
     """Weights at several times from growth and turn of every mode, w + synthesis ((z − 1) ⊙ analysis w), z = e^{t s}.
 
-    It keeps its arguments alone. What autograd would keep of it in every block, from the forward to the backward pass,
-    is up to 16 times the weights.
+    It keeps only its arguments. Autograd would keep up to 16 times the weights in every block, from the forward to the
+    backward pass.
     """
 
     @staticmethod
@@ -41,7 +41,7 @@ class _Flow(torch.autograd.Function):
         modes, reflected = (analysis @ w).chunk(2, dim=-2)
         cosine, sine = _exponential(t, growth, turn)
         change = cosine.sub_(1).mul(modes) - sine.mul(reflected)
-        # What is added to w, so that constant weights are w itself.
+        # Added to w, so that constant weights are w itself.
         return w + synthesis @ change
 
     @staticmethod
@@ -64,14 +64,14 @@ class _Flow(torch.autograd.Function):
 class ReactionDiffusionAdvection(nn.Module):
     """∂w/∂t = σ(τ Δw + υ·∇w + ρ w) over the spatial grid of one convolution's kernels, periodic, of spacing 1.
 
-    With σ the identity each Fourier mode ω is multiplied by exp(t (ρ − τ|ω|² + i υ·ω)), exactly so at any t. In the
+    With σ the identity each Fourier mode ω is multiplied by exp(t (ρ − τ|ω|² + i υ·ω)), exactly, at any t. In the
     real Hartley basis cas(ω·x) = cos(ω·x) + sin(ω·x), H(ω) = Σ_x w0(x) cas(ω·x), that is
 
         w(t, x) = (1/K) Σ_ω exp(t (ρ − τ|ω|²)) (cos(t υ·ω) H(ω) − sin(t υ·ω) H(−ω)) cas(ω·x)
 
-    over the K points x of the kernel. Otherwise classic Runge–Kutta steps of σ(Lw), L the same operator. A norm after
-    the convolution takes out the scale of an output channel's weights, and so all that a ρ shared by them does.
-    All coefficients start at 0, where the weights are constant in time, to the last bit, and where every
+    over the K points x of the kernel. Otherwise σ(Lw), with L the same operator, is solved by classic Runge–Kutta
+    steps. A norm after the convolution removes the scale of an output channel's weights, and so the effect of a ρ that
+    they share. All coefficients start at 0, where the weights are constant in time, bit for bit, and where every
     coefficient has a gradient. τ stays non-negative by projection before each use.
 
     Args:
@@ -81,8 +81,8 @@ class ReactionDiffusionAdvection(nn.Module):
         activation: σ, a name in ``EVOLUTION_ACTIVATIONS``.
 
     Attributes, with [sets] = [1, 1], [c_out, 1] or [c_out, c_in]:
-        tau: diffusion, [sets]; absent for a kernel of one point, which only reacts.
-        upsilon: advection, [axes of more than one point, sets], in grid spacings a unit of time; likewise.
+        tau: diffusion, [sets]; None for a kernel of one point, which has a reaction only.
+        upsilon: advection, [axes of more than one point, sets], in grid spacings per unit of time; None likewise.
         rho: reaction, [sets].
 
     Source: ANODEV2 (arXiv 1906.04596); Hartley basis: Bracewell, J. Opt. Soc. Am. 73 (1983).
@@ -98,14 +98,14 @@ class ReactionDiffusionAdvection(nn.Module):
         self.tau = nn.Parameter(torch.zeros(sets)) if axes else None
         self.upsilon = nn.Parameter(torch.zeros(len(axes), *sets)) if axes else None
         points = torch.tensor(list(product(*(range(k) for k in sizes))), dtype=torch.float64)
-        # Frequencies as of a discrete Fourier transform, in radians a grid spacing.
+        # Frequencies of a discrete Fourier transform, in radians per grid spacing.
         frequencies = [torch.fft.fftfreq(k, dtype=torch.float64).tolist() for k in sizes]
         modes = torch.tensor(list(product(*frequencies)), dtype=torch.float64)
         omega = 2 * math.pi * modes
         phase = omega @ points.T  # [ω, x]
         # The highest frequency of an even size is its own conjugate, and has no derivative of odd order.
         turning = torch.where(modes == -0.5, 0.0, omega)[:, axes].T
-        # No state: what they hold follows from the kernel's shape.
+        # Not saved: they follow from the kernel's shape.
         self.register_buffer("squared", omega.square().sum(1)[:, None].float(), persistent=False)  # [ω, 1]
         self.register_buffer("turning", turning[:, None, :, None].float(), persistent=False)  # [axes, 1, ω, 1]
         cas, reflected = phase.cos() + phase.sin(), phase.cos() - phase.sin()  # of ω and −ω
@@ -135,7 +135,7 @@ class ReactionDiffusionAdvection(nn.Module):
         """w at ``count`` times from ``start`` on, ``step`` apart: [count, *w0.shape].
 
         Args:
-            n_steps: of a unit of time, where σ is not the identity.
+            n_steps: steps per unit of time, if σ is not the identity.
         """
         if self.tau is not None:
             with torch.no_grad():
@@ -163,16 +163,16 @@ class ReactionDiffusionAdvection(nn.Module):
 class Evolution(nn.Module):
     """θ(t) for the convolutions of a vector field; its other parameters stay constant in time.
 
-    ``joint`` (configuration 1): weights and activations advance together, step n of the solve has θ(t_n). ``first``
-    (configuration 2): the weights evolve to t = 1, then are applied in every step.
+    ``joint`` (configuration 1): weights and activations advance together, and step n of the solve has θ(t_n).
+    ``first`` (configuration 2): the weights first evolve to t = 1, and are then used in every step.
 
     Args:
         f: the vector field's module.
         coupling: joint or first.
-        sharing, activation: of ``ReactionDiffusionAdvection``.
-        n_steps: steps of the weights over [0, 1], where they are time-stepped.
+        sharing, activation: as in ``ReactionDiffusionAdvection``.
+        n_steps: steps of the weights over [0, 1], if they are time-stepped.
 
-    Source: ANODEV2 (arXiv 1906.04596); θ(t) = w(t), its kernel in time a delta.
+    Source: ANODEV2 (arXiv 1906.04596); θ(t) = w(t), with a delta as its kernel in time.
     """
 
     def __init__(
@@ -191,10 +191,10 @@ class Evolution(nn.Module):
         """θ for a solve of n_steps steps, in float32 or wider also under autocast.
 
         Args:
-            theta: f's parameters, w0 among them.
+            theta: f's parameters, including w0.
 
         Returns:
-            Evolved entries with a leading axis of n_steps (joint), or of their own shape (first).
+            θ; evolved entries have a leading axis of n_steps (joint), or their own shape (first).
         """
         joint = self.coupling == "joint"
         start, step, count = (0.0, 1.0 / n_steps, n_steps) if joint else (1.0, 0.0, 1)

@@ -16,12 +16,12 @@ MakeOdeBlock = Callable[[nn.Module], nn.Module]
 
 
 def _group_norm(channels: int) -> nn.Module:
-    """GroupNorm of at most 32 groups, each of 8 channels or more where there are as many."""
+    """GroupNorm of at most 32 groups, each of at least 8 channels if there are that many."""
     return nn.GroupNorm(math.gcd(32, max(1, channels // 8)), channels)
 
 
 class _Sum(torch.autograd.Function):
-    """The sum over processes, of values forwards and of gradients backwards."""
+    """The sum over processes: of values in the forward pass, of gradients in the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -45,10 +45,10 @@ def synchronised_batch_norm(
     momentum: float,
     eps: float,
 ) -> Tensor:
-    """``functional.batch_norm`` in training, by the statistics of the whole batch, of which each process has a part.
+    """``functional.batch_norm`` in training, with the statistics of the whole batch, of which each process has a part.
 
-    (y − mean) / √(var + eps) · weight + bias, with mean and var of each channel over all images and pixels; two sums
-    over processes, of y and of (y − mean)². ``nn.SyncBatchNorm`` does this on CUDA alone.
+    (y − mean) / √(var + eps) · weight + bias, with mean and var of each channel over all images and pixels; it takes
+    two sums over processes, of y and of (y − mean)². ``nn.SyncBatchNorm`` does this on CUDA only.
 
     Args:
         y: [B, C, H, W], a part of any size of the batch.
@@ -73,10 +73,10 @@ def synchronised_batch_norm(
 
 
 class BatchNorm(nn.BatchNorm2d):
-    """BatchNorm without its count of batches, which is only read when there is no momentum: one kernel fewer per call.
+    """BatchNorm without its counter of batches, which is read only without momentum: one kernel fewer per call.
 
     Attributes:
-        synchronised: whether several processes share a batch, and its statistics are to be those of all of it.
+        synchronised: whether several processes share a batch and use the statistics of all of it.
     """
 
     synchronised = False
@@ -95,7 +95,7 @@ class BatchNorm(nn.BatchNorm2d):
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *args: Any
     ) -> None:
-        """Without the count that torch would add to a state of unknown version. Statistics by time: their mean."""
+        """Omit the counter that torch would add to a state of unknown version; average statistics by time."""
         if "row_times" not in self._buffers and state_dict.pop(prefix + "row_times", None) is not None:
             state_dict.pop(prefix + "row_weight", None)
             for name in (prefix + "running_mean", prefix + "running_var"):
@@ -110,7 +110,7 @@ NORMS: dict[str, Callable[[int], nn.Module]] = {
     "none": lambda channels: nn.Identity(),
 }
 
-# In place where the layer before keeps nothing of its output for the backward pass: norms and convolutions do not.
+# In place, because the layers before, norms and convolutions, do not keep their output for the backward pass.
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "relu": lambda: nn.ReLU(inplace=True),
     "leaky_relu": lambda: nn.LeakyReLU(0.01, inplace=True),
@@ -120,14 +120,14 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
 
 
 TIME_ROUNDING = 1e-6
-"""Of the distance of two times: n h + c h and (n + c) h are one time, and so is what float32 makes of it."""
+"""Relative to the distance of two times: n h + c h and (n + c) h are the same time, also after rounding to float32."""
 
 
 def interpolation(times: Sequence[float], t: float) -> list[tuple[int, float]]:
     """Places i and weights w so that Σ w x(times[i]) interpolates x at t: piecewise linear, constant outside.
 
     Args:
-        times: rising.
+        times: in increasing order.
     """
     right = next((i for i, at in enumerate(times) if at >= t), len(times) - 1)
     left = max(right - 1, 0)
@@ -138,35 +138,35 @@ def interpolation(times: Sequence[float], t: float) -> list[tuple[int, float]]:
 
 
 def _interpolated(rows: Tensor, places: list[tuple[int, float]]) -> Tensor:
-    """Σ w rows[i]; of one place a view."""
+    """Σ w rows[i]; a view if there is one place."""
     first = rows[places[0][0]]
     return first if len(places) == 1 else torch.lerp(first, rows[places[1][0]], places[1][1])
 
 
 class TimedBatchNorm(BatchNorm):
-    """BatchNorm with running statistics for several times of a solve. ``Autonomous``, whose layer it is, sets the time.
+    """BatchNorm with running statistics for several times of a solve. ``Autonomous``, which contains it, sets the time.
 
-    Along a solve the activations change. One set of running statistics is a mixture of all times, which no batch ever
-    has: networks that train by batch statistics are then evaluated by wrong ones.
+    Along a solve the activations change. One set of running statistics is a mixture of all times, which no batch has:
+    a network trained with batch statistics is then evaluated with wrong ones.
 
     At a time t_i that has statistics, this is BatchNorm with those. At a time between two of them, evaluation
-    interpolates both linearly. Training gives the batch's statistics x to both, by the weights w_i of interpolation:
+    interpolates both linearly. Training updates both with the batch's statistics x and the interpolation weights w_i:
 
-        x_i ← x_i + (m w_i / s_i) (x − x_i),   s_i ← s_i + m w_i (1 − s_i) before,
+        first s_i ← s_i + m w_i (1 − s_i),   then x_i ← x_i + (m w_i / s_i) (x − x_i),
 
-    m the momentum. s_i, from 0 towards 1, is the share of x_i that is not its initial value, which the division takes
-    out. With momentum None x_i is the mean of all batches by w_i, and s_i the sum of w_i.
+    with the momentum m. s_i grows from 0 towards 1: the share of x_i that is not its initial value, which the division
+    removes. With momentum None x_i is the mean of all batches weighted by w_i, and s_i the sum of w_i.
 
     Args:
-        times: that have statistics, rising.
-        between: calls come at times not known before, as adaptive steps choose them. A time that training never came
-            near then has no statistics, and evaluation interpolates between those that have.
+        times: those that have statistics, in increasing order.
+        between: calls come at times that are not known in advance, as with adaptive steps. A time that training never
+            came near then has no statistics, and evaluation interpolates between those that have.
         affine_intervals: M. Weight and bias are then piecewise linear too, over M + 1 equally spaced times of [0, 1]:
             weight(t) = 1 + weight_offset(t), bias(t) = bias_offset(t). Weight decay pulls them towards 1 and 0. None:
             all times share them.
 
     Attributes:
-        row_times, row_weight: the times, and s of each; without ``between`` it stays 1.
+        row_times, row_weight: the times, and s of each; without ``between`` s stays 1.
         weight_offset, bias_offset: [M + 1, channels], or None.
 
     Source: TA-BN (Zheng et al., NeurIPS 2024), which updates with s_i = 1.
@@ -198,7 +198,7 @@ class TimedBatchNorm(BatchNorm):
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *args: Any
     ) -> None:
-        """Statistics of other times are interpolated; the one set of a network with no more serves all times."""
+        """Statistics of other times are interpolated; a single set of statistics is used for all times."""
         times = state_dict.pop(prefix + "row_times", torch.zeros(1)).tolist()
         weight = state_dict.pop(prefix + "row_weight", torch.ones(len(times)))
         known = [i for i, s in enumerate(weight.tolist()) if s > 0]
@@ -216,14 +216,14 @@ class TimedBatchNorm(BatchNorm):
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
 
     def begin(self, t: float) -> None:
-        """Choose what the next call takes. Reads no tensor on the host, but in evaluation at times not known before."""
+        """Choose the tensors of the next call. Reads a tensor on the host only in evaluation with ``between``."""
         mean: Tensor | None = None
         var: Tensor | None = None
         self._places, self._now_momentum = [], self.momentum or 0.0
         if self.training and self.track_running_stats:
             places = interpolation(self.times, t)
             if self.between or self.momentum is None or len(places) > 1:
-                # The batch's own, which `end` gives to the rows.
+                # These receive the batch's own, with which `end` updates the rows.
                 mean, var = (torch.zeros_like(x[0]) for x in (self.running_mean, self.running_var))
                 self._places, self._now_momentum = places, 1.0
             else:
@@ -239,14 +239,14 @@ class TimedBatchNorm(BatchNorm):
         if self.affine_times is not None:
             assert self.weight_offset is not None and self.bias_offset is not None
             places = interpolation(self.affine_times, t)
-            # Sums, for a view of a parameter requires a gradient even where none is recorded.
+            # Sums, because a view of a parameter requires a gradient even where none is recorded.
             weight, bias = (
                 x + _interpolated(offset, places) for x, offset in ((1.0, self.weight_offset), (0.0, self.bias_offset))
             )
         self._now = mean, var, weight, bias
 
     def end(self) -> None:
-        """Give the batch's statistics to the rows around its time, where the call did not."""
+        """Update the rows around the call's time with the batch's statistics, if the call did not."""
         assert self._now is not None
         mean, var, *_ = self._now
         for row, w in self._places:
@@ -258,12 +258,12 @@ class TimedBatchNorm(BatchNorm):
                 rows[row].lerp_(x, share / weight)
 
     def forget(self) -> None:
-        """A call's tensors are parts of a graph: they would outlive it, and cannot be copied with the network."""
+        """Drop a call's tensors: they are part of a graph, and cannot be copied with the network."""
         self._now, self._places = None, []
 
     def forward(self, y: Tensor) -> Tensor:
         if self._now is None:
-            raise RuntimeError("a TimedBatchNorm is called within Autonomous.at(t), which says at what time")
+            raise RuntimeError("TimedBatchNorm was called without a time; call it within Autonomous.at(t)")
         mean, var, weight, bias = self._now
         by_batch = self.training or not self.track_running_stats
         if self.synchronised and by_batch:
@@ -272,17 +272,17 @@ class TimedBatchNorm(BatchNorm):
 
 
 class Autonomous(nn.Sequential):
-    """f(t, y) = layers(y): a vector field that depends on time by its norms' statistics, weights and biases, or not."""
+    """f(t, y) = layers(y): depends on time only through the statistics, weights and biases of its norms, if at all."""
 
     def forward(self, t: float, y: Tensor) -> Tensor:  # type: ignore[override]
-        if torch.compiler.is_compiling():  # compiled code does not get t: what depends on it is passed in as tensors
+        if torch.compiler.is_compiling():  # compiled code does not get t: tensors that depend on it are inputs
             return super().forward(y)
         with self.at(t):
             return super().forward(y)
 
     @contextmanager
     def at(self, t: float) -> Iterator[None]:
-        """While open, the norms are those of time t, for one evaluation of the layers."""
+        """In this context, the norms are those of time t, for one evaluation of the layers."""
         norms = [layer for layer in self if isinstance(layer, TimedBatchNorm)]
         for norm in norms:
             norm.begin(t)
@@ -302,7 +302,7 @@ class Autonomous(nn.Sequential):
 
 
 def synchronise_norms(network: nn.Module) -> None:
-    """Let every BatchNorm in training mode take the statistics of all processes' parts of a batch."""
+    """Let every BatchNorm in training mode use the statistics of the whole batch of all processes."""
     for m in network.modules():
         if isinstance(m, BatchNorm):
             m.synchronised = True
@@ -317,8 +317,8 @@ def conv_norm(
 def initialise(network: nn.Module) -> None:
     """Initialisation of ANODE's published code.
 
-    Convolutions that have a bias: Xavier uniform with gain √2, bias 0. Norms: weight 1, bias 0. All else as PyTorch
-    leaves it.
+    Convolutions that have a bias: Xavier uniform with gain √2, bias 0. Norms: weight 1, bias 0. Everything else as
+    in PyTorch.
     """
     for m in network.modules():
         if isinstance(m, nn.Conv2d) and m.bias is not None:

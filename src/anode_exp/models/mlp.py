@@ -19,7 +19,7 @@ from anode_exp.ode import Trajectory
 class Mlp(nn.Sequential):
     """f(t, y) = W_L σ(… σ(W_1 y)), without t.
 
-    PNODE's for Robertson's system is 3-5-5-5-5-5-5-3 with GELU, no bias and std 0.5 (arXiv 2206.01298).
+    PNODE's network for Robertson's system is 3-5-5-5-5-5-5-3 with GELU, no bias and std 0.5 (arXiv 2206.01298).
 
     Args:
         size: numbers in a state.
@@ -45,8 +45,8 @@ class Mlp(nn.Sequential):
 class TrajectoryNetwork(nn.Module):
     """(y0, times) ↦ y at the times: one solve through all intervals, each taken in the block's steps.
 
-    In training an implicit solve with ``gradient=batched_adjoint`` begins from the trajectory of the last call. That is
-    part of the network's state, so that a resumed run continues to the same bits.
+    In training an implicit solve with ``gradient=batched_adjoint`` begins from the trajectory of the last call. This
+    trajectory is part of the network's state, so that a resumed run continues bit for bit.
     """
 
     def __init__(self, block: OdeBlock) -> None:

@@ -55,7 +55,7 @@ class Velocity(nn.Module):
     """v(t, z) of a sample z: [B, d]: ConcatSquash layers with an activation between them.
 
     Args:
-        hidden: width of each hidden layer; none is a field that is affine in z.
+        hidden: width of each hidden layer; without any, the field is affine in z.
 
     Raises:
         ValueError: for an activation without a continuous derivative.
@@ -90,8 +90,8 @@ class Velocity(nn.Module):
         """v and tr ∂v/∂z: [B, 1], exact.
 
         With two hidden layers ∂v/∂z = S₃W₃E₂W₂E₁W₁ with diagonal S, E, and S₃ the same for all samples. So
-        tr = e₂ᵀ (W₂ ∘ (W₁S₃W₃)ᵀ) e₁, with which the trace costs about as much as v. Otherwise, and where t differs
-        between samples, it is d tangents.
+        tr = e₂ᵀ (W₂ ∘ (W₁S₃W₃)ᵀ) e₁, and the trace costs about as much as v. Otherwise, and where t differs between
+        samples, it takes d tangents.
         """
         if len(self.layers) != 3 or isinstance(t, Tensor):
             identity = torch.eye(self.size, dtype=z.dtype, device=z.device)[:, None]
@@ -111,9 +111,8 @@ class Velocity(nn.Module):
 class FlowField(nn.Module):
     """d/dt [z, ℓ] = [v(t, z), −tr ∂v/∂z], or with noise e in the state d/dt [z, ℓ, e] = [v, −eᵀ(∂v/∂z)e, 0].
 
-    The second is Hutchinson's estimate of the trace, of which e with E[eeᵀ] = I makes the expectation exact. Noise
-    belongs to one solve: as part of the state it is the same in all its evaluations, whenever a gradient mode takes
-    them, and of every solve its own.
+    The second is Hutchinson's estimate of the trace, whose expectation is exact if E[eeᵀ] = I. Each solve has its own
+    noise: as part of the state it is the same in all evaluations of the solve, including those of a gradient mode.
 
     State: [B, d + 1], or [B, 2d + 1] with noise.
 
@@ -135,12 +134,12 @@ class FlowField(nn.Module):
 
 
 ACCURATE = Tolerance(rtol=1e-5, atol=1e-5, max_evaluations=10_000)
-"""Of Dormand–Prince steps for likelihoods that are reported: coarse fixed steps can be exploited in training."""
+"""For likelihoods that are reported, by Dormand–Prince steps: training can exploit the errors of coarse steps."""
 
 REVERSIBLE = Tolerance(rtol=1e-7, atol=1e-7, max_evaluations=10_000)
-"""The same for samples: taken back to the normals they came from, the worst entry is within 1e-4 in float32.
+"""For samples: mapped back to the normals they came from, the worst entry is within 1e-4 in float32.
 
-At 1e-6 it was not: the tolerance is one for the batch's root mean square, and the worst sample is above.
+At 1e-6 it was not: the tolerance is for the batch's root mean square, which the worst sample exceeds.
 """
 
 
@@ -148,7 +147,7 @@ class NormalizingFlow(nn.Module):
     """log p(x) = log N(z(1); 0, I) − ℓ(1), where [z, ℓ] is solved from [x, 0] at t = 0 through every block.
 
     Args:
-        blocks: over t in [0, 1] each, with a ``FlowField`` as f.
+        blocks: each over t in [0, 1], with a ``FlowField`` as f.
 
     Source: FFJORD (arXiv 1810.01367); PNODE (arXiv 2206.01298) Sec. V.
     """
@@ -158,11 +157,11 @@ class NormalizingFlow(nn.Module):
         self.blocks = nn.ModuleList(blocks)
 
     def forward(self, x: Tensor, noise: Tensor | None = None) -> Tensor:
-        """log p(x): [B] of x: [B, d], by each block's own solver and steps, differentiable by its gradient mode.
+        """log p(x): [B] of x: [B, d], with each block's own solver and steps, differentiable by its gradient mode.
 
         Args:
-            noise: [B, d], independent entries of mean 0 and variance 1, for an estimate of the trace; by default it is
-                exact.
+            noise: [B, d], independent entries of mean 0 and variance 1, for an estimate of the trace; by default the
+                trace is exact.
         """
         y = _state(x, noise)
         for block in self.blocks:
@@ -178,7 +177,7 @@ class NormalizingFlow(nn.Module):
         """
         y = _state(x, None)
         for block in self.blocks:
-            field = VectorField(block.f)  # type: ignore[arg-type]  # of its own: the block's counts the run's own steps
+            field = VectorField(block.f)  # type: ignore[arg-type]  # a new one: the block's own counts the run's steps
             y, _ = solve_forward(field, y, field.theta, tolerance, SOLVERS["dopri5"]())
         return _log_density(y, x.shape[1])
 

@@ -18,10 +18,10 @@ class OdeBlock(nn.Module):
 
     Args:
         f: module called as ``f(t, y)``, returning dy/dt of y's shape.
-        evolution: lets f's weights evolve in time; without, they are constant.
+        evolution: lets f's weights evolve in time; without it they are constant.
 
     Raises:
-        ValueError: for weights that change from step to step on a grid that an adaptive solver chooses.
+        ValueError: for weights that change per step with adaptive steps.
     """
 
     def __init__(
@@ -33,7 +33,7 @@ class OdeBlock(nn.Module):
         evolution: Evolution | None = None,
     ) -> None:
         if evolution is not None and evolution.coupling == "joint" and isinstance(grid, Tolerance):
-            raise ValueError("weights that evolve with the activations need fixed steps, one θ each")
+            raise ValueError("weights that evolve with the activations need fixed steps, with one θ per step")
         super().__init__()
         self.f = f
         self.solver = solver

@@ -1,4 +1,4 @@
-"""Residual networks with ODE blocks: the variants of ANODE's and ANODEV2's published figures and tables."""
+"""Residual networks with ODE blocks: the variants in ANODE's and ANODEV2's published figures and tables."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class BasicBlock(nn.Module):
 
 @dataclass(frozen=True)
 class Stage:
-    """One resolution: its channels, and the stride of its first basic block; without a stride it has none."""
+    """One resolution: its channels, and the stride of its basic block; without a stride it has no basic block."""
 
     channels: int
     stride: int | None
@@ -56,10 +56,10 @@ class ResNet(nn.Sequential):
 
     Args:
         stages: from the first to the last; the stem has the channels of the first.
-        pool: edge of the pooled squares, in pixels of the last stage.
+        pool: size of the pooling window, in pixels of the last stage.
         make_ode_block: turns f into a layer.
         blocks_per_stage: ODE blocks of each stage.
-        norm, field_norm: names in ``NORMS``; of the network, and of f alone.
+        norm, field_norm: names in ``NORMS``, for the network and for f.
         activation: name in ``ACTIVATIONS``.
 
     Input [B, 3, 32, 32], output [B, num_classes].
@@ -96,10 +96,10 @@ class ResNet(nn.Sequential):
 
 
 RESNET18 = partial(ResNet, stages=(Stage(64, 1), Stage(128, 2), Stage(256, 2), Stage(512, 2)), pool=4)
-"""The ResNet-18 variant of ANODE's Figs. 4 and 5: 11,173,962 parameters at ten classes, 6,270,720 in 4 ODE blocks."""
+"""The ResNet-18 variant of ANODE's Figs. 4 and 5: 11,173,962 parameters for ten classes, 6,270,720 in 4 ODE blocks."""
 
 RESNET10 = partial(ResNet, stages=(Stage(16, 1), Stage(32, 2)), pool=8)
-"""ResNet-10 of ANODE's table: 44,186 parameters at ten classes, 23,232 in 2 ODE blocks."""
+"""ResNet-10 of ANODE's table: 44,186 parameters for ten classes, 23,232 in 2 ODE blocks."""
 
 RESNET4 = partial(ResNet, stages=(Stage(16, None),), pool=8)
-"""ResNet-4 of ANODE's table: 7,706 parameters at ten classes, 4,672 in its ODE block."""
+"""ResNet-4 of ANODE's table: 7,706 parameters for ten classes, 4,672 in its ODE block."""

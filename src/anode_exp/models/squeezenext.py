@@ -56,20 +56,20 @@ class Transition(nn.Module):
 class SqueezeNext(nn.Sequential):
     """SqueezeNext-23: stem, four stages of one transition and ODE blocks, head.
 
-    461,466 parameters at width 1 and ten classes, 199,800 of them in the ODE blocks, whose f is the bottleneck of five
+    461,466 parameters for width 1 and ten classes, 199,800 of them in the ODE blocks, whose f is the bottleneck of five
     convolutions at half the channels, without shortcut.
 
     Args:
         make_ode_block: turns f into a layer.
         blocks_per_stage: ODE blocks after each transition.
-        norm, field_norm: names in ``NORMS``; of the network, and of f alone.
+        norm, field_norm: names in ``NORMS``, for the network and for f.
         activation: name in ``ACTIVATIONS``.
         width: factor on every layer's channels; 8·width must be a whole number.
 
     Input [B, 3, 32, 32], output [B, num_classes].
 
     Raises:
-        ValueError: if width leaves a layer without a whole number of channels.
+        ValueError: if a layer would not have a whole number of channels.
 
     Source: SqueezeNext (arXiv 1803.10615); ANODE's published code.
     """

@@ -1,4 +1,4 @@
-"""What an ODE solve is: vector field, solver, time grid, time loop. Knows torch only."""
+"""The parts of an ODE solve: vector field, solver, time grid, time loop. Imports torch only."""
 
 from collections.abc import Callable
 from functools import partial
@@ -29,7 +29,7 @@ SOLVERS: dict[str, Callable[..., Solver]] = {
     "alf": AsynchronousLeapfrog,
     "reversible_rk": ReversibleRungeKutta,
 }
-"""What makes each solver; implicit ones take a ``NewtonKrylov``, reversible ones their coefficients."""
+"""Name → what makes the solver; implicit ones take a ``NewtonKrylov``, reversible ones their coefficients."""
 
 __all__ = [
     "IMPLICIT_TABLEAUX",

@@ -8,8 +8,8 @@ With J_ni = ∂f/∂y(Y_ni), a change δy_n moves the stages by P_ni δy_n and t
 
     (I − h a_ii J_i) P_i = I + h Σ_{j<i} a_ij J_j P_j,   M = I + h Σ_i b_i J_i P_i.
 
-All of this is batched over steps: one evaluation of f serves every stage of every step, and what is left to do step
-by step are products of d×d matrices with vectors. Shapes: N steps, s stages, B samples of d numbers.
+All of this is batched over steps: one evaluation of f serves every stage of every step, and only products of d×d
+matrices with vectors are computed step by step. Shapes: N steps, s stages, B samples of d numbers.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from anode_exp.ode.tableau import ButcherTableau, ImplicitTableau
 from anode_exp.ode.vector_field import Theta, VectorField
 
 MOST_ITERATIONS = 25
-"""Of Newton's method for all steps; beyond, solving step by step is faster."""
+"""Most iterations of Newton's method for all steps. If it needs more, solving step by step is faster."""
 
 LARGEST_CHANGE = 0.06
-"""Of a state in one iteration, relative. Where trajectories diverge, the linearised equations overshoot."""
+"""Largest relative change of a state in one iteration. Where trajectories diverge, Newton's method overshoots."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Trajectory:
 
 
 def coefficients(tableau: ButcherTableau | ImplicitTableau) -> list[tuple[float, ...]]:
-    """Rows of a up to the diagonal, which explicit tableaux leave out: 0."""
+    """Rows of a up to and including the diagonal, which is 0 in explicit tableaux."""
     return [row + (0.0,) * (i + 1 - len(row)) for i, row in enumerate(tableau.a)]
 
 
@@ -66,7 +66,7 @@ def slopes_and_jacobians(
         keep: keep the graph of f.
 
     Returns:
-        f, J, and f of the call itself, whose first s·N·B rows are the stages'; it has its graph if that is kept.
+        f, J, and the output of the call, whose first s·N·B rows are those of the stages; with its graph if ``keep``.
     """
     *shape, batch, d = stages.shape
     rows = times[..., None].expand(*shape, batch).reshape(-1, 1)
@@ -109,15 +109,15 @@ def newton_at_once(
     guess: Trajectory,
     rtol: float,
 ) -> Trajectory | None:
-    """The trajectory from y0 by Newton's method for all stages of all steps together, from a guess of the same steps.
+    """The trajectory from y0 by Newton's method for all stages of all steps together, from a guess with the same steps.
 
     Each iteration evaluates f and its Jacobians once for all stages, and solves the linearised equations from the
     first step to the last; a change above ``LARGEST_CHANGE`` of a state is scaled down to that. It has converged when
-    what is left is below rtol of every stage: the last change times ρ / (1 − ρ), where ρ is the ratio of the last two
+    the error left is below rtol of every stage: the last change times ρ / (1 − ρ), where ρ is the ratio of the last two
     (E. Hairer and G. Wanner, Solving Ordinary Differential Equations II, IV.8).
 
     Returns:
-        None if it has not converged after ``MOST_ITERATIONS``, or the iterates are not finite.
+        The trajectory, or None if it has not converged after ``MOST_ITERATIONS`` or the iterates are not finite.
     """
     h = guess.sizes[:, None, None, None]
     times = stage_times(tableau, guess.times, guess.sizes)
@@ -147,11 +147,11 @@ def newton_at_once(
         part = min(1.0, LARGEST_CHANGE / change) if change > 0 else 1.0
         stages, states = stages + part * of_stages, states + part * of_states[..., 0]
         ratio = change / before
-        # At the limit of rounding changes stop shrinking before they are below the tolerance.
+        # At the limit of rounding, changes stop shrinking before they are below the tolerance.
         rounding = ratio >= 1.0 and change <= rtol**0.75
         if change <= rtol or rounding or (ratio < 1.0 and change * ratio / (1.0 - ratio) <= rtol):
             return Trajectory(guess.times, guess.sizes, stages, states)
-        before = change if part == 1.0 else float("nan")  # the next one says nothing of how fast changes shrink
+        before = change if part == 1.0 else float("nan")  # a reduced change does not show how fast they shrink
     return None
 
 

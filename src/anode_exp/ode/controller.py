@@ -8,21 +8,21 @@ SAFETY, SHRINK_AT_MOST, GROW_AT_MOST = 0.9, 0.2, 10.0
 
 
 class SolveFailed(RuntimeError):
-    """A solve that did not reach its end: too many evaluations of f, too small a step, or a stage without solution."""
+    """A solve that did not reach its end: too many evaluations of f, a step too small, or a stage without solution."""
 
 
 class NewtonFailed(SolveFailed):
-    """A stage of an implicit method whose equation was not solved; with a smaller step it may be."""
+    """The equation of an implicit method's stage was not solved; a smaller step may succeed."""
 
 
 class StepController:
     """Proportional–integral control of the step size: h ← h · 0.9 · e_n^(−0.7/k) · e_(n−1)^(0.4/k), within [0.2, 10].
 
-    e is the error norm, k the order of the estimate in h. After a rejection h ← h · 0.9 · e^(−1/k), and the step after
-    one does not grow.
+    e is the error norm, k the order of the estimate in h. After a rejection h ← h · 0.9 · e^(−1/k), and the next
+    step does not grow.
 
     Attributes:
-        t, h: where the next attempt begins, and its signed size; the last one ends at t1 exactly.
+        t, h: start and signed size of the next attempt; the last one ends exactly at t1.
         done: whether t1 is reached.
 
     Source: Gustafsson, ACM TOMS 17(4), 1991; Hairer, Wanner, Solving ODEs II, IV.2.
@@ -40,17 +40,17 @@ class StepController:
     @property
     def h(self) -> float:
         left = self.t1 - self.t
-        # If what is left is only slightly longer than a step, one step covers it: no tiny step remains.
+        # If the rest is only slightly longer than a step, one step covers it, so that no tiny step remains.
         return left if abs(left) <= self._h * 1.001 else self._h if left > 0 else -self._h
 
     def judge(self, error: float) -> bool:
-        """Whether the attempt of size h is accepted; moves on if it is, and sets the next size.
+        """Whether the attempt of size h is accepted. Advances t if it is, and sets the next size.
 
         Raises:
             SolveFailed: if the next step would be smaller than ``min_step``.
         """
         h = self.h
-        accepted = error <= 1.0  # not so for NaN
+        accepted = error <= 1.0  # False for NaN
         if accepted:
             e = max(error, 1e-10)
             factor = SAFETY * e ** (-0.7 / self._k) * self._previous ** (0.4 / self._k)
@@ -71,7 +71,7 @@ class StepController:
 
 
 def check_evaluations(tolerance: Tolerance, evaluations: int, t: float) -> None:
-    """Raises SolveFailed beyond ``max_evaluations``."""
+    """Raises SolveFailed above ``max_evaluations``."""
     if evaluations > tolerance.max_evaluations:
         raise SolveFailed(
             f"adaptive solve reached t = {t:.6g} after {evaluations} evaluations of f, more than max_evaluations = "

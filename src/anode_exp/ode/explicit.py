@@ -13,7 +13,7 @@ from anode_exp.ode.vector_field import Theta, VectorField
 
 
 def weighted_sum(y: Tensor, h: float, weights: Sequence[float], slopes: Sequence[Tensor]) -> Tensor:
-    """y + h Σ_i w_i k_i, one fused multiply-add a non-zero weight."""
+    """y + h Σ_i w_i k_i, one fused multiply-add per non-zero weight."""
     for w, k in zip(weights, slopes, strict=True):
         if w != 0.0:
             y = torch.add(y, k, alpha=h * w)
@@ -77,7 +77,7 @@ class ExplicitRungeKutta:
         return Attempt(y1, error, slopes[-1] if table.first_same_as_last else None, stages[: self.tableau.stages])
 
     def stage_states(self, field: VectorField, theta: Theta, t: float, h: float, state: State) -> list[Tensor]:
-        """Y_i = y + h Σ_j a_ij f(Y_j) of one step; one evaluation of f less than the step."""
+        """Y_i = y + h Σ_j a_ij f(Y_j) of one step; one evaluation of f fewer than the step."""
         slopes: list[Tensor] = []
         states = list(state)
         y = states[0]
@@ -105,8 +105,8 @@ class ExplicitRungeKutta:
         Args:
             stages: the stage states Y_i of the step; emptied, so that each is freed when its stage is done.
             a: α_{n+1} = ∂J/∂y_{n+1}.
-            add: receives gradients and a factor: (∂f/∂θ(Y_i))ᵀ μ_i of every stage is their product, for each entry of
-                θ that requires a gradient.
+            add: receives gradients and a factor for every stage; their product is (∂f/∂θ(Y_i))ᵀ μ_i, for each entry
+                of θ that requires a gradient.
 
         Returns:
             α_n.
@@ -115,11 +115,11 @@ class ExplicitRungeKutta:
         """
         table = self.tableau
         (end,) = a
-        lambdas: dict[int, tuple[float, Tensor]] = {}  # λ_i as a factor and a tensor: scaling it would take another
+        lambdas: dict[int, tuple[float, Tensor]] = {}  # λ_i as a factor and a tensor, without a scaled copy
         for i in reversed(range(table.stages)):
             terms = [(table.b[i], end), *((table.a[j][i] * factor, x) for j, (factor, x) in lambdas.items())]
             (w0, mu), *rest = [(w, x) for w, x in terms if w != 0.0]
-            # μ_i = h w0 (x0 + Σ (w/w0) x): a lone term costs no tensor
+            # μ_i = h w0 (x0 + Σ (w/w0) x): a single term needs no new tensor
             mu = weighted_sum(mu, 1.0, [w / w0 for w, _ in rest], [x for _, x in rest])
             _, gradient, g = field.vjp(t + table.c[i] * h, stages.pop(), theta, mu)
             lambdas[i] = h * w0, gradient

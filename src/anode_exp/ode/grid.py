@@ -1,4 +1,4 @@
-"""Time grids, fixed and found, and tolerances."""
+"""Time grids, fixed or found by an adaptive solve, and tolerances."""
 
 from __future__ import annotations
 
@@ -53,11 +53,11 @@ class Steps:
 
 @dataclass(frozen=True)
 class Tolerance:
-    """Steps from t0 to t1 of whatever size keeps the estimated error of each below atol + rtol·|y|.
+    """Adaptive steps from t0 to t1, whose size keeps the estimated error of each below atol + rtol·|y|.
 
     Attributes:
-        max_evaluations: of f, in one solve of one block in one direction.
-        min_step: in units of t; a step that must be smaller ends the solve.
+        max_evaluations: most evaluations of f in one solve of one block in one direction.
+        min_step: smallest step, in units of t; a solve that needs a smaller one fails.
 
     Raises:
         ValueError: if a tolerance is not positive.
@@ -72,7 +72,7 @@ class Tolerance:
 
     def __post_init__(self) -> None:
         if not (self.rtol > 0 and self.atol > 0):
-            raise ValueError(f"rtol is {self.rtol}, atol {self.atol}; both must be above 0")
+            raise ValueError(f"rtol is {self.rtol}, atol is {self.atol}; both must be above 0")
 
     def scale(self, y: Tensor, y1: Tensor) -> Tensor:
         return self.atol + self.rtol * torch.maximum(y.abs(), y1.abs())

@@ -21,10 +21,10 @@ class DiagonallyImplicitRungeKutta:
 
         Y_i = y + h Σ_{j<i} a_ij k_j + h a_ii k_i,   k_i = f(t + c_i h, Y_i),   y(t + h) = y + h Σ_i b_i k_i.
 
-    Stages with a_ii = 0 are explicit. A stage's k is (Y − z)/(h a_ii), z all of its sum that is known: f at Y would
-    multiply what Newton's method left by the stiffness. Running statistics advance once a stage, in an evaluation at
-    the converged state. Backpropagation goes through a converged stage by the implicit function theorem, not through
-    its iterations.
+    Stages with a_ii = 0 are explicit. A stage's k is (Y − z)/(h a_ii), where z is the known part of its sum: f(Y) would
+    multiply the error left by Newton's method by the stiffness. Running statistics advance once per stage, in an
+    evaluation at the converged state. Backpropagation differentiates a converged stage by the implicit function
+    theorem, not through its iterations.
 
     Args:
         newton: how stages are solved.
@@ -50,7 +50,7 @@ class DiagonallyImplicitRungeKutta:
         return (y1,)
 
     def attempt(self, field: VectorField, theta: Theta, t: float, h: float, y: Tensor, first: Tensor) -> Attempt:
-        """A step with its error estimate h Σ_i b_error_i k_i; ``first`` = f(t, y) is that of its explicit stage."""
+        """A step with its error estimate h Σ_i b_error_i k_i; ``first`` = f(t, y) is its explicit stage's slope."""
         assert self.tableau.b_error is not None
         stages = [y]
         y1, slopes = self._stages(field, theta, t, h, y, [first], stages)
@@ -68,7 +68,7 @@ class DiagonallyImplicitRungeKutta:
         slopes: list[Tensor],
         stages: list[Tensor] | None,
     ) -> tuple[Tensor, list[Tensor]]:
-        """y(t + h) and the slopes of all stages, from those that are known."""
+        """y(t + h) and the slopes of all stages, given the first ones."""
         table, known, y_i = self.tableau, len(slopes), y
         for c, row in zip(table.c[known:], table.a[known:], strict=True):
             z = weighted_sum(y, h, row[:-1], slopes)
@@ -127,7 +127,7 @@ class _Stage(torch.autograd.Function):
     def forward(
         ctx: Any, newton: NewtonKrylov, field: VectorField, t: float, c: float, z: Tensor, *theta: Tensor
     ) -> Tensor:
-        with field.untraced():  # iterations leave running statistics as they were
+        with field.untraced():  # iterations leave running statistics unchanged
             y = newton.solve(field, theta, t, c, z, z)
         field(t, y, theta)  # at the converged state they advance
         ctx.newton, ctx.field, ctx.t, ctx.c = newton, field, t, c

@@ -14,7 +14,7 @@ from anode_exp.ode.solver import EmbeddedSolver, Solver, State, with_stages
 from anode_exp.ode.vector_field import Theta, VectorField
 
 MOST_HALVINGS = 10
-"""Of a step of a fixed grid whose stages are not solved."""
+"""How often a step of a fixed grid is halved at most if its stages cannot be solved."""
 
 
 def integrate(
@@ -30,7 +30,7 @@ def integrate(
 
     Args:
         y0: initial state, any shape.
-        theta: one entry a parameter of f, constant in time or with a leading axis of n_steps.
+        theta: one entry per parameter of f, constant in time or with a leading axis of n_steps.
         kept: receives the state at the start of every step, or with ``keep_stages`` the stage states of every step.
         keep_stages: for a ``StageSolver``.
 
@@ -49,7 +49,7 @@ def end_state(
     kept: list[State] | None = None,
     keep_stages: bool = False,
 ) -> State:
-    """As ``integrate``; the whole state at t1."""
+    """As ``integrate``, but returns the whole state at t1."""
     per_step = field.theta_per_step(theta, grid.n_steps)
     step = _keeping(solver, kept, keep_stages)
     state = solver.start(field, per_step[0], grid.time(0), y0)
@@ -59,7 +59,7 @@ def end_state(
 
 
 def _keeping(solver: Solver, kept: list[State] | None, keep_stages: bool) -> Callable[..., State]:
-    """The solver's step; of each that succeeds ``kept`` receives the state it began from, or its stage states."""
+    """The solver's step; ``kept`` receives the start state, or the stage states, of each step that succeeds."""
     if kept is None:
         return solver.step
 
@@ -83,7 +83,7 @@ def _keeping(solver: Solver, kept: list[State] | None, keep_stages: bool) -> Cal
 
 @torch.no_grad()
 def _first_step(field: VectorField, theta: Theta, y0: Tensor, slope: Tensor, tolerance: Tolerance, order: int) -> float:
-    """A first step whose error an explicit Euler step estimates; one evaluation of f.
+    """The size of the first step, estimated by an explicit Euler step; one evaluation of f.
 
     Source: Hairer, Nørsett, Wanner, Solving ODEs I, II.4.
     """
@@ -110,22 +110,22 @@ def integrate_adaptive(
 ) -> tuple[Tensor, Steps]:
     """Solve dy/dt = f(t, y, θ), y(t0) = y0, to the tolerance.
 
-    A rejected step leaves running statistics as they were, and the evaluation for the first step size does too. Where
-    the method's last stage is the next step's first, it is evaluated once.
+    Rejected steps, and the evaluation for the first step size, leave running statistics unchanged. Where the method's
+    last stage is the next step's first, it is evaluated once.
 
     Args:
         theta: constant in time.
         kept: as for ``integrate``, for accepted steps.
 
     Returns:
-        y(t1), bit for bit that of ``integrate`` over the accepted steps, and those.
+        y(t1), bit for bit that of ``integrate`` over the accepted steps, and the accepted steps.
 
     Raises:
-        SolveFailed: beyond ``max_evaluations``, or below ``min_step``.
+        SolveFailed: above ``max_evaluations``, or below ``min_step``.
         ValueError: if the method has no error estimate, or θ has a value for every step.
     """
     if any(entry.shape != p.shape for entry, p in zip(theta, field.theta, strict=True)):
-        raise ValueError("adaptive steps need a θ constant in time: how many steps there will be is not known")
+        raise ValueError("adaptive steps need a θ constant in time, because the number of steps is not known")
     order = solver.error_order if isinstance(solver, EmbeddedSolver) else None
     if not isinstance(solver, EmbeddedSolver) or order is None:
         raise ValueError(
@@ -170,7 +170,7 @@ def integrate_halving(
     kept: list[State] | None = None,
     keep_stages: bool = False,
 ) -> tuple[Tensor, TimeGrid | Steps]:
-    """``integrate``, where a step whose stages are not solved is taken in two halves, and those again if need be.
+    """``integrate``, but a step whose stages cannot be solved is taken in two halves, recursively.
 
     Returns:
         y(t1) and the steps taken: the grid itself where none was halved.
@@ -211,7 +211,8 @@ def solve_forward(
 ) -> tuple[Tensor, TimeGrid | Steps]:
     """y(t1) and the steps taken.
 
-    ``integrate_adaptive`` to a tolerance; over a grid ``integrate``, or ``integrate_halving`` for a method not static.
+    ``integrate_adaptive`` for a tolerance; for a grid ``integrate``, or ``integrate_halving`` if the solver is not
+    static.
     """
     if isinstance(grid, Tolerance):
         return integrate_adaptive(field, y0, theta, grid, solver, kept, keep_stages)

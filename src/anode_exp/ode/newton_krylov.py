@@ -1,4 +1,4 @@
-"""Newton's method for the stage equation of an implicit method, and the linear systems behind it and its adjoint.
+"""Newton's method for the stage equation of an implicit method, and the linear systems in it and in its adjoint.
 
     G(Y) = Y − z − c f(t, Y, θ) = 0,   c = h γ,   G'(Y) = I − c J,   J = ∂f/∂y.
 
@@ -21,7 +21,7 @@ from anode_exp.ode.controller import NewtonFailed
 from anode_exp.ode.vector_field import Theta, VectorField
 
 DENSE_AT_MOST = 64
-"""Numbers in a sample's state up to which ``linear=None`` chooses dense Jacobians."""
+"""Size of a sample's state up to which ``linear=None`` chooses dense Jacobians."""
 
 
 @dataclass(frozen=True)
@@ -31,11 +31,10 @@ class NewtonKrylov:
     Attributes:
         linear: dense or gmres; None chooses by the size of a sample's state.
         rtol: Newton's method has converged when |update| ≤ rtol · |Y| for every sample, in Euclidean norms. None: 1e-12
-            in float64, 1e-6 in float32. It converges quadratically, so the error left is
-            much smaller, down to rounding.
+            in float64, 1e-6 in float32. It converges quadratically, so the error left is much smaller.
         max_iterations: of Newton's method in one stage.
         krylov_rtol: residual of a linear solve by GMRES relative to its right-hand side; None: rtol / 10 in the adjoint
-            and 1e-3 in Newton's iterations, whose directions need no more.
+            and 1e-3 in Newton's iterations, whose directions need not be more accurate.
         krylov_size: basis vectors of GMRES, without restarts.
 
     Raises:
@@ -64,7 +63,7 @@ class NewtonKrylov:
         """Y with Y = z + c f(t, Y, θ), by Newton's method from the guess.
 
         Raises:
-            NewtonFailed: beyond ``max_iterations``, or where the iterates are no longer finite.
+            NewtonFailed: after ``max_iterations``, or if the iterates are no longer finite.
         """
         y, before = guess, float("inf")
         for _ in range(self.max_iterations):
@@ -74,7 +73,7 @@ class NewtonKrylov:
             change = change_of(update, y)
             if not change < float("inf"):
                 raise NewtonFailed(f"Newton's method at t = {t:.6g}: the iterates are not finite; take more steps")
-            # At the limit of rounding updates stop shrinking before they are below the tolerance.
+            # At the limit of rounding, updates stop shrinking before they are below the tolerance.
             if change <= self.tolerance(y) or (change >= before and change <= self.tolerance(y) ** 0.75):
                 return y
             before = change
@@ -102,7 +101,7 @@ class NewtonKrylov:
     ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
         """w with (I − c J)ᵀ w = a, J at y; and Jᵀ w, (∂f/∂θ)ᵀ w of the entries of θ that require a gradient.
 
-        One evaluation of f with a graph; its vector–Jacobian products evaluate f no more.
+        One evaluation of f with a graph; its vector–Jacobian products do not evaluate f again.
 
         Raises:
             NewtonFailed: if GMRES does not converge.
@@ -127,7 +126,7 @@ class NewtonKrylov:
 
 
 def change_of(update: Tensor, y: Tensor) -> float:
-    """The largest over samples of |update| / |y|; 0 where both vanish."""
+    """The largest |update| / |y| over samples; 0 where both vanish."""
     update, y = (x.flatten(1) if x.dim() > 1 else x.flatten()[None] for x in (update, y))
     tiny = torch.finfo(y.dtype).tiny
     return float((update.norm(dim=1) / y.norm(dim=1).clamp_min(tiny)).max())
@@ -143,7 +142,7 @@ def linearised(
 
     Args:
         t: a time, or one for each sample, [B, 1].
-        y: [B, …], n numbers per sample, none of which depends on another sample.
+        y: [B, …], n numbers per sample; f must not mix samples.
         keep: keep the graph of f.
 
     Returns:

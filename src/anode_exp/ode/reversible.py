@@ -1,4 +1,4 @@
-"""Methods whose step has an inverse in closed form: the backward pass retraces them, and needs no checkpoints."""
+"""Methods whose step has an inverse in closed form: the backward pass undoes the steps, and needs no checkpoints."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ class AsynchronousLeapfrog:
 
     with the inverse  k = y' − v' h/2,  v = (v' − 2η u)/(1 − 2η),  y = k − v h/2.
 
-    Order 2 undamped (η = 1). Below, v lags behind f by (1 − η)/(2η) h d²y/dt², which leaves order 1 with the local
+    Order 2 if undamped (η = 1). With η < 1, v lags behind f by (1 − η)/(2η) h d²y/dt²: the order is 1, with the local
     error (1 − η)/(2η) h² d²y/dt². On dy/dt = λy, λ < 0, a step multiplies by the roots of
-    r² − (2 − 2η + 2η hλ) r + 1 − 2η = 0: stable where h|λ| ≤ 2(1 − η)/η, so that undamped an oscillation grows, slowly
-    for short steps. In return each inverse step multiplies rounding errors by up to 1/(2η − 1).
+    r² − (2 − 2η + 2η hλ) r + 1 − 2η = 0, which is stable if h|λ| ≤ 2(1 − η)/η. Undamped, an oscillation grows,
+    slowly for short steps. Damped, each inverse step multiplies rounding errors by up to 1/(2η − 1).
 
     Its state is (y, v), both of y's shape.
 
@@ -33,7 +33,7 @@ class AsynchronousLeapfrog:
         damping: η in (1/2, 1]; 1 is undamped.
 
     Raises:
-        ValueError: for another η. The step has no inverse at 1/2.
+        ValueError: if η is out of range. The step has no inverse at 1/2.
 
     Source: Zhuang et al., MALI, ICLR 2021 (arXiv 2102.04668), Sec. 3 and App. A; Mutze, arXiv 1311.6602.
     """
@@ -82,7 +82,7 @@ class AsynchronousLeapfrog:
     ) -> tuple[State, State]:
         """As ``ReversibleSolver.reverse_step``: u and its products with the adjoint come from one evaluation of f.
 
-        With ν = α_v' + h/2 α_y', all that J depends on v' by:
+        With ν = α_v' + h/2 α_y', the total derivative of J in v':
             α_k = α_y' + 2η (∂f/∂y(k))ᵀ ν,   α_y = α_k,   α_v = (1 − 2η) ν + h/2 α_k,
         and ∂J/∂θ gains 2η (∂f/∂θ(k))ᵀ ν.
         """
@@ -105,8 +105,8 @@ class ReversibleRungeKutta:
 
     with the inverse  z = z' + Ψ_{−h}(t + h, y'),  y = (y' − (1 − λ) z − Ψ_h(t, z))/λ.
 
-    Its order is the tableau's. A step multiplies y − z by about λ exp(−h ∂f/∂y), so that a decaying solution needs a
-    smaller λ or shorter steps. In return each inverse step multiplies rounding errors by up to 1/λ.
+    Its order is the tableau's. A step multiplies y − z by about λ exp(−h ∂f/∂y), so a decaying solution needs a
+    smaller λ or shorter steps. Each inverse step multiplies rounding errors by up to 1/λ.
 
     Its state is (y, z), both of y's shape.
 
@@ -114,7 +114,7 @@ class ReversibleRungeKutta:
         coupling: λ in (0, 1].
 
     Raises:
-        ValueError: for another λ.
+        ValueError: if λ is out of range.
 
     Source: McCallum and Foster, arXiv 2410.11648.
     """
@@ -126,7 +126,7 @@ class ReversibleRungeKutta:
         if not 0.0 < coupling <= 1.0:
             raise ValueError(f"coupling = {coupling}: give a number above 0, at most 1")
         self.method, self.coupling, self.order = ExplicitRungeKutta(tableau), coupling, tableau.order
-        # Rounded, so that 1 − 1/3 and 2/3 are one time.
+        # Rounded, so that 1 − 1/3 and 2/3 are the same time.
         self.nodes = tuple(sorted({round(x, 12) for c in self.method.nodes for x in (c, 1 - c)}))
 
     def start(self, field: VectorField, theta: Theta, t: float, y: Tensor) -> State:
@@ -160,11 +160,11 @@ class ReversibleRungeKutta:
         a: list[Tensor],
         add: Callable[[Sequence[Tensor], float], None],
     ) -> tuple[State, State]:
-        """As ``ReversibleSolver.reverse_step``: either increment and its products come from s evaluations of f.
+        """As ``ReversibleSolver.reverse_step``: each increment and its products come from s evaluations of f.
 
             ν = α_y' − (∂Ψ_{−h}/∂y(y'))ᵀ α_z',   α_y = λ ν,   α_z = α_z' + (1 − λ) ν + (∂Ψ_h/∂y(z))ᵀ ν.
 
-        The graph held is that of one increment.
+        It holds the graph of one increment at a time.
         """
         (y, z), (a_y, a_z) = state, a
         state.clear()

@@ -1,4 +1,4 @@
-"""What a method of solving an ODE is: one step of it, differentiable as it stands."""
+"""The interface of ODE methods: one differentiable step."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from anode_exp.ode.vector_field import Theta, VectorField
 
 State = tuple[Tensor, ...]
-"""What a method carries from step to step: y first, then whatever else the method has, floating point of any shape."""
+"""What a method carries from step to step: y first, then its other tensors, floating point and of any shape."""
 
 
 class Solver(Protocol):
@@ -23,7 +23,7 @@ class Solver(Protocol):
         static: whether a step performs the same operations at every call. A CUDA graph can capture only such steps, and
             a byte budget can plan only for them.
         nodes: times in [0, 1], in units of the step, at which a step evaluates f.
-        start_nodes: the same of ``start``, in units of the first step.
+        start_nodes: the same for ``start``, in units of the first step.
     """
 
     name: str
@@ -33,17 +33,17 @@ class Solver(Protocol):
     start_nodes: tuple[float, ...]
 
     def start(self, field: VectorField, theta: Theta, t: float, y: Tensor) -> State:
-        """The state of a solve that begins with y at time t, θ being that of the first step."""
+        """The initial state of a solve from y at time t, with the θ of the first step."""
         ...
 
     def step(self, field: VectorField, theta: Theta, t: float, h: float, state: State) -> State:
-        """The state at t + h. Autograd differentiates it, where it is recorded, in the state and in θ."""
+        """The state at t + h, differentiable by autograd in the state and in θ."""
         ...
 
 
 @runtime_checkable
 class StageSolver(Solver, Protocol):
-    """A method with stage states Y_i, whose adjoint step is written out: the stage is then a unit of checkpointing."""
+    """A method with stage states Y_i, with the adjoint step written out: a stage can be a unit of checkpointing."""
 
     def step(
         self, field: VectorField, theta: Theta, t: float, h: float, state: State, stages: list[Tensor] | None = None
@@ -81,7 +81,7 @@ def with_stages(solver: Solver) -> StageSolver:
         ValueError: if it has none.
     """
     if not isinstance(solver, StageSolver):
-        raise ValueError(f"{solver.name} has no stage states with an adjoint of their own; use the unit step or block")
+        raise ValueError(f"{solver.name} has no stage states with an adjoint step; use the unit step or block")
     return solver
 
 
@@ -97,7 +97,7 @@ class Attempt:
 
 @runtime_checkable
 class EmbeddedSolver(Solver, Protocol):
-    """A method that may have an error estimate, for steps that are chosen on the way. Its state is y only.
+    """A method that may have an error estimate, for adaptive steps. Its state is y only.
 
     Attributes:
         error_order: k: the estimate is O(h^k); None without one.
@@ -115,7 +115,7 @@ class ReversibleSolver(Solver, Protocol):
     """A method whose step has an inverse in closed form: the last state is enough to go back to the first."""
 
     def inverse(self, field: VectorField, theta: Theta, t: float, h: float, state: State) -> State:
-        """The state at t from that at t + h: what ``step`` took, to rounding."""
+        """The state at t from that at t + h: undoes ``step``, up to rounding."""
         ...
 
     def reverse_step(
@@ -145,6 +145,6 @@ def with_inverse(solver: Solver) -> ReversibleSolver:
     """
     if not isinstance(solver, ReversibleSolver):
         raise ValueError(
-            f"{solver.name} has no inverse step; gradient mode reversible needs one: alf or reversible_rk has it"
+            f"{solver.name} has no inverse step; gradient mode reversible needs one; use alf or reversible_rk"
         )
     return solver

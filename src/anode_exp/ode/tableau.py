@@ -1,4 +1,4 @@
-"""Butcher tableaux of explicit Runge–Kutta methods: the data that make a solver."""
+"""Butcher tableaux of explicit and diagonally implicit Runge–Kutta methods: the data that define a solver."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import ClassVar
 
 @dataclass(frozen=True)
 class _Tableau:
-    """What explicit and diagonally implicit tableaux share: their fields, and the checks of them."""
+    """The fields that explicit and diagonally implicit tableaux share, and their checks."""
 
-    diagonal: ClassVar[int]  # coefficients of row i beyond i
+    diagonal: ClassVar[int]  # row i has i + diagonal coefficients
     kind: ClassVar[str]
 
     name: str
@@ -53,7 +53,7 @@ class ButcherTableau(_Tableau):
     k_i = f(t + c_i h, y + h Σ_{j<i} a_ij k_j),   y(t + h) ≈ y + h Σ_i b_i k_i
 
     Attributes:
-        a: strictly lower triangle, one row a stage; row i holds the i coefficients a_i0 … a_i,i-1.
+        a: strictly lower triangle, one row per stage; row i holds the i coefficients a_i0 … a_i,i-1.
         b: weights of the solution.
         c: stage times in units of the step.
         order: order of the solution's global error in h.

@@ -14,7 +14,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 Theta = tuple[Tensor, ...]
-"""θ, one entry a parameter of f: of the parameter's own shape (constant in time), or with a leading axis of n_steps."""
+"""θ, one entry per parameter of f: of the parameter's shape (constant in time), or with a leading axis of n_steps."""
 
 
 @dataclass
@@ -24,7 +24,7 @@ class Evaluations:
     Steps are those of adaptive solves, in each direction: every attempt is either accepted or rejected. A step of a
     fixed grid that is halved counts as rejected.
 
-    Of implicit methods, in both directions: ``newton`` iterations, ``linear`` iterations (basis vectors of GMRES), and
+    For implicit methods, in both directions: ``newton`` iterations, ``linear`` iterations (basis vectors of GMRES), and
     ``jacobians`` formed.
     """
 
@@ -45,7 +45,7 @@ class Evaluations:
 
 @dataclass
 class Trial:
-    """Whether what was tried counts."""
+    """Whether the evaluations of a trial count."""
 
     keep: bool = False
 
@@ -54,7 +54,7 @@ class VectorField:
     """dy/dt = f(t, y, θ) for a module ``f(t, y)``; θ replaces the module's parameters in their order.
 
     The module must be a deterministic function of (t, y, θ): gradient modes evaluate it again at the same point.
-    Running statistics of batch and instance norm are the exception, and advance in forward evaluations alone.
+    Running statistics of batch and instance norm are the exception: they advance in forward evaluations only.
 
     ``evaluations`` counts every call since the field was made, or since its owner last replaced the counter.
 
@@ -78,7 +78,7 @@ class VectorField:
         """Evaluate f once.
 
         Args:
-            t: time; where several steps are evaluated at once, a tensor of the time of each row of y, [rows, 1].
+            t: time; if several steps are evaluated at once, a tensor with the time of each row of y, [rows, 1].
             y: state, any shape.
             theta: parameters at time t, each of the module's own shape.
 
@@ -86,7 +86,7 @@ class VectorField:
             dy/dt, of y's shape and dtype.
 
         Raises:
-            ValueError: if the module returns another shape than y's.
+            ValueError: if θ does not have one entry per parameter, or the module's output does not have y's shape.
         """
         self.count(1)
         places = [(m._parameters, name, p) for m in self.module.modules() for name, p in m._parameters.items()]
@@ -98,7 +98,7 @@ class VectorField:
         if all(given is p for given, p in zip(theta, own, strict=True)):
             dy = self._forward(t, y)
         else:
-            # torch.func.functional_call does the same in several times the time, which a small f notices.
+            # torch.func.functional_call does the same, but takes several times as long, which matters for a small f.
             given_for = dict(zip(own, theta, strict=True))
             try:
                 for owner, name, p in places:
@@ -112,20 +112,20 @@ class VectorField:
                 f"the vector field maps a state of shape {tuple(y.shape)} to {tuple(dy.shape)}; "
                 "dy/dt must have the state's shape"
             )
-        # Under autocast a norm may return float32 for a bfloat16 state; the state's dtype decides.
+        # Under autocast a norm may return float32 for a bfloat16 state; the result gets the state's dtype.
         return dy.to(y.dtype)
 
     def compile(self, backend: str = "inductor", batch_size: int | None = None) -> None:
-        """Compile the module's forward, for this field alone, as one graph or not at all.
+        """Compile the module's forward, for this field only, as a single graph.
 
-        Every shape is compiled anew. With ``batch_size`` only training on batches of that size is compiled; an epoch's
-        smaller last batch and evaluations run the module as it is, to rounding the same. Padding that batch would
-        change the statistics of batch norm, and kernels for any size are slower on every other batch.
+        Every shape is compiled separately. With ``batch_size`` only training on batches of that size is compiled; an
+        epoch's smaller last batch and evaluations run uncompiled, with the same result up to rounding. Padding that
+        batch would change the statistics of batch norm, and kernels for any size are slower on every other batch.
 
-        Compiled variants are kept by code object, so fields of one class would use up the limit of recompilations
-        together; each gets a copy of the code. A graph break, or a limit reached, is an error in its first evaluation.
-        A module whose tensors depend on t has a context manager ``at(t)`` that chooses them: they are inputs of the
-        graph, into which no time is compiled.
+        torch keeps compiled variants by code object, so all fields of one class would share the recompilation limit;
+        each gets a copy of the code. A graph break, or reaching the limit, raises an error in the first evaluation.
+        A module whose tensors depend on t has a context manager ``at(t)`` that selects them: they are inputs of the
+        graph, and t itself is not compiled into it.
 
         Args:
             backend: of ``torch.compile``.
@@ -136,16 +136,16 @@ class VectorField:
             forward.__code__.replace(), forward.__globals__, forward.__name__, forward.__defaults__, forward.__closure__
         )
         compiled = torch.compile(own, fullgraph=True, backend=backend)
-        # In training and evaluation, with and without a graph, each for one batch size and then for any.
+        # Variants: training and evaluation, with and without a graph, each for one batch size and then for any.
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 16)
         if hasattr(torch._dynamo.config, "use_recursive_dict_tags_for_guards"):
             # On by default up to torch 2.11. On Python 3.13.0 it takes a module whose attributes changed for an
-            # unchanged one (cpython issue 125608), and the wrong graph is used.
+            # unchanged one (CPython gh-125608), and the wrong graph is used.
             torch._dynamo.config.use_recursive_dict_tags_for_guards = False
         at: Callable[[float], AbstractContextManager[None]] = getattr(self.module, "at", lambda t: nullcontext())
 
         def forward_of(t: float, y: Tensor) -> Tensor:
-            # Under a dispatch mode (one that counts bytes, say) torch would skip compilation, then and ever after.
+            # Under a dispatch mode (such as one that counts bytes) torch would skip compilation, also in later calls.
             as_it_is = is_in_torch_dispatch_mode()
             if batch_size is not None:
                 as_it_is |= len(y) != batch_size or not self.module.training
@@ -157,7 +157,7 @@ class VectorField:
         self._forward = forward_of
 
     def theta_per_step(self, theta: Theta, n_steps: int) -> list[Theta]:
-        """θ of each time step: constants repeated, entries with a leading axis of n_steps taken apart.
+        """θ of each time step: constants repeated, entries with a leading axis of n_steps split.
 
         Raises:
             ValueError: if an entry has neither its parameter's shape nor (n_steps, *shape).
@@ -176,7 +176,7 @@ class VectorField:
         return list(zip(*columns, strict=True)) if columns else [()] * n_steps
 
     def count(self, evaluations: int) -> None:
-        """Count evaluations of f in the present direction."""
+        """Count evaluations of f in the current direction."""
         name = "backward" if self._re_evaluating else "forward"
         setattr(self.evaluations, name, getattr(self.evaluations, name) + evaluations)
 
@@ -187,7 +187,7 @@ class VectorField:
 
     @contextmanager
     def trial(self) -> Iterator[Trial]:
-        """While open, evaluations may turn out to have been in vain: at the end buffers are put back unless kept."""
+        """Context for evaluations that may be discarded: on exit, buffers are restored unless ``keep`` is set."""
         trial = Trial()
         saved = [] if self._re_evaluating else [(b, b.clone()) for b in self.module.buffers()]
         try:
@@ -195,17 +195,17 @@ class VectorField:
         finally:
             if not trial.keep:
                 for buffer, value in saved:
-                    buffer.data.copy_(value)  # .data: graphs of accepted steps hold the buffer, at no version of it
+                    buffer.data.copy_(value)  # .data keeps the version that accepted steps' graphs saved
 
     @contextmanager
     def re_evaluation(self) -> Iterator[None]:
-        """While open, evaluations count as backward and leave no trace in running statistics.
+        """In this context, evaluations count as backward and do not change running statistics.
 
         In training mode batch norm then gets no running statistics at all; it normalises by the batch's own, so the
         output is bit for bit the same. In evaluation mode it only reads them.
 
         Raises:
-            ValueError: if the module drops out at random, which no second evaluation can repeat.
+            ValueError: if the module has active dropout, which a second evaluation cannot repeat.
         """
         if any(isinstance(m, _DropoutNd) and m.training and m.p > 0 for m in self.module.modules()):
             raise ValueError(
@@ -221,7 +221,7 @@ class VectorField:
 
     @contextmanager
     def untraced(self) -> Iterator[None]:
-        """While open, running statistics do not advance: norms in training mode get none, and use the batch's own."""
+        """In this context, running statistics do not advance: norms in training mode use only the batch's own."""
         tracking = [
             m for m in self.module.modules() if isinstance(m, _NormBase) and m.training and m.track_running_stats
         ]
@@ -237,7 +237,7 @@ class VectorField:
         """f(t, y, θ) with its vector–Jacobian products aᵀ∂f/∂y and aᵀ∂f/∂θ, from one evaluation.
 
         Args:
-            theta: detached from what it was made of, or its hooks would fire here.
+            theta: detached; otherwise the hooks of what it was made from would run here.
             a: adjoint, of y's shape.
 
         Returns:
@@ -250,7 +250,7 @@ class VectorField:
 def value_and_vjp(
     function: Callable[[Tensor], Tensor], y: Tensor, theta: Theta, a: Tensor
 ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
-    """As ``VectorField.vjp``, of a function of y that may evaluate f more than once with this θ."""
+    """As ``VectorField.vjp``, for a function of y that may evaluate f more than once with this θ."""
     with torch.enable_grad():
         y = y.detach().requires_grad_()
         value = function(y)

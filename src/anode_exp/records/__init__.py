@@ -1,1 +1,1 @@
-"""What a run leaves, and how it is read."""
+"""Writing and reading the records of runs."""

@@ -1,4 +1,4 @@
-"""The runs of a paper's reproduction as recorded."""
+"""The recorded runs of a paper's reproduction."""
 
 import json
 import shutil
@@ -14,15 +14,14 @@ CALIBRATION_BATCHES = 50
 
 
 def other_statistics(config: TrainConfig) -> str:
-    """The scheme by which a run is evaluated besides its own: statistics by time, or one set for all times."""
+    """The scheme with which a run is evaluated in addition to its own: statistics by time, or one set for all times."""
     return "forward" if config.model.statistics == "by_time" else "by_time"
 
 
 def is_calibrated(row: dict[str, Any], config: TrainConfig, epochs: int) -> bool:
-    """Whether a row of ``evaluations.jsonl`` is a run's own test after its last epoch, with the other statistics.
+    """Whether a row of ``evaluations.jsonl`` tests a run after its last epoch, with the other statistics.
 
-    Training does not depend on running statistics, so the same weights serve: this is what a run with the other
-    ``model.statistics`` would have reached.
+    Training does not depend on running statistics, so this is the score of a run with the other ``model.statistics``.
     """
     statistics = f"{other_statistics(config)}, {CALIBRATION_BATCHES} batches anew"
     same = {"checkpoint": "last", "epoch": epochs, "dataset": config.dataset.name, "statistics": statistics}
@@ -31,7 +30,7 @@ def is_calibrated(row: dict[str, Any], config: TrainConfig, epochs: int) -> bool
 
 
 COPIES = "records"
-"""Folder, beside a report, of what it was made from."""
+"""Folder next to a report, with copies of the records that it shows."""
 
 
 @dataclass(frozen=True)
@@ -40,10 +39,10 @@ class Record:
 
     Attributes:
         cell: as in ``cell.json``.
-        epochs: a dictionary an epoch, without the losses of its steps.
+        epochs: one dictionary per epoch, without the losses of its steps.
         results: as in ``results.json``; None for a run that has not ended.
         evaluations: as in ``evaluations.jsonl``.
-        config: None before the run has begun, and of a study.
+        config: None before the run has begun, and for a study.
     """
 
     directory: Path
@@ -79,7 +78,7 @@ def read_records(*directories: Path) -> list[Record]:
 
 
 def copy_records(records: list[Record], target: Path) -> None:
-    """The small part of every record: all but checkpoints, TensorBoard events and the losses of single steps."""
+    """Copy every record to a folder, without checkpoints, TensorBoard events and the losses of single steps."""
     for record in records:
         folder = target / record.cell["paper"] / record.cell["length"] / record.cell["figure"]
         if record.cell["method"] is not None:

@@ -17,11 +17,10 @@ log = logging.getLogger(__name__)
 class Checkpoints:
     """``last.pt``, ``previous.pt`` (the last before it), ``best.pt``, and epochs kept by number, in one folder.
 
-    A process killed at any moment leaves each of them whole or absent, and either last or previous there once one was
-    saved.
+    If the process is killed, each file is whole or absent, and last or previous exists as soon as one was saved.
 
     Args:
-        read_only: save nothing, for another process of the same run does.
+        read_only: save nothing, because another process of the same run does.
     """
 
     def __init__(self, directory: Path, read_only: bool = False) -> None:
@@ -35,12 +34,12 @@ class Checkpoints:
         return sorted(int(path.stem.removeprefix("epoch-")) for path in self.directory.glob("epoch-*.pt"))
 
     def save(self, state: dict[str, Any], best: bool = False, epoch: int | None = None) -> None:
-        """Save the state as last, and first as best if it is: a run resumed from last then has its best too.
+        """Save the state as last. If it is the best, save it as best first, so that a run resumed from last has it.
 
         Args:
             epoch: keep the network under this number too, without what only a resumed run needs.
 
-        Raises UserError if it cannot be written; the checkpoints there before are still there.
+        Raises UserError if it cannot be written; earlier checkpoints are kept.
         """
         if self.read_only:
             return
@@ -49,18 +48,18 @@ class Checkpoints:
             to_save[f"epoch-{epoch}"] = {key: state[key] for key in ("progress", "network", "averaged")}
         for name, content in {**to_save, "last": state}.items():
             keep = self.path("previous") if name == "last" else None
-            data = BytesIO()  # torch's own file writer answers a full disk with an internal assertion
+            data = BytesIO()  # torch's own file writer fails on a full disk with an internal assertion
             torch.save(content, data)
             try:
                 write_atomically(self.path(name), data.getvalue(), keep)
             except OSError as error:
-                remedy = f"make room, then go on with train resume={self.directory.parent}"
+                remedy = f"make room, then continue with train resume={self.directory.parent}"
                 raise UserError(f"{self.path(name)}: cannot be written ({error.strerror}); {remedy}") from error
 
     def load(self, name: str = "last") -> dict[str, Any] | None:
-        """The named checkpoint on the CPU, or for ``last`` the one before it where it is truncated; None without any.
+        """The named checkpoint, on the CPU, or None if there is none. If ``last`` is truncated, the previous one.
 
-        Raises UserError if files are there and none can be read.
+        Raises UserError if there are files but none can be read.
         """
         names = ["last", "previous"] if name == "last" else [name]
         paths = [path for path in map(self.path, names) if path.exists()]
@@ -75,5 +74,5 @@ class Checkpoints:
                 log.warning(f"using {path} instead")
             return state
         if paths:
-            raise UserError(f"{', '.join(map(str, paths))}: truncated or not a checkpoint; nothing to go on from")
+            raise UserError(f"{', '.join(map(str, paths))}: truncated or not a checkpoint; nothing to continue from")
         return None

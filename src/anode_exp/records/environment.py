@@ -1,4 +1,4 @@
-"""Where a run was made: versions, commit, device."""
+"""The environment of a run: versions, commit, device."""
 
 import platform
 import subprocess
@@ -10,7 +10,7 @@ import torch
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """What every record says of the device, the versions and the commit that it was made with."""
+    """The device, the versions and the commit, which every record contains."""
     return {"device": device_name(device), "versions": versions(), "commit": commit()}
 
 
@@ -27,7 +27,7 @@ def versions() -> dict[str, str | None]:
 
 
 def commit() -> str | None:
-    """The commit of the source tree this package runs from, with ``-dirty`` if files changed; None outside of one."""
+    """The commit of the source tree this package runs from, with ``-dirty`` if files changed; None without one."""
     here = Path(__file__)
 
     def git(*arguments: str) -> str:
@@ -35,7 +35,7 @@ def commit() -> str | None:
         return subprocess.run(command, check=True, capture_output=True, text=True, timeout=10).stdout.strip()
 
     try:
-        git("ls-files", "--error-unmatch", here.name)  # an installed copy in another repository is not of its commit
+        git("ls-files", "--error-unmatch", here.name)  # fails for an installed copy inside another repository
         return git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain", "--untracked-files=no") else "")
     except (OSError, subprocess.SubprocessError):
         return None

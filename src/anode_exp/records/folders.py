@@ -1,4 +1,4 @@
-"""Any runs below any folders, grouped by the settings in which they differ."""
+"""The runs below any folders, grouped by the settings in which they differ."""
 
 import json
 import shlex
@@ -16,7 +16,7 @@ from anode_exp.records.cells import COPIES, Record, read_record
 
 
 def read_runs(folders: Iterable[Path]) -> list[Record]:
-    """Every run below the folders that has begun, by folder; copies beside a report, studies and benchmarks are none.
+    """Every run below the folders that has begun, by folder, without copies next to a report, studies and benchmarks.
 
     Raises UserError for a configuration that cannot be read.
     """
@@ -34,7 +34,7 @@ def read_runs(folders: Iterable[Path]) -> list[Record]:
 
 
 def command_of(folder: Path) -> str:
-    """What was typed for the run in a folder, or for it and the other seeds beside it."""
+    """The command of the run in a folder, which may have started runs of other seeds too."""
     for place in (folder, folder.parent):
         path = place / ".hydra" / "overrides.yaml"
         if path.exists():
@@ -44,10 +44,10 @@ def command_of(folder: Path) -> str:
 
 
 def grouped(records: list[Record]) -> dict[str, list[Record]]:
-    """Runs that differ in their seed alone, by what sets them apart from the others: ``key=value, …``.
+    """Runs that differ only in their seed, by the settings that distinguish them from the others: ``key=value, …``.
 
-    Settings count that change a number of a run. Of several that divide the runs in the same way the first is named:
-    that of a group, such as ``gradient=revolve``, before those that come with it.
+    Only settings that affect the results count. If several divide the runs in the same way, the first is named: that of
+    a group, such as ``gradient=revolve``, comes before the settings that it changes.
     """
     configs = [record.config for record in records]
     assert all(config is not None for config in configs)

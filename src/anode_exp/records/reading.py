@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 Row = dict[str, Any]
-"""A record, or a line of several: values by name."""
+"""A record, or one line of a file of several: values by name."""
 
 
 def read_lines(path: Path) -> list[Row]:
-    """JSON lines; what a killed process or a full disk left unfinished is no line."""
+    """JSON lines, without lines that a killed process or a full disk left incomplete."""
     lines = []
     for line in path.read_text().splitlines(keepends=True) if path.exists() else []:
         if line.endswith("\n"):
@@ -21,7 +21,7 @@ def read_lines(path: Path) -> list[Row]:
 
 
 def append_line(path: Path, line: Row) -> None:
-    """Add a JSON line, on a line of its own also after one that was left unfinished."""
+    """Append a JSON line; if the last line is incomplete, start a new one first."""
     torn = path.exists() and not path.read_text().endswith("\n")
     with path.open("a") as file:
         file.write("\n" * torn + json.dumps(line) + "\n")
@@ -30,10 +30,10 @@ def append_line(path: Path, line: Row) -> None:
 def write_atomically(path: Path, content: str | bytes, keep: Path | None = None) -> None:
     """Write next to the file, then move it into place: readers see the old one or the new one.
 
-    File and folder are synced, so that neither is lost with the power.
+    File and folder are synced, so that a power failure loses neither.
 
     Args:
-        keep: where the old one goes, if there is one; for a moment then ``path`` is absent.
+        keep: where to move the old file, if there is one; ``path`` is then absent for a moment.
     """
     partial = path.with_name(path.name + ".partial")
     try:
@@ -54,7 +54,7 @@ def write_atomically(path: Path, content: str | bytes, keep: Path | None = None)
 
 
 def write_json(path: Path, record: Any) -> None:
-    """Atomically, for people to read too."""
+    """Write JSON atomically, with indentation."""
     write_atomically(path, json.dumps(record, indent=2) + "\n")
 
 

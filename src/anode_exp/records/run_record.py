@@ -1,8 +1,8 @@
-"""What a run leaves behind: configuration, a JSON line an epoch, results, TensorBoard events, checkpoints.
+"""The records of a run: configuration, one JSON line per epoch, results, TensorBoard events, checkpoints.
 
 A run directory holds
     config.yaml          the resolved configuration
-    metrics.jsonl        one line an epoch
+    metrics.jsonl        one line per epoch
     results.json         written when the run ends
     checkpoints/         last.pt, previous.pt, best.pt
     train.log            the lines of the terminal
@@ -63,7 +63,7 @@ TAGS = (
 
 
 class NoRecord:
-    """What stands for a ``RunRecord`` in all processes of a run but its first: nothing is written."""
+    """Replaces ``RunRecord`` in all processes of a run except the first: writes nothing."""
 
     def epoch(self, line: dict[str, Any]) -> None:
         pass
@@ -79,11 +79,11 @@ class RunRecord(NoRecord):
     """The open records of one run.
 
     Args:
-        resume_after: (epochs, steps) of the checkpoint from which an earlier process's run goes on; what it recorded
-            beyond them is dropped, for it will be done again. None begins a new run.
+        resume_after: (epochs, steps) of the checkpoint from which the run continues; later records are dropped, because
+            those epochs are repeated. None starts a new run.
 
     Raises:
-        UserError: if the directory already holds a run (or, to resume, none), is in use, or cannot be written.
+        UserError: if the directory already holds a run (when resuming: no run), is in use, or cannot be written.
     """
 
     def __init__(self, directory: Path, config: TrainConfig, resume_after: tuple[int, int] | None = None) -> None:
@@ -91,10 +91,10 @@ class RunRecord(NoRecord):
         self.config = config
         text = OmegaConf.to_yaml(OmegaConf.structured(config))
         try:
-            # Making this folder claims the directory, also between two processes started at once.
+            # Creating this folder claims the directory, even if two processes start at once.
             (directory / "checkpoints").mkdir(parents=True, exist_ok=resume_after is not None)
             self._lock = (directory / ".lock").open("w")
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # gone with the process, however it ends
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # released when the process ends, in any way
             metrics = directory / "metrics.jsonl"
             write_atomically(directory / "config.yaml", text)
             if resume_after is not None:
@@ -108,8 +108,8 @@ class RunRecord(NoRecord):
             raise InUse(f"{directory}: another process is writing this run; wait for it, or stop it") from error
         except OSError as error:
             raise UserError(f"{directory}: {error.strerror}; choose a writable hydra.run.dir") from error
-        # TensorBoard reads event files in the order of their names, which begin with the second: two of one second may
-        # be read the wrong way round, and what the later one added is then purged.
+        # TensorBoard reads event files in the order of their names, which contain the time in seconds. Two files of one
+        # second may be read in the wrong order, and the events of the later one are then purged.
         stamps = [int(file.name.split(".")[3]) for file in directory.glob("events.out.tfevents.*")]
         while int(time.time()) in stamps:
             time.sleep(0.05)
@@ -120,14 +120,14 @@ class RunRecord(NoRecord):
         try:
             yield
         except OSError as error:
-            remedy = f"make room, then go on with train resume={self.directory}"
+            remedy = f"make room, then continue with train resume={self.directory}"
             raise UserError(f"{self.directory}: cannot be written ({error.strerror}); {remedy}") from error
 
     def epoch(self, line: dict[str, Any]) -> None:
-        """Append one epoch to ``metrics.jsonl`` and to TensorBoard, there over training steps.
+        """Append one epoch to ``metrics.jsonl`` and to TensorBoard.
 
-        ``line`` has at least epoch, steps and step_losses. One scale of steps for all curves, because resuming purges
-        by step. UserError if it cannot be written.
+        ``line`` has at least epoch, steps and step_losses. All curves in TensorBoard are over training steps, because
+        resuming purges by step. UserError if it cannot be written.
         """
         with self._writing():
             self._metrics.write(json.dumps(_finite(line)) + "\n")
@@ -149,7 +149,7 @@ class RunRecord(NoRecord):
         shown = {k: v if isinstance(v, int | float | str | bool) else str(v) for k, v in settings.items()}
         measures = [k for k in results if k.startswith(("test_", "best_test_"))] + ["train_loss", "peak_memory_bytes"]
         numbers = {f"hparam/{k}": float(results[k]) for k in measures if results.get(k) is not None}
-        # SummaryWriter.add_hparams would open a directory of its own; the same three summaries belong in this one.
+        # SummaryWriter.add_hparams would create another directory; this writes the same three summaries to this one.
         for summary in hparams(shown, numbers):
             self._events._get_file_writer().add_summary(summary)
         for tag, value in numbers.items():
@@ -157,7 +157,7 @@ class RunRecord(NoRecord):
         self.close()
 
     def close(self) -> None:
-        with suppress(OSError):  # of a line that could not be written: the run has failed for it, or begins anew there
+        with suppress(OSError):  # of a line that could not be written: the run has failed because of it
             self._metrics.close()
         self._events.close()
         self._lock.close()

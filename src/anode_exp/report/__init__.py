@@ -1,1 +1,1 @@
-"""Tables and plots, from run records alone."""
+"""Tables and plots, from run records only."""

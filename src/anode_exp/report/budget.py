@@ -17,7 +17,7 @@ def report(rows: list[dict[str, Any]], directory: Path) -> str:
     left.plot(budgets, [peak_of(r) / 1e6 for r in rows], marker="o", fillstyle="none", label="measured", linewidth=0)
     left.set(xlabel="budget, MB", ylabel="peak, MB", xscale="log", yscale="log")
     right.plot(budgets, [r["step_time_s"] / rows[-1]["step_time_s"] for r in rows], marker="s", linewidth=1.2)
-    right.set(xlabel="budget, MB", ylabel="time of a step over the largest budget's", xscale="log")
+    right.set(xlabel="budget, MB", ylabel="time of a step, relative to the largest budget", xscale="log")
     left.legend()
     save(figure, directory / "study.png")
     table = []
@@ -25,6 +25,6 @@ def report(rows: list[dict[str, Any]], directory: Path) -> str:
         sizes = {"budget": r["budget_bytes"], "predicted": r["predicted_bytes"], "measured": peak_of(r)}
         line = {name: f"{size / 1e6:,.1f} MB" for name, size in sizes.items()}
         line |= {"step, ms": f"{r['step_time_s'] * 1e3:,.0f}"}
-        line |= {"over the last": f"×{r['step_time_s'] / rows[-1]['step_time_s']:.2f}"}
+        line |= {"relative to the last": f"×{r['step_time_s'] / rows[-1]['step_time_s']:.2f}"}
         table.append({**line, "policies of the blocks": ", ".join(r["policies"])})
     return tabulate(table, headers="keys")

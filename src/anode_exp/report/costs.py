@@ -1,4 +1,4 @@
-"""Memory, time and evaluations of PNODE's methods against the number of steps, and the paper's claims beside them."""
+"""Memory, time and evaluations of PNODE's methods against the number of steps, and the paper's claims."""
 
 import math
 from collections.abc import Callable, Iterable
@@ -10,10 +10,10 @@ from anode_exp.report.drawing import labels_of, peak_of
 from anode_exp.report.statistics import MISSING, Group
 
 IMAGES = 50_000
-"""Training images of CIFAR-10, an epoch."""
+"""Training images of CIFAR-10, one epoch."""
 
 STAGES = {"euler": 1, "rk2": 2, "heun": 2, "bosh3": 3, "rk4": 4, "dopri5": 6}
-"""Evaluations of f in a step of fixed size. Bosh3's and Dopri5's last stage serves an error estimate alone."""
+"""Evaluations of f in a step of fixed size. The last stage of Bosh3 and Dopri5 is only for the error estimate."""
 
 Formula = tuple[str, Callable[[int, int], tuple[int, int]]]
 NAMES: dict[str, tuple[str, Formula | None]] = {
@@ -28,13 +28,13 @@ NAMES: dict[str, tuple[str, Formula | None]] = {
     "budget": ("byte budget", None),
     "alf reversible": ("reversible leapfrog", None),
 }
-"""What a method of ``study memory`` is in PNODE's comparison, and the paper's evaluations of f, forward + backward."""
+"""The name of each method of ``study memory`` in PNODE's comparison, and the paper's formula for evaluations of f."""
 
 Table = tuple[str, list[dict[str, str]]]
 
 
 def cost_tables(rows: list[Row]) -> list[Table]:
-    """Tables of ``study memory``'s rows over the number of steps, a row a method."""
+    """Tables of ``study memory``'s rows over the number of steps, one row per method."""
     naive = {row["n_steps"]: row["step_time_s"] for row in rows if row["gradient"] == "full_backprop"}
     batch = rows[0]["batch_size"]
 
@@ -47,10 +47,10 @@ def cost_tables(rows: list[Row]) -> list[Table]:
 
     cells: list[tuple[str, Callable[[Row], str]]] = [
         ("Peak of a training step, MB", lambda row: f"{peak_of(row) / 1e6:,.0f}"),
-        (f"Time of a training step, s, batch {batch}, and over naive; median of {_turns(rows)}", over_naive),
-        (f"Time of an epoch of {IMAGES:,} images, s, steps alone",
+        (f"Time of a training step, s, batch {batch}, and relative to naive; median of {_turns(rows)}", over_naive),
+        (f"Time of an epoch of {IMAGES:,} images, s, training steps only",
          lambda row: f"{row['step_time_s'] * math.ceil(IMAGES / batch):,.0f}"),
-        ("Evaluations of f a step in each block, forward + backward", evaluations),
+        ("Evaluations of f per step in each block, forward + backward", evaluations),
     ]  # fmt: skip
     if rows[0]["device_bytes"] is not None:
         cells.insert(1, ("The whole device's memory in use, MB", lambda row: f"{row['device_bytes'] / 1e6:,.0f}"))
@@ -71,7 +71,7 @@ def cost_tables(rows: list[Row]) -> list[Table]:
 
 
 def _turns(rows: list[Row]) -> str:
-    """How often each step was timed, where that differs by the number of steps."""
+    """How often each step was timed, by the number of steps where that differs."""
     by_turns: dict[int, list[str]] = {}
     for row in rows:
         steps = by_turns.setdefault(row.get("turns", 15), [])
@@ -111,7 +111,7 @@ def _vanilla(rows: list[Row]) -> tuple[str, str, str]:
     pnode = times["stage_checkpoint keep"]
     ours = {n: times["reverse_adjoint"][n] / t for n, t in pnode.items()}
     if "torchdiffeq" not in times:
-        return "this project's vanilla alone; torchdiffeq has no such fixed steps", _range(ours.values()), MISSING
+        return "this project's vanilla only; torchdiffeq has no such fixed steps", _range(ours.values()), MISSING
     theirs = {n: times["torchdiffeq"][n] / t for n, t in pnode.items()}
     most = max(theirs.values())
     holds = "yes" if most >= 2 else f"up to ×{most:.2f}" if most > 1.05 else "no"
@@ -168,7 +168,7 @@ def _implicit(groups: list[Group]) -> tuple[str, str, str]:
 
 
 def claim_rows(spec: dict[str, Any], records: list[Record], stiff: list[Group]) -> list[dict[str, str]]:
-    """Each of a paper's claims beside what the recorded studies and runs say of it, setting by setting."""
+    """Each of a paper's claims with the results of the recorded studies and runs, setting by setting."""
     memory = [r.directory for r in records if r.cell.get("study") == "memory"]
     costs = [rows for folder in memory if (rows := read_lines(folder / "study.jsonl"))]
     table = []

@@ -29,7 +29,7 @@ def _gradients(rows: list[dict[str, Any]]) -> str:
         first = next(r for r in rows if r["name"] == row["name"])
         table.append({
             "run": row["name"], "gradient": row["gradient"], "error in float64": f"{row['relative_error']:.1e}",
-            "peak, MB": f"{peak_of(row) / 1e6:.2f}", "of the first's": f"{peak_of(row) / peak_of(first):.3f}",
+            "peak, MB": f"{peak_of(row) / 1e6:.2f}", "relative to the first": f"{peak_of(row) / peak_of(first):.3f}",
             "time": f"×{row['time_ratio']:.2f}", "evaluations": f"{row['nfe_forward']} + {row['nfe_backward']}",
         })  # fmt: skip
     return tabulate(table, headers="keys", disable_numparse=True)
@@ -37,7 +37,7 @@ def _gradients(rows: list[dict[str, Any]]) -> str:
 
 def _warnings(rows: list[dict[str, Any]]) -> list[str]:
     return [
-        f"{row['name']}: the flow has learned the errors of its steps, {row['chosen']}; −log p by them is off by "
+        f"{row['name']}: the flow has learned the errors of its steps ({row['chosen']}); −log p by them is off by "
         f"{row['nll_by_steps'] - row['nll']:+.3f} nats. Train with more steps."
         for row in rows
         if row.get("exploits_steps")
@@ -85,7 +85,7 @@ def _draw_bars(densities: list[dict[str, Any]], path: Path) -> None:
 
 
 def report(rows: list[dict[str, Any]], directory: Path) -> str:
-    """Writes ``study.png``, in the plane from ``pictures.npz``; returns the tables of the rows of ``study.jsonl``."""
+    """Writes ``study.png``, for the plane from ``pictures.npz``; returns the tables of the rows of ``study.jsonl``."""
     densities = [row for row in rows if row["kind"] == "density"]
     gradients = [row for row in rows if row["kind"] == "gradient"]
     if (directory / "pictures.npz").is_file():

@@ -1,4 +1,4 @@
-"""Curves: of a paper's runs, and of studies."""
+"""Curves of runs and of studies."""
 
 from itertools import cycle
 from pathlib import Path
@@ -8,13 +8,13 @@ import matplotlib
 
 from anode_exp.report.statistics import Group, curves_of
 
-matplotlib.use("Agg")  # files, whatever display there is
+matplotlib.use("Agg")  # draws to files, with or without a display
 import matplotlib.pyplot as plt
 
 plt.rcParams |= {"axes.grid": True, "grid.alpha": 0.3}
 
 STYLES = (("-", "o"), ("--", "s"), (":", "^"), ("-.", "v"), ((0, (6, 1, 1, 1, 1, 1)), "D"), ((0, (3, 1)), "P"))
-"""Line and marker of each method: curves are told apart without colour."""
+"""Line and marker of each method, so that curves differ without colour."""
 
 
 def save(figure: Any, path: Path) -> None:
@@ -51,9 +51,8 @@ def draw(groups: list[Group], title: str, path: Path, score: str = "accuracy") -
             panels[1].plot(range(1, len(group.logged) + 1), group.logged, "k+", markersize=7, label=name_of)
             panels[1].legend(fontsize=8)
     losses = [y for drawn_line in panels[0].lines for y in drawn_line.get_ydata()]
-    if losses and 0 < 1e3 * min(losses) < max(
-        losses
-    ):  # of a run that went astray, say: on one scale the others are flat
+    # A diverging run, for example, makes the other curves flat on a linear scale.
+    if losses and 0 < 1e3 * min(losses) < max(losses):
         panels[0].set_yscale("log")
     for axes, label in zip(panels, ("training loss", name), strict=True):
         axes.set(xlabel="epoch", ylabel=label)
@@ -63,7 +62,7 @@ def draw(groups: list[Group], title: str, path: Path, score: str = "accuracy") -
     save(figure, path)
 
 
-MARKERS = "os^vD<>Px*hp8Hd"  # curves are told apart without colour too
+MARKERS = "os^vD<>Px*hp8Hd"  # so that curves differ without colour too
 
 
 def labels_of(rows: list[dict[str, Any]]) -> list[str]:

@@ -10,7 +10,7 @@ from anode_exp.report.drawing import draw_lines, labels_of, plt, save
 
 
 def _with_parts(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows, named with a precision that is not float64; after each split error and drift a row for the part."""
+    """The rows, with precisions other than float64 in their names, each followed by rows for its drift and parts."""
     found = []
     for row in rows:
         precision = row.get("precision", "fp64")
@@ -24,7 +24,7 @@ def _with_parts(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def order_in_dt(rows: list[dict[str, Any]]) -> float | None:
-    """p of error ~ dt^p: least squares over the finer half of the steps, where there are errors beyond rounding."""
+    """p of error ~ dt^p: least squares over the finer half of the steps, where errors are above rounding."""
     points = sorted((r["n_steps"], r["relative_error"]) for r in rows if r["n_steps"] and r["relative_error"])
     points = [p for p in points[len(points) // 2 :] if p[1] > 1e-12]
     if len(points) < 2:

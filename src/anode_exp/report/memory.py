@@ -8,7 +8,7 @@ from tabulate import tabulate
 
 from anode_exp.report.drawing import draw_lines, labels_of, peak_of, plt, save
 
-ORDER = {  # growth that the papers state, for N steps of s stages in L blocks
+ORDER = {  # growth stated by the papers, for N steps of s stages in L blocks
     "full_backprop": "O(L N)",
     "dto_checkpoint": "O(L) + O(N)",
     "step_checkpoint keep": "O(L N) states",
@@ -45,7 +45,7 @@ def report(rows: list[dict[str, Any]], directory: Path) -> str:
         ax.set(xlabel=x, ylabel="peak, MB", yscale="log")
     x, part = panels[0]
     draw_lines(axes[-1], part, x, lambda row: row["time_ratio"])
-    axes[-1].set(xlabel=x, ylabel=f"time of a step over {labels_of(part)[0]}")
+    axes[-1].set(xlabel=x, ylabel=f"time of a step, relative to {labels_of(part)[0]}")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5)
     save(figure, directory / "study.png")
     text = []

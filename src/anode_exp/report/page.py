@@ -1,7 +1,7 @@
-"""A paper's reproduction beside the paper: curves, tables, commands, as one HTML page, Markdown and CSV.
+"""A paper's reproduction next to the paper: curves, tables, commands, as one HTML page, Markdown and CSV.
 
-``write_page`` makes such a page of any sections. Reads run records alone (``cell.json``, ``config.yaml``,
-``metrics.jsonl``, ``results.json``), wherever they lie below a folder.
+``write_page`` makes such a page of any sections. Reads only run records (``cell.json``, ``config.yaml``,
+``metrics.jsonl``, ``results.json``), anywhere below a folder.
 """
 
 import base64
@@ -30,7 +30,7 @@ from anode_exp.report.statistics import (
 )
 from anode_exp.report.sweep import write_csv
 
-CLAIMS = "What the paper states beside what was measured here; ratios above 1 are in PNODE's favour"
+CLAIMS = "What the paper states and what was measured here; ratios above 1 are in PNODE's favour"
 ACCURACY = "Test accuracy in percent, min / max / mean over seeds"
 COMMANDS = "Commands"
 
@@ -47,13 +47,13 @@ class Section:
 
 
 def _of_study(folder: Path, picture: Path) -> tuple[list[Path], list[Table], str]:
-    """A study's picture, copied beside the page; its tables, where this paper has its own; its text."""
+    """A study's picture, copied next to the page; its tables of costs, if it has some; its text."""
     if (folder / "study.png").resolve() != picture.resolve():
         shutil.copyfile(folder / "study.png", picture)
     rows = read_lines(folder / "study.jsonl")
     if rows and "n_steps" in rows[0] and "step_time_s" in rows[0]:
         other = other_evaluations(rows)
-        text = f"Not as many evaluations as the paper's formula says: {', '.join(other)}." if other else ""
+        text = f"The number of evaluations differs from the paper's formula: {', '.join(other)}." if other else ""
         return [picture], cost_tables(rows), text
     return [picture], [], (folder / "table.txt").read_text()
 
@@ -95,8 +95,8 @@ def write_report(
     Args:
         spec: a paper's methods, figures and published numbers.
         length, epochs: name and description of the recipe's length.
-        expected: the command of every run that the reproduction consists of, by (figure, method, seed); a figure's
-            runs may be another reproduction's, where the figure ``shares`` them.
+        expected: the command of every run of the reproduction, by (figure, method, seed); runs that a figure
+            ``shares`` belong to another reproduction.
     """
     target.mkdir(parents=True, exist_ok=True)
     sections = list(_sections(spec, length, records, expected, target))
@@ -112,16 +112,14 @@ def write_report(
     head = f"{spec['paper']} reproduced: {length}, {epochs}"
     about = f"Published: {spec['source']}; {spec['published_kind']}. {spec['about'].strip()}"
     if length != "paper":
-        about += (
-            " A training run this short is no measurement of the published accuracies: it shows an ordering at best."
-        )
+        about += " A training run this short does not measure the published accuracies: at best it shows an ordering."
     shown = [(s.title, table) for s in sections for caption, table in s.tables if caption == ACCURACY]
     write_csv(target / "accuracy.csv", [{"figure": title, **row} for title, table in shown for row in table])
     return write_page(head, about, sections, target)
 
 
 def write_page(head: str, about: str, sections: list[Section], target: Path) -> Path:
-    """Write ``index.html``, with its pictures in it, and ``README.md``; returns the page."""
+    """Write ``index.html``, with embedded pictures, and ``README.md``; returns the page."""
     (target / "index.html").write_text(_page(head, about, sections))
     (target / "README.md").write_text(_markdown(head, about, sections, target))
     return target / "index.html"

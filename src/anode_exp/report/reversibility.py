@@ -31,7 +31,7 @@ def report(rows: list[dict[str, Any]], directory: Path) -> str:
                 ax.text(0.5, 0.5, "the solve failed", ha="center", va="center", fontsize=8)
                 continue
             picture = np.nan_to_num(np.moveaxis(images[key][0], 0, -1))
-            if what == "output":  # its values mean nothing in themselves; the reversed one is shown as the input is
+            if what == "output":  # rescaled: only the reversed image has the scale of the input
                 picture = (picture - picture.min()) / max(picture.max() - picture.min(), 1e-12)
             ax.imshow(np.clip(picture, 0, 1), interpolation="nearest")
             if what == "reversed":

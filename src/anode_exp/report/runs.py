@@ -1,4 +1,4 @@
-"""Any runs side by side: curves, scores, cost and commands of those that differ in their seed alone, as one page."""
+"""Runs side by side on one page: curves, scores, costs and commands; runs that differ only in their seed are one."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,15 +32,15 @@ def write_runs_report(records: list[Record], names: str, target: Path) -> Path:
     """Write ``index.html`` (self-contained), ``README.md``, ``scores.csv`` and plots; returns the page.
 
     Args:
-        records: begun runs of any tasks and data sets; each pair of these has a section of its own.
-        names: of the folders that they lie in.
+        records: begun runs of any tasks and data sets; each pair of these has its own section.
+        names: the names of their folders.
     """
     target.mkdir(parents=True, exist_ok=True)
     sections = list(_sections(records, target))
     about = (
-        "Runs are grouped by the settings in which they differ; those that differ in their seed alone are one curve, "
-        "their mean, in a band from the least to the most. The best epoch is chosen on validation data where a run has "
-        f"some, else on the test data. Unfinished and diverged runs count in curves alone; {MISSING} is no value."
+        "Runs are grouped by the settings in which they differ. Those that differ only in their seed are one curve, "
+        "their mean, with a band from minimum to maximum. The best epoch is chosen on validation data if there is any, "
+        f"else on the test data. Unfinished and diverged runs count only in curves; {MISSING} means no value."
     )
     shown = [(s.title, rows) for s in sections for caption, rows in s.tables if caption == SCORES]
     write_csv(target / "scores.csv", [{"section": title, **row} for title, rows in shown for row in rows])

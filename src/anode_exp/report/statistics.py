@@ -9,17 +9,17 @@ from typing import Any
 from anode_exp.records.cells import Record, is_calibrated
 
 MISSING = "–"
-SCORES = "Score on the test data, mean over seeds (least–most)"
+SCORES = "Score on the test data, mean over seeds (min–max)"
 
 
 @dataclass(frozen=True)
 class Group:
-    """The runs of one method in one figure, and what the paper says of them.
+    """The runs of one method in one figure, and the paper's results for them.
 
     Attributes:
-        published: min, max, mean of the test accuracy in percent; None where the paper gives a plot alone.
+        published: min, max, mean of the test accuracy in percent; None if the paper gives only a plot.
         missing: commands of the runs that are not recorded.
-        logged: test accuracy in percent after each epoch, where a log of the authors' has it.
+        logged: test accuracy in percent after each epoch, if the authors' log has it.
     """
 
     figure: str
@@ -60,7 +60,7 @@ def _three(values: list[float]) -> str:
 
 
 def spread(values: list[float], form: str) -> str:
-    """Mean, and the range where it is one."""
+    """The mean, and the range if the values differ."""
     if not values:
         return MISSING
     low, high, mean = (format(x, form) for x in (min(values), max(values), statistics.fmean(values)))
@@ -74,7 +74,7 @@ def _best(run: Record) -> float | None:
 def _with_statistics(run: Record, by_time: bool) -> float | None:
     """Test accuracy of the last epoch's weights with BatchNorm statistics by time, or with one set for all times.
 
-    The run's own scheme is measured in training, the other one afterwards. A network that has one time, or no running
+    The run's own scheme is measured in training, the other one afterwards. A network with one time, or without running
     statistics in f, has one accuracy.
     """
     if run.config is None or run.results is None:
@@ -91,13 +91,13 @@ _one_set = partial(_with_statistics, by_time=False)
 
 
 def _statistics(group: Group) -> str:
-    """By which statistics the runs were evaluated after every epoch: those of the curves and of the best epoch."""
+    """The statistics with which the runs were evaluated after every epoch, for the curves and the best epoch."""
     names = {"by_time": "by time", "forward": "one set", "every_evaluation": "one set, published code's"}
     return ", ".join(dict.fromkeys(names[run.config.model.statistics] for run in group.runs if run.config)) or MISSING
 
 
 def status_counts(group: Group) -> str:
-    """How many runs ended how, and how many are missing."""
+    """How many runs have each status, and how many are missing."""
     counts = {s: sum(run.status == s for run in group.runs) for s in dict.fromkeys(run.status for run in group.runs)}
     parts = [f"{n} {status}" for status, n in counts.items()]
     parts += [f"{len(group.missing)} not run"] if group.missing else []
@@ -131,7 +131,7 @@ def accuracy_rows(groups: list[Group]) -> list[dict[str, str]]:
 def cost_rows(groups: list[Group]) -> list[dict[str, str]]:
     """Memory, time, evaluations, machine and commit of each method's runs.
 
-    Of a run by several processes memory is that of the one that held most, and speed that of all together.
+    For a run by several processes, memory is the largest of any process, and speed is that of all together.
     """
     rows = []
     for group in groups:
@@ -141,7 +141,7 @@ def cost_rows(groups: list[Group]) -> list[dict[str, str]]:
         nfe = [r["nfe"] for r in results if r["nfe"]]
         evaluations = [spread([n[k] for n in nfe], ".3g") for k in ("forward", "backward")] if nfe else [MISSING]
         commits = [(r["commit"] or "unknown")[:10] + "-dirty" * str(r["commit"]).endswith("-dirty") for r in results]
-        # A diverged run's last epoch is none, an interrupted one's time is not that of a run.
+        # Times are of completed runs: a diverged run has an incomplete epoch, and an interrupted one is too short.
         seconds = [(r["wall_time_s"]["train"], r["epochs"]) for run in group.completed if (r := run.results)]
         peaks = [max(r.get("peak_memory_bytes_by_process", [r["peak_memory_bytes"]])) for r in results]
         kinds = dict.fromkeys(key for r in results for key in r if key.endswith("_per_s"))
@@ -150,12 +150,12 @@ def cost_rows(groups: list[Group]) -> list[dict[str, str]]:
             {
                 "method": group.label,
                 "peak memory, MB": spread([peak / 1e6 for peak in peaks], ",.1f"),
-                "training, s an epoch": spread([s / epochs for s, epochs in seconds], ",.1f"),
-                "training, min a run": spread([s / 60 for s, _ in seconds], ",.1f"),
+                "training, s per epoch": spread([s / epochs for s, epochs in seconds], ",.1f"),
+                "training, min per run": spread([s / 60 for s, _ in seconds], ",.1f"),
                 **{f"{key[:-6]}/s": spread(values, ",.0f") for key, values in speeds.items() if values},
-                "evaluations of f a step": " + ".join(evaluations),
+                "evaluations of f per step": " + ".join(evaluations),
                 "runs at once": ", ".join(dict.fromkeys(str(r.get("runs_at_once", 1)) for r in results)),
-                "processes a run": ", ".join(dict.fromkeys(str(r.get("processes", 1)) for r in results)),
+                "processes per run": ", ".join(dict.fromkeys(str(r.get("processes", 1)) for r in results)),
                 "device": ", ".join(dict.fromkeys(r["device"] for r in results)),
                 "commit": ", ".join(dict.fromkeys(commits)),
             }
@@ -212,7 +212,7 @@ def curves_of(group: Group, key: str) -> tuple[list[int], list[float], list[floa
 
 
 def overview_rows(groups: list[list[Group]], titles: list[str]) -> list[dict[str, str]]:
-    """A row a method, a column a figure with published numbers: our mean at the last epoch, and the paper's."""
+    """One row per method, one column per figure with published numbers: our mean at the last epoch, and the paper's."""
     rows: dict[str, dict[str, str]] = {}
     for title, of_figure in zip(titles, groups, strict=True):
         for group, published in ((g, g.published) for g in of_figure if g.published):

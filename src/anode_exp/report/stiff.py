@@ -33,7 +33,7 @@ def report(rows: Rows, directory: Path) -> str:
     save(figure, directory / "study.png")
     parts = [("Runs", _run_rows(runs)), ("Fixed steps between two points, the median over runs", _step_rows(steps))]
     if epochs:
-        parts.append(("As training goes on, the median over runs", _epoch_rows(epochs)))
+        parts.append(("During training, the median over runs", _epoch_rows(epochs)))
     return "\n\n".join(f"{title}\n{tabulate(table, headers='keys', disable_numparse=True)}" for title, table in parts)
 
 
@@ -42,7 +42,7 @@ def _shown(x: float | None, form: str = ".2e") -> str:
 
 
 def _median(rows: Rows, key: str) -> float | None:
-    """Over the rows that have it; None where fewer than half do."""
+    """The median over the rows that have the key; None unless more than half have it."""
     found = [row[key] for row in rows if row.get(key) is not None]
     return statistics.median(found) if 2 * len(found) > len(rows) else None
 
@@ -72,8 +72,8 @@ def _step_rows(steps: Rows) -> Rows:
     for (trained, solver, n), rows in _groups(steps, "trained_by", "solver", "n_steps").items():
         table.append({
             "trained by": trained, "solver": solver, "steps": n,
-            "evaluations": _shown(_median(rows, "forward"), ",.0f"), "of the data": _shown(_median(rows, "mae")),
-            "of the exact solution": _shown(_median(rows, "error")),
+            "evaluations": _shown(_median(rows, "forward"), ",.0f"), "error to the data": _shown(_median(rows, "mae")),
+            "error to the exact solution": _shown(_median(rows, "error")),
             "gradient": _shown(_median(rows, "gradient")),
             "finite": f"{sum(row['mae'] is not None for row in rows)} of {len(rows)}",
         })  # fmt: skip
@@ -95,7 +95,7 @@ def _epoch_rows(epochs: Rows) -> Rows:
 
 
 def _draw_trajectories(axes: Any, arrays: dict[str, Any], run: dict[str, Any]) -> None:
-    """Of the first run, in the units of the system."""
+    """Draw the first run, in the units of the system."""
     times, low, high = (arrays[f"0.{key}"] for key in ("times", "low", "high"))
     logarithmic = times[0] > 0 and times[-1] / times[0] > 1e3
     for k, ax in enumerate(axes):

@@ -1,4 +1,4 @@
-"""The table of a sweep: one row a job, and mean and spread over seeds."""
+"""The table of a sweep: one row per job, and mean and spread over seeds."""
 
 import csv
 import statistics
@@ -14,17 +14,17 @@ COSTS = ("train_loss", "peak_memory_bytes", "train_time_s")
 
 
 def is_measure(key: str) -> bool:
-    """Whether a row's entry is a number that a run ends with: of its test split, or of its cost."""
+    """Whether a row's entry is a final number of a run: a test score or a cost."""
     return key in COSTS or key.startswith(("test_", "best_test_"))
 
 
 def _job(directory: Path, given: Path) -> tuple[dict[str, str], dict[str, Any]]:
-    """Overrides, those of a folder above, and results of one job; one that never wrote results counts as failed."""
+    """The overrides in ``given`` and the results of one job; a job without results counts as failed."""
     overrides = OmegaConf.to_container(OmegaConf.load(given / ".hydra" / "overrides.yaml"))
     settings = dict(str(line).lstrip("+").split("=", 1) for line in cast(list[str], overrides))
-    if directory != given:  # one of several seeds at once
+    if directory != given:  # one of several seeds that ran at once
         settings["seed"] = directory.name.rpartition("-")[2]
-    found = read_results(directory) or {"status": "failed", "error": "ended unrecorded"}
+    found = read_results(directory) or {"status": "failed", "error": "ended without results"}
     found["train_time_s"] = found.get("wall_time_s", {}).get("train")
     return settings, found
 
@@ -34,7 +34,7 @@ def _number_of(folder: Path) -> int:
 
 
 def runs_of_seeds(directory: Path) -> list[Path]:
-    """The folders of a job that ran several seeds at once, in order; none if it ran one, or is a sweep's root."""
+    """The folders of a job that ran several seeds at once, in order; empty if it ran one, or for a sweep's folder."""
     if not (directory / ".hydra" / "overrides.yaml").exists():
         return []
     return sorted(directory.glob("*_seed-*/"), key=_number_of)
@@ -63,7 +63,7 @@ def sweep_rows(directory: Path) -> list[dict[str, Any]]:
 
 
 def over_seeds(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Mean and sample standard deviation of each measure over the completed jobs that differ in their seed alone."""
+    """Mean and sample standard deviation of each measure over the completed jobs that differ only in their seed."""
     first = rows[0] if rows else {}
     measures = [k for k in first if is_measure(k)]
     fixed = [k for k in first if k not in ("job", "seed", "status", "error", "mistake", *measures)]
@@ -83,7 +83,7 @@ def over_seeds(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
-    """A column for each key of any row."""
+    """Write a CSV file with a column for each key of any row."""
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)), restval="")
         writer.writeheader()
@@ -101,7 +101,7 @@ def _number(value: float | None, measure: str) -> str:
 def sweep_table(directory: Path, rows: list[dict[str, Any]]) -> str:
     """Write a sweep's rows to ``sweep.csv`` and, where seeds vary, ``sweep_over_seeds.csv``; return both as text."""
     if not rows:
-        return f"no job of {directory} began"
+        return f"no job of {directory} started"
     write_csv(directory / "sweep.csv", rows)
     columns = [key for key in rows[0] if key not in ("error", "mistake")]
     shown = [{k: _number(row[k], k) if is_measure(k) else row[k] for k in columns} for row in rows]

@@ -1,1 +1,1 @@
-"""Measurements that are no training run."""
+"""Measurements other than training runs."""

@@ -1,4 +1,4 @@
-"""Densities to set beside a flow: a normal distribution, a mixture of them, and a kernel estimate."""
+"""Densities to compare with a flow: a normal distribution, a mixture of them, and a kernel estimate."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from sklearn.mixture import GaussianMixture
 
 Points = np.ndarray
 
-# What validation samples choose from.
+# The candidates that validation samples choose from.
 COMPONENTS = (5, 10, 15, 20, 40, 80)
 REGULARISATIONS = (1e-6, 1e-2, 0.2, 0.3)
 BANDWIDTHS = tuple(0.05 * 2 ** (i / 2) for i in range(12))
@@ -24,7 +24,7 @@ class Baseline:
     """A density fitted to training samples.
 
     Attributes:
-        chosen: what the validation samples decided, in words.
+        chosen: what the validation samples selected, in words.
         test_nll: mean −log p of the test samples, in nats.
     """
 
@@ -46,7 +46,7 @@ def mixture(
     components: Sequence[int] = COMPONENTS,
     regularisations: Sequence[float] = REGULARISATIONS,
 ) -> Baseline:
-    """A mixture of normal distributions by expectation–maximisation, the one with the likeliest validation samples.
+    """A mixture of normal distributions by expectation–maximisation, chosen by likelihood of the validation samples.
 
     Args:
         components: numbers of them to choose from; those above a tenth of the training samples are left out.
@@ -80,7 +80,7 @@ def kernel_log_density(train: Points, points: Points, bandwidth: float) -> np.nd
 def kernel_estimate(
     train: Points, validation: Points, test: Points, bandwidths: Sequence[float] = BANDWIDTHS
 ) -> Baseline:
-    """A normal kernel on every training sample, its bandwidth the one with the likeliest validation samples (of 1,000).
+    """A normal kernel on every training sample, with the best bandwidth for (1,000) validation samples.
 
     Bandwidths are in units of the root mean square of the components' standard deviations.
     """

@@ -1,4 +1,4 @@
-"""BatchNorm statistics by time and one set for all times, of a run's kept epochs."""
+"""BatchNorm statistics by time compared with one set for all times, for a run's kept epochs."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -14,7 +14,7 @@ from anode_exp.training.progress import bar
 
 
 def kept_epochs(directory: Path) -> list[int]:
-    """A run's epochs whose networks were kept; UserError if there are none, or f has no BatchNorm of several times."""
+    """A run's epochs whose networks were kept; UserError if there are none, or if its ODE blocks have no BatchNorm."""
     config = typed(read_config(directory))
     if config.model.block != "ode" or config.model.field_norm != "batch":
         remedy = "give a run with model.field_norm=batch, block=ode"
@@ -28,10 +28,10 @@ def kept_epochs(directory: Path) -> list[int]:
 def both_ways(directory: Path, epoch: int, calibrate: int, here: TrainConfig) -> Row:
     """Test accuracy of one kept epoch's network with statistics by time and with one set.
 
-    Those that the run kept while it trained are as recorded; the others are estimated anew from training batches.
+    Statistics that the run kept while it trained are as recorded; the others are estimated from training batches.
 
     Args:
-        here: its device and its folder of data are used.
+        here: gives the device and the folder of data.
 
     Returns:
         Accuracies in [0, 1]: ``by_time``; ``one_set_kept``, None where the run kept statistics by time;

@@ -1,4 +1,4 @@
-"""The verb ``bench``: training steps of several compositions, and of usual ways to train, timed in turn."""
+"""The verb ``bench``: training steps of several compositions, and of common ways to train, timed in turn."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -29,16 +29,16 @@ from anode_exp.training.streams import run_streams
 
 
 def run_bench(entries: list[tuple[str, TrainConfig, str | None]], rounds: int, directory: Path) -> Path:
-    """Time every entry, print the table, and leave both in the folder, which is made if it is not there and returned.
+    """Time every entry, print the table, save both in the folder, which is made if needed, and return the folder.
 
     Args:
         entries: label, configuration, and baseline: None for the project's own step, ``eager`` for a plain loop
-            (contiguous layout, data on the device), ``dataloader`` for that fed by torchvision's DataLoader with 4
+            (contiguous layout, data on the device), ``dataloader`` for that loop with torchvision's DataLoader and 4
             workers, one of ``PEERS`` for the project's step with another library's gradient.
     """
     directory.mkdir(parents=True, exist_ok=True)
     device = build_device(entries[0][1].runtime)
-    # One process, one setting of the global flags: that of the first entry.
+    # The global flags are set once for the process, from the first entry.
     set_backends(entries[0][1].runtime)
     data: dict[str, DataSet] = {}
     contestants = []
@@ -62,7 +62,7 @@ def run_bench(entries: list[tuple[str, TrainConfig, str | None]], rounds: int, d
 def _contestant(
     label: str, config: TrainConfig, baseline: str | None, data: DataSet, device: torch.device
 ) -> Contestant:
-    """A step of each of the configuration's seeds, on CUDA each on a stream of its own, as in a run."""
+    """A step of each of the configuration's seeds, each on its own stream on CUDA, as in a run."""
     streams = run_streams(device, config.seeds)
     networks = []
     for seed, stream in enumerate(streams, config.seed):
@@ -87,7 +87,7 @@ def _contestant(
 def _steps(
     config: TrainConfig, baseline: str | None, data: DataSet
 ) -> tuple[Callable[[], object], Callable[[], object], Callable[[], list[Tensor]]]:
-    """What takes one training step, what takes it eagerly, and what gives the tensors held between steps."""
+    """Functions that take a training step, take it eagerly, and return the tensors held between steps."""
     if baseline in ("eager", "dataloader"):
         config = replace(config, runtime=replace(config.runtime, channels_last=False))
     assembly = assemble(config, data)
@@ -95,7 +95,7 @@ def _steps(
     if baseline in PEERS:
         for block in ode_blocks(network):
             block.gradient = PEERS[baseline]()
-    set_learning_rate(optimizer, 1e-4)  # weights must stay finite, and not matter
+    set_learning_rate(optimizer, 1e-4)  # small, so that weights stay finite
     source = _on_device(assembly)
     if baseline == "dataloader" and isinstance(data, ImageData):
         source = _loaded(assembly, data)
@@ -109,7 +109,7 @@ def _steps(
 
 
 def _on_device(assembly: Assembly) -> Iterator[Batch]:
-    """Whole batches for ever."""
+    """Whole batches, without end."""
     for epoch in count(1):
         for batch in assembly.data.epoch(epoch).starting_at(0):
             if len(batch[0]) == assembly.batch_size:
@@ -127,15 +127,15 @@ def _loaded(assembly: Assembly, images: ImageData) -> Iterator[Batch]:
 
 
 def bench_table(rows: list[dict[str, Any]]) -> str:
-    """A line for each contestant."""
+    """One line per contestant."""
     table = []
     for r in rows:
         low, high = r["step_s_quartiles"]
         peak = r["peak_bytes"] / 1e6
         launched = {} if r["kernels_per_step"] is None else {"kernels": r["kernels_per_step"]}
         table.append({
-            "": r["label"], "ms a step": f"{r['step_s'] * 1e3:,.1f} ({low * 1e3:,.1f}–{high * 1e3:,.1f})",
-            "over the first": f"×{r['ratio']:.3f}", "samples/s": f"{r['images_per_s']:,.0f}",
+            "": r["label"], "ms per step": f"{r['step_s'] * 1e3:,.1f} ({low * 1e3:,.1f}–{high * 1e3:,.1f})",
+            "relative to first": f"×{r['ratio']:.3f}", "samples/s": f"{r['images_per_s']:,.0f}",
             "epoch, s": f"{r['epoch_s']:,.1f}", "peak, MB": f"{peak:,.{0 if peak >= 10 else 2}f}",
             "operators": r["operators_per_step"], **launched, "copy rate": f"{r['bandwidth_share']:.0%}",
             "matrix rate": f"{r['matrix_share']:.0%}", "floor, ms": f"{r['floor_s'] * 1e3:,.1f}",

@@ -1,4 +1,4 @@
-"""Flows of trained runs: likelihoods beside baselines, integrals, samples, and what gradients cost and get wrong."""
+"""Flows of trained runs: likelihoods next to baselines, integrals, samples, and the costs and errors of gradients."""
 
 from collections.abc import Callable, Iterator
 from copy import deepcopy
@@ -29,11 +29,11 @@ AT_ONCE = 5000
 """Samples in one solve."""
 
 RESOLUTION = 300
-"""Points on an axis of the grid for integrals and pictures."""
+"""Points per axis of the grid for integrals and pictures."""
 
 
 def in_parts(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """function(x) for so many samples at a time, without a gradient."""
+    """function(x), for ``AT_ONCE`` samples at a time, without a gradient."""
     with torch.no_grad():
         return torch.cat([function(part) for part in x.split(AT_ONCE)])
 
@@ -46,13 +46,13 @@ def grid_of(x: Tensor) -> tuple[Tensor, float]:
 
 
 def likelihood(flow: NormalizingFlow, data: DensityData, samples: int) -> tuple[Row, dict[str, Tensor]]:
-    """What the flow makes of the test split, and pictures of it.
+    """The flow's likelihood on the test split, and pictures of the flow.
 
     Returns:
         ``nll`` in nats by accurate steps, ``nll_by_steps`` by the run's own, and ``exploits_steps``, whether these
         differ by more than is allowed; in the plane the integrals of both densities over a square around the data;
-        ``round_trip``, the largest difference between normally distributed points and what their samples are taken back
-        to. Pictures: ``samples`` [n, d], and in the plane ``density`` and ``density_by_steps`` [n²].
+        ``round_trip``, the largest difference between normal points and these mapped to samples and back. Pictures:
+        ``samples`` [n, d], and in the plane ``density`` and ``density_by_steps`` [n²].
     """
     row: Row = {}
     densities: dict[str, Callable[[Tensor], Tensor]] = {"": flow.log_prob, "_by_steps": flow}
@@ -82,7 +82,7 @@ def gradient_of(flow: NormalizingFlow, batch: Batch) -> Tensor:
 def gradient_rows(
     flows: dict[str, NormalizingFlow], batch: Batch, repeats: int, tick: Callable[[], object]
 ) -> Iterator[Row]:
-    """A row for each flow, which differ by gradient mode only: error in float64 against the first's, peak, time."""
+    """A row for each flow: error of its gradient in float64 against the first's, peak, time. Only the modes differ."""
     errors: dict[str, float | None] = {}
     exact = None
     for label, flow in flows.items():
@@ -155,6 +155,6 @@ def with_gradient(config: TrainConfig, gradient: GradientConfig, size: int, flow
 
 
 def _labels(folders: list[Path]) -> list[str]:
-    """The folders' last names, or whole where those are not told apart by them."""
+    """The folders' names, or their whole paths if names are not unique."""
     names = [folder.name for folder in folders]
     return names if len(set(names)) == len(names) else [str(folder) for folder in folders]

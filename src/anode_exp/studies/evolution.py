@@ -1,4 +1,4 @@
-"""How far evolving weights move, and where to."""
+"""How far evolving weights move, and in which direction."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,11 +18,11 @@ TIMES = 6
 
 @torch.no_grad()
 def kernels_over_time(network: nn.Module) -> Iterator[tuple[Row, Tensor]]:
-    """For every evolving convolution its coefficients and movement, and its most moving kernel.
+    """For every evolving convolution its coefficients and movement, and the kernel that moves most.
 
     Yields:
         Row: block, convolution, kernel size, root mean square of each coefficient, and for each of ``TIMES`` equally
-        spaced times ‖w(t) − w0‖/‖w0‖ (``moved``) and the cosine between w(t) and w0 (``cosine``), which a scale alone
+        spaced times ‖w(t) − w0‖/‖w0‖ (``moved``) and the cosine between w(t) and w0 (``cosine``), which scaling
         leaves at 1. Kernel: [TIMES, k, k] of the pair of channels for which ‖w(1) − w0‖ is largest.
     """
     for i, block in enumerate(ode_blocks(network)):

@@ -44,9 +44,9 @@ def relative_error(g: Tensor, exact: Tensor) -> float:
 def split_error(reverse: Tensor, stored: Tensor, exact: Tensor) -> dict[str, float]:
     """The reverse-time adjoint's error as the sum of two vectors, each relative to the exact gradient's norm.
 
-    g_reverse − g_exact = (g_reverse − g_stored) + (g_stored − g_exact): what comes of not retracing the trajectory,
-    and what is left on the stored one, where the continuous adjoint does not belong to the discrete solve. The norms do
-    not add up where the two point apart.
+    g_reverse − g_exact = (g_reverse − g_stored) + (g_stored − g_exact): the error of not retracing the trajectory,
+    and the error left on the stored one, where the continuous adjoint is not that of the discrete solve. The norms do
+    not add up if the two vectors are not parallel.
 
     Source: the two faults of ANODE (arXiv 1902.10298), Sec. III and IV.
     """
@@ -55,18 +55,18 @@ def split_error(reverse: Tensor, stored: Tensor, exact: Tensor) -> dict[str, flo
 
 
 def rows(config: TrainConfig, study: StudyConfig, outputs: int, batch: Batch, directory: Path) -> Iterator[Row]:
-    """A row for each mode that the solver can have, in each precision, against ``full_backprop`` in float64.
+    """A row for each mode that the solver supports, in each precision, against ``full_backprop`` in float64.
 
-    In float64 an error is the mode's own. In float32 it has rounding in it, for which ``full_backprop`` has a row too,
-    and the one for ``reversible`` says how far it is from that (``drift``): what its inverse steps add. Of TF32 and
-    bfloat16 the row of ``full_backprop`` shows what rounding does.
+    In float64 an error is the mode's own. In float32 it includes rounding, so ``full_backprop`` has a row too, and the
+    row of ``reversible`` has the distance from that (``drift``): what its inverse steps add. In TF32 and bfloat16 the
+    row of ``full_backprop`` shows the effect of rounding.
     """
     images, labels = batch
     settings: list[dict[str, Any]] = [{"solver": s, "n_steps": n} for s in study.solvers for n in study.n_steps]
     each_its_own = config.model.evolution != "none" and config.model.evolution_coupling == "joint"
     settings += [
         {"solver": s, "adaptive": True, "rtol": tolerance, "atol": tolerance}
-        for s in (() if each_its_own else study.adaptive_solvers)  # weights that change with the step: fixed steps
+        for s in (() if each_its_own else study.adaptive_solvers)  # weights that change per step need fixed steps
         for tolerance in study.tolerances
     ]
     states: dict[int | None, dict[str, Tensor] | None] = {None: None}
@@ -81,7 +81,7 @@ def rows(config: TrainConfig, study: StudyConfig, outputs: int, batch: Batch, di
         runs = [load_run(study.run, name) for name in names]
         states = {run.epoch: run.network.state_dict() for run in runs}
     for precision in study.precisions:
-        build_device(replace(config.runtime, precision=precision))  # which may not have it
+        build_device(replace(config.runtime, precision=precision))  # UserError if it lacks it
     full, stored = (GradientConfig(name=name) for name in ("full_backprop", "stored_adjoint"))
     with bar(len(states) * len(settings) * len(study.precisions), study.name) as progress:
         for epoch, weights in states.items():

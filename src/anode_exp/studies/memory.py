@@ -25,10 +25,10 @@ from anode_exp.training.progress import bar
 from anode_exp.training.step import state_tensors, train_step
 from anode_exp.training.streams import seconds_of
 
-LEARNING_RATE = 1e-4  # weights must stay finite, and not matter
+LEARNING_RATE = 1e-4  # small, so that weights stay finite
 
 LEAST_REPEATS = 3
-"""Timed steps of each network, however long they take."""
+"""Least number of timed steps of each network, however long they take."""
 
 
 def peaks_and_times(
@@ -42,20 +42,20 @@ def peaks_and_times(
     eager: Collection[str] = (),
     longest: float | None = None,
 ) -> Iterator[Row]:
-    """A row for each network: peak bytes, median seconds a step, and the median of its ratios to the first's.
+    """A row for each network: peak bytes, median seconds per step, and the median of its ratios to the first's.
 
-    The networks take their timed steps in turn, so that a machine whose speed drifts slows all of them.
+    The networks take their timed steps in turn, so that a change of the machine's speed affects all of them.
 
     ``counted_bytes`` are live tensor bytes, on any device; ``cuda_bytes`` the allocator's largest figure above what was
-    allocated before, None without CUDA. Both count weights, gradients and momentum of the one network, and the batch.
-    ``device_bytes`` is all the memory in use on the device after the step, by whatever process, with CUDA's context and
-    what the allocator has in reserve: the figure of NVML, which PNODE reports. None without CUDA.
+    allocated before, None without CUDA. Both count weights, gradients and momentum of that network only, and the batch.
+    ``device_bytes`` is all the memory in use on the device after the step, by any process, with CUDA's context and what
+    the allocator has in reserve: the figure of NVML, which PNODE reports. None without CUDA.
 
     Args:
-        new_capture: makes recordings, whose replays are timed: so do runs on CUDA. None times eager steps.
-        eager: labels of networks whose steps no graph can record.
+        new_capture: makes recordings, whose replays are timed, as in runs on CUDA. None times eager steps.
+        eager: labels of networks whose steps cannot be recorded.
         longest: seconds after which the remaining turns are left out, once ``LEAST_REPEATS`` are taken.
-        task: whose loss the steps take; by default classification.
+        task: gives the loss of the steps; by default classification.
     """
     device, task = batch[0].device, task or Classification()
     autocast = autocast_for(precision, device)

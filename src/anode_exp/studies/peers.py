@@ -1,4 +1,4 @@
-"""Other libraries' ways to differentiate a solve, in the form of gradient modes, to measure beside this project's."""
+"""Other libraries' ways to differentiate a solve, in the form of gradient modes, to compare with this project's."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class TorchdiffeqAdjoint:
     """torchdiffeq's ``odeint_adjoint``: the continuous adjoint, the peer of ``reverse_adjoint``.
 
     On a fixed grid of equal steps, or to a tolerance, where the backward solve has its own steps. Its ``rk4`` is the
-    3/8 rule: as many evaluations as the classical method's, and another solution.
+    3/8 rule: as many evaluations as the classical method, but a different solution.
     """
 
     def solve(self, field: VectorField, y0: Tensor, theta: Theta, grid: TimeGrid | Tolerance, solver: Solver) -> Tensor:
@@ -43,7 +43,7 @@ class TorchdiffeqAdjoint:
 
 
 class _Module(nn.Module):
-    """f as torchdiffeq calls it. It reads t on the host, as norms by time must know it: on CUDA it waits for that."""
+    """f as torchdiffeq calls it. It reads t on the host, for norms by time; on CUDA this waits for the device."""
 
     def __init__(self, field: VectorField, theta: Theta) -> None:
         super().__init__()
@@ -61,4 +61,4 @@ PEERS: dict[str, type[GradientMode]] = {
     "torch_checkpoint": TorchCheckpoint,
     "torchdiffeq_adjoint": TorchdiffeqAdjoint,
 }
-"""By the name of ``baseline``, in ``bench`` and in a study's ``gradients``."""
+"""Name of ``baseline`` → mode, in ``bench`` and in a study's ``gradients``."""

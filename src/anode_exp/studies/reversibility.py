@@ -48,10 +48,10 @@ class Flow(nn.Module):
 def there_and_back(
     f: nn.Module, y0: Tensor, there: Grid, back: Grid, solver: str | Solver
 ) -> tuple[Tensor, Tensor, int, int]:
-    """φ(y0, t), φ(φ(y0, t), −t), and the steps taken each way; a method that has an inverse undoes the steps there.
+    """φ(y0, t), φ(φ(y0, t), −t), and the steps taken each way; a method with an inverse undoes its steps.
 
     Raises:
-        SolveFailed: where an adaptive solve does not end.
+        SolveFailed: if an adaptive solve fails.
     """
     field, method = VectorField(f), SOLVERS[solver]() if isinstance(solver, str) else solver
     if isinstance(method, ReversibleSolver) and isinstance(there, TimeGrid):
@@ -112,7 +112,7 @@ def cases(tick: Callable[[], object]) -> Iterator[Row]:
         yield row("dz/dt = -max(0, 10 z)", f"dopri5, {steps} equal steps", "ρ", stated,
                   fixed(relu, one, steps, "dopri5"))  # fmt: skip
         yield row("dz/dt = -max(0, 10 z)", f"alf, {steps} steps, undone", "ρ", stated, fixed(relu, one, steps, "alf"))
-        # The tolerance whose forward solve takes the stated number of steps, or as near as there is one
+        # The tolerance whose forward solve takes the stated number of steps, or the nearest number
         tolerances = [10 ** (-i / 8) for i in range(8, 105)]
         found = [(abs(forward - steps), tol, r, forward) for tol in tolerances
                  for r, forward, _ in [to_tolerance(relu, one, tol)]]  # fmt: skip

@@ -1,4 +1,4 @@
-"""Trained trajectories: beside their data, under implicit and explicit solvers, and their stiffness over training."""
+"""Trained trajectories: against their data, under implicit and explicit solvers, and their stiffness over training."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,13 +20,13 @@ from anode_exp.runs import Run, load_run
 from anode_exp.training.progress import bar
 
 MOST_EVALUATIONS = 200_000
-"""Of f between two points, by an adaptive solver."""
+"""Most evaluations of f between two points, by an adaptive solver."""
 
 AFTER = (500, 2_000, 10_000)
 """Training steps after which the best loss so far is reported."""
 
 TIGHT = {"rtol": 1e-9, "atol": 1e-11}
-"""Of scipy's Radau, whose solution of the trained field counts as exact."""
+"""Tolerances of scipy's Radau, whose solution of the trained field counts as exact."""
 
 
 @dataclass
@@ -48,7 +48,7 @@ class Subject:
         return block.field
 
     def solve(self, solver: str, grid: TimeGrid | Tolerance) -> tuple[Tensor, Row]:
-        """States at the training times, [T, d], and a row of what they cost and how they err.
+        """States at the training times, [T, d], and a row with their costs and errors.
 
         Returns:
             States, NaN where the solve failed. In the row ``mae`` against the data, the norm ``gradient`` of its
@@ -95,14 +95,14 @@ class Subject:
         return states.to(start.device)
 
     def eigenvalues(self, states: Tensor) -> Tensor:
-        """Of ∂f/∂y at the states, [T, d] complex, by falling size."""
+        """Eigenvalues of ∂f/∂y at the states, [T, d] complex, by decreasing magnitude."""
         found = torch.linalg.eigvals(linearised(self.field, self.field.theta, 0.0, states)[1])
         order = found.abs().argsort(dim=1, descending=True)
         return found.gather(1, order)
 
 
 def _number(x: Tensor) -> float | None:
-    """JSON has no infinities."""
+    """x as a number, or None if it is not finite, for JSON."""
     return float(x.detach()) if bool(x.isfinite()) else None
 
 

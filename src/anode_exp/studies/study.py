@@ -16,9 +16,9 @@ from anode_exp.training.streams import run_streams
 
 
 def run_study(config: TrainConfig, study: StudyConfig, directory: Path) -> Path:
-    """Measure, print the table, and leave everything in the folder, which is made if it is not there and returned.
+    """Measure, print the table, save everything in the folder, which is made if needed, and return the folder.
 
-    A study NAME is ``rows`` of ``studies/NAME.py``, which measures, and ``report`` of ``report/NAME.py``.
+    A study NAME is ``rows`` in ``studies/NAME.py``, which measures, and ``report`` in ``report/NAME.py``.
     """
     device = build_device(config.runtime)
     set_backends(config.runtime)
@@ -28,7 +28,7 @@ def run_study(config: TrainConfig, study: StudyConfig, directory: Path) -> Path:
     if study.batch_size is not None:
         data, dtype = config.dataset, dtype_of(config.runtime.precision)
         normalise = Normalisation(data.mean, data.std, device, torch.contiguous_format, dtype)
-        if study.name == "reversibility":  # pictures, to be looked at
+        if study.name == "reversibility":  # pictures to look at
             normalise = Normalisation([0.0] * 3, [1.0] * 3, device)
         batch = next(evaluation_batches(build_images(config.dataset, device).train, study.batch_size, normalise))
         of = f"{of}, {config.dataset.name}, batch {len(batch[1])}"

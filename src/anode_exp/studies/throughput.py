@@ -17,7 +17,7 @@ from anode_exp.training.peak_memory import allocator_of, peak_while
 from anode_exp.training.streams import seconds_of, wait
 
 LEAST_ROUND_S = 0.05
-"""A contestant's turn takes as many steps as fill this time, so that waiting for a device at its end weighs little."""
+"""A contestant's turn takes as many steps as fill this time, so that waiting for a device at its end costs little."""
 
 
 @dataclass
@@ -27,12 +27,12 @@ class Contestant:
     Attributes:
         step: takes the next batch and trains on it.
         counted: the same without a recorded graph, whose replay would show neither operators nor allocations.
-        images: a step.
-        epoch_steps: of the data set whole.
-        own: tensors held between steps, gradients among them, for the count of its bytes.
+        images: number per step.
+        epoch_steps: steps of one pass over the data set.
+        own: tensors held between steps, including gradients, for the count of its bytes.
         dtype: of its matrix products.
-        alone: timed after all others, a step after the other: its worker processes would slow those, and fetch ahead
-            while they run.
+        alone: timed after all others, not in turn with them: its worker processes would slow them, and prefetch while
+            they run.
     """
 
     label: str
@@ -72,7 +72,7 @@ def _best_seconds(run: Callable[[], object], device: torch.device) -> float:
 
 
 def device_limits(device: torch.device, dtypes: Iterable[torch.dtype]) -> tuple[float, dict[torch.dtype, float]]:
-    """Bytes a second of a copy (read and written), and floating-point operations a second of a matrix product."""
+    """Bytes per second of a copy (read and written), and floating-point operations per second of a matrix product."""
     on_cuda = device.type == "cuda"
     source = torch.zeros(2**30 if on_cuda else 2**28, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
@@ -94,7 +94,7 @@ def kernels_per_step(contestant: Contestant, device: torch.device) -> int | None
 
 
 def _inspect(c: Contestant, device: torch.device) -> tuple[dict[str, Any], int]:
-    """A contestant's counts, and how many steps make a turn; after a warm-up, with the optimiser's state there."""
+    """A contestant's counts, and the number of steps in a turn; after a warm-up that makes the optimiser's state."""
     for _ in range(2):
         c.counted()
     gc.collect()
@@ -112,7 +112,7 @@ def _inspect(c: Contestant, device: torch.device) -> tuple[dict[str, Any], int]:
 def time_in_turn(
     contestants: list[Contestant], device: torch.device, rounds: int, tick: Callable[[], object]
 ) -> tuple[list[dict[str, Any]], float, dict[torch.dtype, float]]:
-    """A row for each contestant, and the device's limits: bytes a second, operations a second by precision.
+    """A row for each contestant, and the device's limits: bytes per second, operations per second by precision.
 
     Contestants take turns, ``rounds`` of them; ``ratio`` is the median over turns of their time over the first one's
     (the ratio of medians for those timed alone).
@@ -135,7 +135,7 @@ def time_in_turn(
     first = seconds[contestants[0].label]
     for c in contestants:
         row, mine = rows[c.label], seconds[c.label]
-        row["kernels_per_step"] = kernels_per_step(c, device)  # after all that is timed, which a profiler may slow
+        row["kernels_per_step"] = kernels_per_step(c, device)  # after all timing, which a profiler may slow
         low, _, high = statistics.quantiles(mine, n=4) if len(mine) > 1 else mine * 3
         median = statistics.median(mine)
         ratio = median / statistics.median(first)

@@ -1,1 +1,1 @@
-"""What is learned: one file a task."""
+"""What is learned: one file per task."""

@@ -13,7 +13,7 @@ from anode_exp.tasks.task import Batch, Sums
 
 
 class Classification:
-    """Batches are images [B, 3, H, W] and labels [B]; the network's output are logits [B, classes].
+    """Batches are images [B, 3, H, W] and labels [B]; the network's outputs are logits [B, classes].
 
     The loss is the mean cross entropy, the score the accuracy in [0, 1].
 
@@ -51,7 +51,7 @@ class ImageBatches:
     Args:
         images: on the device.
         seed: of the epochs' orders, crops and flips.
-        part: of every batch, and of the splits that are evaluated.
+        part: this process's part of every batch and of the evaluated splits.
     """
 
     def __init__(

@@ -17,18 +17,18 @@ from anode_exp.tasks.task import Batch, Sums
 log = logging.getLogger(__name__)
 
 ALLOWED_STEP_ERROR = 0.05
-"""Nats by which −log p by a run's own steps may differ from the accurate one before a run warns."""
+"""Nats by which −log p with a run's own steps may differ from the accurate value before the run warns."""
 
 
 class Density:
-    """Batches are samples [B, d], in training with noise [B, d] for an estimate of the trace where it is not exact.
+    """Batches are samples [B, d], in training with noise [B, d] if the trace is estimated.
 
-    The loss is the mean of −log p by the run's own solver and steps, in nats. The score ``nll`` is that of adaptive
-    Dormand–Prince steps at 1e-5: a flow can learn to exploit the errors of coarse steps, until its likelihood is above
-    the truth and its density integrates to more than 1. ``step_error`` is the loss minus the score.
+    The loss is the mean of −log p with the run's own solver and steps, in nats. The score ``nll`` is that of adaptive
+    Dormand–Prince steps at 1e-5: a flow can learn to exploit the errors of coarse steps, until its likelihood is too
+    high and its density integrates to more than 1. ``step_error`` is the loss minus the score.
 
     Args:
-        offset: nats to be added, see ``DensityData``.
+        offset: nats to add, see ``DensityData``.
     """
 
     score, higher_is_better, form, unit = "nll", False, ".4f", "samples"
@@ -41,13 +41,13 @@ class Density:
         return self.offset - log_p.mean(), log_p
 
     def sums(self, output: Tensor, batch: Batch) -> Sums:
-        return {}  # the loss of training steps says it all
+        return {}  # the loss is the only metric of training steps
 
     def zeros(self, device: torch.device) -> Sums:
         return {}
 
     def evaluation_sums(self, network: nn.Module, batch: Batch) -> Sums:
-        """Both with the exact trace."""
+        """``loss`` and ``nll``, both with the exact trace."""
         by_steps, accurate = network(batch[0]), cast(Any, network).log_prob(batch[0])
         return {name: (self.offset - x.double()).sum() for name, x in (("loss", by_steps), ("nll", accurate))}
 
@@ -58,7 +58,7 @@ class Density:
             if abs(metrics["step_error"]) > ALLOWED_STEP_ERROR:
                 log.warning(
                     f"−log p is {metrics['loss']:.3f} by the run's own steps, {metrics['nll']:.3f} by accurate ones: "
-                    "the flow has learned the errors of its steps; train with more, such as twice solver.n_steps"
+                    "the flow has learned the errors of its steps; train with more steps, such as twice solver.n_steps"
                 )
         return metrics
 
@@ -76,15 +76,15 @@ NOISE: dict[str, Callable[[torch.Size, torch.Generator, Tensor], Tensor] | None]
 
 
 def _generator(device: torch.device, *what: int) -> torch.Generator:
-    """A generator of its own for each tuple of numbers."""
+    """A separate generator for each tuple of numbers."""
     return torch.Generator(device).manual_seed(int(np.random.SeedSequence(what).generate_state(1)[0]))
 
 
 class DensityEpoch:
-    """Training batches of an epoch: all samples in an order of each pass, drawn from (seed, epoch, pass) alone.
+    """Training batches of an epoch: all samples, in an order that depends only on (seed, epoch, pass).
 
-    A step's noise, of the trace and of the samples, is drawn from (seed, epoch, step), so that a run that is resumed
-    within the epoch has the same.
+    A step's noise, for the trace and for the samples, depends only on (seed, epoch, step), so a run that is resumed
+    within the epoch has the same noise.
     """
 
     def __init__(
@@ -112,7 +112,7 @@ class DensityEpoch:
             yield self._batch(order[start : start + self.batch_size], i)
 
     def _batch(self, chosen: Tensor, step: int) -> Batch:
-        """A function, not a part of the generator: that would hold what follows while the network trains."""
+        """A method, not part of the generator, which would hold its tensors while the network trains."""
         if self.data.quantised is None:
             x = self.data.train[chosen]
         else:
@@ -122,7 +122,7 @@ class DensityEpoch:
                 len(chosen), len(of_noise), generator=generator, dtype=without.dtype, device=without.device
             )
             x = without[chosen] + noise @ of_noise
-        mine = self.part.of(len(x))  # the noise is that of the whole batch: whoever takes a part of it has the same
+        mine = self.part.of(len(x))  # noise is drawn for the whole batch, so that each process has its part of it
         if self.noise is None:
             return (x[mine],)
         return x[mine], self.noise(x.shape, _generator(x.device, self.seed, self.number, 1, step), x)[mine]
@@ -134,8 +134,8 @@ class DensityBatches:
     Args:
         trace: exact, gaussian or rademacher, in training; evaluations are exact.
         seed: of orders and noise.
-        steps_per_epoch: training steps that are recorded together; by default one pass over the samples.
-        part: of every batch, and of the splits that are evaluated.
+        steps_per_epoch: training steps in an epoch of the record; by default one pass over the samples.
+        part: this process's part of every batch and of the evaluated splits.
     """
 
     def __init__(

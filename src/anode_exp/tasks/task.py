@@ -1,4 +1,4 @@
-"""What a task is: the loss of a batch, what is summed up over batches, and the metrics that a run is judged by."""
+"""The interface of tasks: the loss of a batch, the sums over batches, and the metrics of a run."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Task(Protocol):
 
     Attributes:
         score: the metric by which epochs are compared.
-        higher_is_better: which way.
+        higher_is_better: whether a higher score is better.
         form: how the score is written, as a format specification.
         unit: what a batch consists of, in the plural.
     """
@@ -52,7 +52,7 @@ class Task(Protocol):
 
 
 class EpochOfBatches(Protocol):
-    """The training batches of one epoch, the same ones however the epoch was reached."""
+    """The training batches of one epoch, the same also in a resumed run."""
 
     def __len__(self) -> int: ...
 

@@ -12,13 +12,13 @@ from anode_exp.tasks.task import Batch, Sums
 
 
 class TrajectoryFit:
-    """Batches are initial states [B, d], later states [B, T, d], and times [B, T + 1], the first that of the initial.
+    """Batches are initial states [B, d], later states [B, T, d], and times [B, T + 1], beginning with the initial one.
 
     Errors are those of scaled states, means over times and components: of |ŷ − y| (``mae``) or (ŷ − y)² (``mse``).
     Times stay on the CPU, where steps are chosen.
 
     Args:
-        kind: of the loss, mae or mse.
+        kind: the loss, mae or mse.
     """
 
     score, higher_is_better, form, unit = "mae", False, ".3e", "trajectories"
@@ -50,7 +50,7 @@ class TrajectoryBatches:
     """All trajectories in every step.
 
     Args:
-        steps_per_epoch: training steps that are recorded together.
+        steps_per_epoch: training steps in an epoch of the record.
     """
 
     def __init__(self, trajectories: TrajectoryData, steps_per_epoch: int) -> None:

@@ -1,4 +1,4 @@
-"""A training step captured once as a CUDA graph and replayed: no launches from the host, whatever the gradient mode."""
+"""A training step captured once as a CUDA graph and replayed: no launches from the host, in every gradient mode."""
 
 import gc
 import logging
@@ -25,11 +25,11 @@ WARM_UP_STEPS = 3
 
 
 class CudaCapture:
-    """``torch.cuda.CUDAGraph``, recorded on the current stream, or on one of its own where that is the default stream.
+    """``torch.cuda.CUDAGraph``, recorded on the current stream, or on its own stream if that is the default stream.
 
-    Libraries keep a workspace for every stream: graphs recorded on one stream would share it, and replayed side by side
-    overwrite each other's. On the run's own stream the recording needs no second workspace, and no second cache of
-    freed blocks.
+    Libraries keep a workspace for every stream: graphs recorded on one stream would share it, and overwrite each
+    other's data if replayed at the same time. On the run's own stream the recording needs no second workspace, and no
+    second cache of freed blocks.
     """
 
     def __init__(self) -> None:
@@ -39,19 +39,19 @@ class CudaCapture:
         self.stream = torch.cuda.Stream() if current == torch.cuda.default_stream() else current
 
     def warm_up(self, work: Callable[[], object]) -> None:
-        """Run it as often as libraries need to settle, outside of the recording."""
+        """Run the work as often as libraries need to settle, before the recording."""
         self.stream.wait_stream(torch.cuda.current_stream())
         try:
             with torch.cuda.stream(self.stream):
                 for _ in range(WARM_UP_STEPS):
                     work()
-        finally:  # also what puts weights back must not overtake a step
+        finally:  # restoring weights must not overtake a step either
             torch.cuda.current_stream().wait_stream(self.stream)
 
     def record(self, work: Callable[[], Any]) -> Any:
-        """Record it, without running it on the device; what it returns is filled by every replay."""
-        # torch's context waits for the device and empties the allocator's cache before it records. Where it fails, it
-        # leaves its stream current: the outer context puts the one before back.
+        """Record the work without running it on the device; every replay fills the tensors that it returns."""
+        # torch's context waits for the device and empties the allocator's cache before it records. If it fails, its
+        # stream stays current: the outer context restores the previous one.
         with torch.cuda.stream(self.stream):
             try:
                 with torch.cuda.graph(self.graph, pool=self.pool, stream=self.stream):
@@ -64,7 +64,7 @@ class CudaCapture:
         self.graph.replay()
 
     def _stop_allocating(self) -> None:
-        """What ``capture_end`` leaves undone when it raises: without, the next ``empty_cache`` is an internal error."""
+        """Do what ``capture_end`` omits when it raises: otherwise the next ``empty_cache`` is an internal error."""
         device = self.stream.device_index
         try:
             torch._C._cuda_endAllocateToPool(device, self.pool)
@@ -76,15 +76,15 @@ class CudaCapture:
 class GraphedStep:
     """``train_step`` as a graph: forward, backward and optimiser, replayed for every batch of the recorded size.
 
-    The first step runs eagerly, for the optimiser makes its state in it. The second records: warm-up and recording
-    would train, so weights, buffers, momentum and counters are put back afterwards, whether recording succeeds or not.
+    The first step runs eagerly, because the optimiser makes its state in it. The second is recorded: warm-up and
+    recording would train, so weights, buffers, momentum and counters are restored, whether recording succeeds or not.
     If it fails, a warning says why, and every step runs eagerly. A batch of another size, such as an epoch's last, runs
     eagerly too. The learning rate must be a tensor for a replay to read; ``set_learning_rate`` fills it.
 
     Args:
-        batch_size: of the batches to record; by default that of the second.
+        batch_size: of the batches to record; by default that of the second batch.
 
-    Evaluations of f are counted as the recorded step counted them.
+    A replay counts the evaluations of f of the recorded step.
     """
 
     def __init__(
@@ -104,7 +104,7 @@ class GraphedStep:
         self.forget()
 
     def forget(self) -> None:
-        """Drop the recording: the next step is a first one again. That recording has failed is not forgotten."""
+        """Drop the recording: the next step counts as the first. A recording that failed is not tried again."""
         self._capture: CudaCapture | None = None
         self._ran_eagerly = False
         self._batch: Batch = ()
@@ -138,9 +138,9 @@ class GraphedStep:
         return [asdict(block.field.evaluations) for block in ode_blocks(self.network)]
 
     def _record(self, batch: Batch) -> None:
-        """Record, or give up for good; weights, buffers, momentum and counters are as before in either case."""
+        """Record, or give up for good; weights, buffers, momentum and counters are restored in either case."""
         tensors = state_tensors(self.network, self.optimizer)
-        # On the host, so that the copies are no part of the device's peak.
+        # On the host, so that the copies are not part of the device's peak.
         before = [x.detach().to("cpu", copy=True) for x in tensors]
         counted = self._counters()
         reason = None
@@ -158,7 +158,7 @@ class GraphedStep:
             for name, count in counts.items():
                 setattr(block.field.evaluations, name, count)
         if reason is not None:
-            gc.collect()  # what the attempt held
+            gc.collect()  # frees what the attempt held
             torch.cuda.empty_cache()
             log.warning(
                 f"the training step could not be captured as a CUDA graph ({reason}); it runs eagerly from here on, "
@@ -169,7 +169,7 @@ class GraphedStep:
         self._batch = tuple(x.clone() for x in batch)
         capture, work = self.new_capture(), partial(self._eager, self._batch, self._whole)
         capture.warm_up(work)
-        self.optimizer.zero_grad(set_to_none=True)  # the recording then makes gradients of its own
+        self.optimizer.zero_grad(set_to_none=True)  # the recording then makes its own gradients
         start = self._counters()
         self._results = capture.record(work)
         end = self._counters()
@@ -178,7 +178,7 @@ class GraphedStep:
 
 
 def _root(error: BaseException) -> str:
-    """In one line, what went wrong first: the end of a capture complains about whatever broke it."""
+    """The first error, in one line: the end of a failed capture raises another one."""
     while error.__cause__ is not None or error.__context__ is not None:
         error = error.__cause__ or error.__context__  # type: ignore[assignment]
     lines = str(error).splitlines()
@@ -187,7 +187,7 @@ def _root(error: BaseException) -> str:
 
 @contextmanager
 def sync_debug(mode: int | str) -> Iterator[None]:
-    """CUDA's answer to an operation that waits for the device: ``default`` allows it, ``error`` refuses it."""
+    """Set what CUDA does at an operation that waits for the device: ``default`` allows it, ``error`` raises."""
     if not torch.cuda.is_available():
         yield
         return
@@ -200,9 +200,9 @@ def sync_debug(mode: int | str) -> Iterator[None]:
 
 
 def training_step(assembly: Assembly, world: World = ALONE) -> Step:
-    """The step that a configuration asks for: captured on CUDA, eager elsewhere and with adaptive steps; f compiled.
+    """The step that a configuration asks for: captured on CUDA, eager elsewhere and with adaptive steps.
 
-    Whole batches are captured, and f is compiled for them; others run eagerly, and f as it is.
+    Whole batches are captured, and with ``runtime.compile`` f is compiled for them; others run eagerly and uncompiled.
     """
     network, runtime = assembly.network, assembly.config.runtime
     if runtime.compile:
@@ -211,10 +211,10 @@ def training_step(assembly: Assembly, world: World = ALONE) -> Step:
     if assembly.device.type == "cuda" and runtime.cuda_graph:
         if all(isinstance(block.grid, TimeGrid) and block.solver.static for block in ode_blocks(network)):
             return GraphedStep(*assembly.stepped, batch_size=assembly.batch_size, world=world)
-        log.info("steps are chosen on the host, so no CUDA graph can capture them: running eagerly")
+        log.info("steps are chosen on the host, so a CUDA graph cannot capture them: running eagerly")
     return partial(train_step, *assembly.stepped, world=world)
 
 
 def capture_of(config: TrainConfig, device: torch.device) -> Callable[[], CudaCapture] | None:
-    """What records the steps to be timed where runs replay them."""
+    """What records the steps to be timed, or None if runs do not replay a graph."""
     return CudaCapture if device.type == "cuda" and config.runtime.cuda_graph else None

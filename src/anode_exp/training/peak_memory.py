@@ -17,14 +17,14 @@ from anode_exp.training.step import state_tensors
 class LiveTensorBytes(TorchDispatchMode):
     """Counts the bytes of tensor storages alive while it is active, on any device.
 
-    Every operator's results are seen below autograd, so tensors that a graph saved count until it frees them. Memory
-    inside a kernel does not count, nor does the interpreter's: that is what sets it apart from the resident set.
+    Every operator's results are seen below autograd, so tensors that a graph saved count until it frees them. Unlike
+    the resident set, it does not count memory inside a kernel, nor the interpreter's.
 
     Args:
-        tensors: already there, and counted from the start.
+        tensors: those that exist already, counted from the start.
 
     Attributes:
-        now, peak: bytes alive, and the most there were.
+        now, peak: bytes alive now, and the most so far.
     """
 
     def __init__(self, tensors: Iterable[Tensor] = ()) -> None:
@@ -56,7 +56,7 @@ class LiveTensorBytes(TorchDispatchMode):
 
 
 class CudaAllocator:
-    """Torch's caching allocator of a CUDA device. The most there was counts from the last reset."""
+    """Torch's caching allocator of a CUDA device. Peaks count from the last reset."""
 
     def __init__(self, device: torch.device) -> None:
         self.allocated = partial(torch.cuda.memory_allocated, device)
@@ -67,14 +67,15 @@ class CudaAllocator:
 
 
 def allocator_of(device: torch.device) -> CudaAllocator | None:
-    """None where there is none that counts."""
+    """The device's allocator; None without CUDA."""
     return CudaAllocator(device) if device.type == "cuda" else None
 
 
 def peak_while(work: Callable[[], object], own: Callable[[], Iterable[Tensor]], allocator: CudaAllocator | None) -> int:
-    """Peak bytes while it works: of its own tensors, there before, and what it allocates; nothing of others.
+    """Peak bytes during the work: of its own tensors, which exist before, and of what it allocates; not of others.
 
-    The allocator's figure, or live tensor bytes without one. ``own`` is called once: a list kept would hold gradients.
+    The allocator's figure, or live tensor bytes without one. ``own`` is called once: keeping the list would keep
+    gradients alive.
     """
     if allocator is None:
         with LiveTensorBytes(own()) as live:
@@ -89,12 +90,12 @@ def peak_while(work: Callable[[], object], own: Callable[[], Iterable[Tensor]], 
 class PeakMemory:
     """Peak bytes of a run's training steps.
 
-    On CUDA the largest allocated (``torch.cuda.max_memory_allocated``), data set included, during training steps. On
-    the CPU the live tensor bytes of the first instrumented steps, parameters, gradients and optimiser state included,
-    the data set not. Two steps are instrumented: the optimiser's state is there from the second on.
+    On CUDA the most bytes allocated (``torch.cuda.max_memory_allocated``) during training steps, including the data
+    set. On the CPU the live tensor bytes of the first steps, including parameters, gradients and optimiser state, but
+    not the data set. Two steps are instrumented, because the optimiser's state exists from the second step on.
 
     Args:
-        shared: bytes on the device that every run there has, the data set's. All else that is there now is others'.
+        shared: bytes on the device that all runs share, the data set's. All other bytes there now belong to others.
     """
 
     INSTRUMENTED_STEPS = 2
@@ -118,7 +119,7 @@ class PeakMemory:
     def step(
         self, network: nn.Module, optimizer: torch.optim.Optimizer, others: Iterable[Tensor] = ()
     ) -> Iterator[None]:
-        """Wraps one training step, batch preparation included; ``others`` are tensors there besides."""
+        """Wraps one training step, batch preparation included; ``others`` are further tensors that exist."""
         if self.allocator is not None or self._steps >= self.INSTRUMENTED_STEPS:
             yield
             return
@@ -126,7 +127,7 @@ class PeakMemory:
         there = [*state_tensors(network, optimizer), *others]
         there += [p.grad for p in network.parameters() if p.grad is not None]
         live = LiveTensorBytes(there)
-        there.clear()  # or the gradients would live through the step that drops them
+        there.clear()  # otherwise gradients would live through the step that drops them
         try:
             with live:
                 yield
@@ -135,7 +136,7 @@ class PeakMemory:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """What happens in here is no training step, and does not count: an evaluation has larger batches."""
+        """Work in this context does not count as a training step: an evaluation has larger batches."""
         if self.allocator is None:
             yield
             return
@@ -146,7 +147,7 @@ class PeakMemory:
             self.allocator.reset_peaks()
 
     def alone(self) -> None:
-        """What comes from here on shares the device with other jobs: the peak stays what it is."""
+        """From here on other jobs share the device: the peak so far is kept."""
         self._alone = self.peak_bytes
 
     @property
@@ -159,9 +160,9 @@ class PeakMemory:
 
     @property
     def reserved_bytes(self) -> int | None:
-        """The most that the CUDA caching allocator reserved up to the first pause, whose blocks it keeps from then on.
+        """The most bytes that the CUDA caching allocator reserved up to the first pause, whose blocks it keeps.
 
-        None elsewhere, and next to other jobs.
+        None without CUDA, and next to other jobs.
         """
         if self.allocator is None or self._alone is not None:
             return None

@@ -1,4 +1,4 @@
-"""Progress on a terminal: bars that vanish when done, and log lines that do not break them."""
+"""Progress on a terminal: bars that disappear when done, and log lines that do not break them."""
 
 import logging
 import sys
@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 
 class BarSafeHandler(logging.Handler):
-    """Writes messages above any progress bar, to standard output; a traceback belongs in the file, not there."""
+    """Writes messages above any progress bar, to standard output; a traceback goes to the file only."""
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
@@ -38,7 +38,7 @@ _silent = False
 def log_to(*directories: Path) -> None:
     """Send log lines to the terminal and, with times and tracebacks, to ``train.log`` in a run's directory.
 
-    Of several runs each file gets the lines logged under ``logging_for`` its own, and those outside of any.
+    With several runs, each file gets the lines logged within ``logging_for`` its run, and those outside of any.
     """
     if _silent:
         return
@@ -54,7 +54,7 @@ def log_to(*directories: Path) -> None:
 
 @contextmanager
 def logging_for(directory: Path) -> Iterator[None]:
-    """Log lines inside are of the run in that directory."""
+    """Log lines in this context belong to the run in that directory."""
     token = _run.set(directory)
     try:
         yield

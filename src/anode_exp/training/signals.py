@@ -18,7 +18,7 @@ class StopRequest:
 
 @contextmanager
 def stop_requests() -> Iterator[StopRequest]:
-    """SIGINT and SIGTERM become a request, for training to end after its step; a second one ends at once."""
+    """SIGINT and SIGTERM ask training to stop after the current step; a second signal ends the process at once."""
     stop = StopRequest()
 
     def request(number: int, frame: FrameType | None) -> None:

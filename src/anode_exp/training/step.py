@@ -11,7 +11,7 @@ from anode_exp.tasks.task import Batch, Sums, Task
 from anode_exp.training.world import ALONE, World
 
 Step = Callable[..., tuple[Tensor, Sums]]
-"""(batch, size of the batch of all processes) → (mean loss, sums): one training step. The size may be left out."""
+"""(batch, size of the batch of all processes) → (mean loss, sums): one training step. The size is optional."""
 
 
 def train_step(
@@ -27,12 +27,12 @@ def train_step(
 
     Args:
         batch: this process's part of the batch.
-        whole: size of the batch of all processes, by default the number of these times this one's. The loss of a part
+        whole: size of the batch of all processes, by default this part's size times their number. The loss of a part
             is weighted by its size, so that the mean over processes is that of the whole batch.
 
     Returns:
-        The mean loss and the task's sums, scalars on the device, of the weights before the update; of several
-        processes, what their mean and sum are made of.
+        The mean loss and the task's sums, scalars on the device, with the weights before the update. With several
+        processes, those of the whole batch are the mean and the sums of these over processes.
     """
     optimizer.zero_grad(set_to_none=True)
     try:
@@ -81,20 +81,20 @@ def evaluate(
 
 
 def state_tensors(network: nn.Module, optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    """What lives between training steps: parameters, buffers and the optimiser's state, gradients not."""
+    """The tensors that exist between training steps: parameters, buffers and the optimiser's state, no gradients."""
     state = [x for s in optimizer.state.values() for x in s.values() if isinstance(x, Tensor)]
     return [*network.parameters(), *network.buffers(), *state]
 
 
 def restart_momentum(optimizer: torch.optim.Optimizer) -> None:
-    """In place, as a recorded step asks: a momentum of zero is that of an optimiser's first step."""
+    """Set momentum to zero, as in an optimiser's first step; in place, as a recorded step requires."""
     for state in optimizer.state.values():
         if state.get("momentum_buffer") is not None:
             state["momentum_buffer"].zero_()
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """In place where it is a tensor: a recorded step reads that very one. A group's ``lr_factor`` multiplies it."""
+    """Set the learning rate, times a group's ``lr_factor``; in place if it is a tensor, which a recorded step reads."""
     for group in optimizer.param_groups:
         rate = lr * group.get("lr_factor", 1.0)
         if isinstance(group["lr"], Tensor):
@@ -108,7 +108,7 @@ def _values(network: nn.Module) -> list[Tensor]:
 
 
 class MovingAverage:
-    """w̄ ← decay·w̄ + (1 − decay)·w after every step, from the first step's w on.
+    """w̄ ← decay·w̄ + (1 − decay)·w after every step, starting from the first step's w.
 
     ``torch.optim.swa_utils.AveragedModel`` does the same, but waits for the device in every step, and averages index
     buffers too.

@@ -9,14 +9,14 @@ import torch
 from anode_exp.errors import UserError
 
 MOST_STREAMS = 32
-"""Torch's pool of streams: one more would be the first of them again, and two runs would share a workspace."""
+"""The size of torch's pool: one more stream would be the first one again, and two runs would share a workspace."""
 
 
 def run_streams(device: torch.device, count: int) -> list[torch.cuda.Stream | None]:
-    """A stream for each of several runs at once, behind the work there so far; None for each without CUDA.
+    """A stream for each of several runs at once, after the work queued so far; None for each without CUDA.
 
-    A run stays on its stream: what is freed there is used again there, and its graph is recorded there. So its memory
-    is cached once, and libraries keep one workspace for it.
+    A run stays on its stream: memory freed there is used again there, and its graph is recorded there. So its memory is
+    cached once, and libraries keep one workspace for it.
 
     Raises:
         UserError: for more runs than there are streams.
@@ -24,8 +24,8 @@ def run_streams(device: torch.device, count: int) -> list[torch.cuda.Stream | No
     if device.type != "cuda":
         return [None] * count
     if count > MOST_STREAMS:
-        remedy = f"give seeds={MOST_STREAMS} or fewer, and the others afterwards"
-        raise UserError(f"{count} runs at once: a GPU takes {MOST_STREAMS}, a stream each; {remedy}")
+        remedy = f"give seeds={MOST_STREAMS} or fewer, and run the others afterwards"
+        raise UserError(f"{count} runs at once: a GPU takes at most {MOST_STREAMS}, one stream each; {remedy}")
     streams = [torch.cuda.Stream(device) for _ in range(count)]
     for stream in streams:
         stream.wait_stream(torch.cuda.current_stream(device))
@@ -35,8 +35,8 @@ def run_streams(device: torch.device, count: int) -> list[torch.cuda.Stream | No
 def clear_workspaces(device: torch.device) -> None:
     """Free what earlier runs of this process left on the device: garbage, and cuBLAS's workspaces.
 
-    cuBLAS keeps one of 32 MiB (NVIDIA H100, H200) for every handle and stream, for ever. A graph that was recorded with
-    them must not be replayed afterwards.
+    cuBLAS keeps one of 32 MiB (NVIDIA H100, H200) for every handle and stream, and never frees it. A graph that was
+    recorded with them must not be replayed afterwards.
     """
     gc.collect()
     if device.type == "cuda":
@@ -45,13 +45,13 @@ def clear_workspaces(device: torch.device) -> None:
 
 
 def wait(device: torch.device) -> None:
-    """Until the device has done what it was given."""
+    """Wait until the device has finished its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def seconds_of(work: Callable[[], object], device: torch.device, repeats: int = 1) -> float:
-    """How long it takes so often, from an idle device to an idle one."""
+    """Seconds that ``repeats`` runs of the work take, from an idle device to an idle device."""
     wait(device)
     started = time.perf_counter()
     for _ in range(repeats):

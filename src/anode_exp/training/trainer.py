@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class Progress:
-    """How far a run is; times in seconds, scores by the task, None where nothing was measured."""
+    """How far a run is; times in seconds, scores as the task defines them, None where nothing was measured."""
 
     epochs: int = 0
     steps: int = 0
@@ -47,17 +47,17 @@ class Progress:
     best_epoch: int | None = None
     best_score: float | None = None
     lr_drops: int = 0  # of recipe.schedule=plateau
-    nfe: dict[str, Any] = field(default_factory=dict)  # a step: forward, backward, and both for each block
+    nfe: dict[str, Any] = field(default_factory=dict)  # per step: forward, backward, and both for each block
     train_time_s: float = 0.0
     evaluation_time_s: float = 0.0
     first_step_s: float | None = None
-    settling_time_s: float = 0.0  # of train_time_s and samples, those of the first SETTLING_STEPS of every process
+    settling_time_s: float = 0.0  # the part of train_time_s and samples in each process's first SETTLING_STEPS
     settling_samples: int = 0
     peak_memory_bytes: int = 0
 
     @classmethod
     def of(cls, saved: dict[str, Any]) -> Self:
-        """From a checkpoint, also of the time when all runs were classifications."""
+        """From a checkpoint, including older ones, in which all runs were classifications."""
         return cls(**{_renamed(name): value for name, value in saved.items()})
 
     @property
@@ -66,7 +66,7 @@ class Progress:
         return 0 if self.best_epoch is None else self.epochs - self.best_epoch
 
     def at_end_of(self, recipe: RecipeConfig, samples: int) -> bool:
-        """Whether the recipe, on so many samples, has no step left."""
+        """Whether the recipe has no step left, for this number of training samples."""
         gave_up = recipe.stop_after is not None and self.stale >= recipe.stop_after
         return gave_up or self.steps >= total_steps(recipe, samples)
 
@@ -76,12 +76,12 @@ def _renamed(name: str) -> str:
 
 
 SETTLING_STEPS = 2
-"""Steps that pay for more than themselves: warm-up, recording a graph on CUDA, counting bytes elsewhere."""
+"""Steps that take longer than later ones: warm-up, recording a graph on CUDA, counting bytes elsewhere."""
 
 
 @dataclass
 class EpochPart:
-    """The steps taken of an epoch: their losses [k], the task's sums, and seconds, as in ``Progress``."""
+    """The steps of an epoch taken so far: their losses [k], the task's sums, and seconds, as in ``Progress``."""
 
     losses: Tensor
     sums: Sums
@@ -91,33 +91,33 @@ class EpochPart:
 
     @classmethod
     def of(cls, saved: dict[str, Any]) -> Self:
-        """From a checkpoint, also of the time when all runs were classifications."""
+        """From a checkpoint, including older ones, in which all runs were classifications."""
         if "correct" in saved:
             saved = {**saved, "sums": {"correct": saved["correct"]}}
         return cls(**{_renamed(name): value for name, value in saved.items() if name != "correct"})
 
 
 def total_steps(recipe: RecipeConfig, samples: int) -> int:
-    """Training steps of the whole recipe on so many samples."""
+    """Training steps of the whole recipe, for this number of training samples."""
     steps = recipe.epochs * (recipe.steps_per_epoch or -(-samples // recipe.batch_size))
     return steps if recipe.max_steps is None else min(steps, recipe.max_steps)
 
 
 @contextmanager
 def memory_for(what: str, remedy: str) -> Iterator[None]:
-    """Running out of a device's memory in here is a UserError that says what to do."""
+    """Running out of device memory in this context is a UserError that says what to do."""
     try:
         yield
     except torch.OutOfMemoryError as error:
-        traceback.clear_frames(error.__traceback__)  # they hold activations, and runs at its side go on
+        traceback.clear_frames(error.__traceback__)  # they hold activations, and other runs continue
         raise UserError(f"{what}: out of memory ({str(error).splitlines()[0]}); {remedy}") from error
 
 
 MOST_DROPS = 2
-"""Of the learning rate, with recipe.schedule=plateau; later drops keep nothing moving (FFJORD's and PNODE's code)."""
+"""Most drops of the learning rate with recipe.schedule=plateau (FFJORD's and PNODE's code); more have no effect."""
 
 REHEARSED_STEPS = 3
-"""One eager, one that records and replays a graph, and one more where an epoch's smaller batch comes between."""
+"""One eager, one that records and replays a graph, and one more in case an epoch's smaller batch comes between them."""
 
 SMALLER_STEP = (
     "give a smaller recipe.batch_size, a gradient mode that keeps less (gradient=step_checkpoint, gradient=revolve), "
@@ -127,11 +127,11 @@ SMALLER_STEP = (
 
 @dataclass
 class _Epoch:
-    """The epoch in progress: as ``EpochPart``, with what its next step needs. ``end`` steps are taken.
+    """The epoch in progress: its ``EpochPart``, and what its next step needs. ``end`` steps have been taken.
 
     Attributes:
-        first: steps that an earlier process had taken.
-        started, since: when this process began the epoch, and its last step before the run had settled.
+        first: number of steps that an earlier process took.
+        started, since: when this process began the epoch, and when it began the step that is timed while it settles.
     """
 
     part: EpochPart
@@ -161,9 +161,9 @@ class Trainer:
 
     Attributes:
         status: completed, diverged or interrupted.
-        reason: why it diverged, where that is known.
+        reason: why it diverged, if that is known.
         progress: how far the run is.
-        waited_s: seconds in which it stood still for others, no part of its times.
+        waited_s: seconds in which it waited for others, not part of its times.
     """
 
     def __init__(
@@ -192,10 +192,10 @@ class Trainer:
         self.total_steps = total_steps(self.recipe, self.data.size("train"))
         self._settling = SETTLING_STEPS
         self._epoch: _Epoch | None = None
-        self._part: EpochPart | None = None  # of an epoch that an earlier process began, or a stop interrupted
+        self._part: EpochPart | None = None  # of an epoch that an earlier process began, or that was interrupted
 
     def state(self) -> dict[str, Any]:
-        """All that a later process needs to go on as if nothing had happened."""
+        """All that a later process needs to continue as if the run had not stopped."""
         return {
             "progress": asdict(self.progress),
             "epoch_part": None if self._part is None else vars(self._part),
@@ -210,7 +210,7 @@ class Trainer:
     def restore(self, state: dict[str, Any]) -> None:
         self.progress = Progress.of(state["progress"])
         self._part = None if state["epoch_part"] is None else EpochPart.of(state["epoch_part"])
-        if self._part is not None and self.world.rank:  # the sums saved are those of all processes
+        if self._part is not None and self.world.rank:  # the saved sums are those of all processes
             self._part.sums = {name: torch.zeros_like(x) for name, x in self._part.sums.items()}
         self.network.load_state_dict(state["network"])
         if self.averaged is not None:
@@ -224,9 +224,9 @@ class Trainer:
             torch.cuda.set_rng_state(state["cuda_random_state"], self.device)
 
     def advance(self) -> bool:
-        """Take one training step, or end the epoch whose steps are taken; False when there is nothing left to do.
+        """Take one training step, or end the epoch after its last step; False when there is nothing left to do.
 
-        What drives several runs does something else in between.
+        A caller that drives several runs advances the others in between.
         """
         if self._epoch is None:
             if self.status != "completed" or (self._part is None and self._finished):
@@ -246,7 +246,7 @@ class Trainer:
         return self.progress.at_end_of(self.recipe, self.data.size("train"))
 
     def close(self) -> None:
-        """Take the bar of an epoch in progress off the terminal."""
+        """Remove the progress bar of an epoch in progress from the terminal."""
         if self._epoch is not None:
             self._epoch.shown.close()
 
@@ -277,7 +277,7 @@ class Trainer:
         return _Epoch(part, batches.starting_at(taken), sizes, lr, taken, taken, now, now, shown)
 
     def _take_step(self, epoch: _Epoch) -> None:
-        """One step of the epoch; sets ``status`` where it is the run's last for now."""
+        """One step of the epoch; sets ``status`` if the run ends or stops with it."""
         progress, part, i = self.progress, epoch.part, epoch.end
         epoch.end += 1
         progress.steps += 1
@@ -298,15 +298,15 @@ class Trainer:
         if check and self.world.any(not bool(part.losses[: epoch.end].isfinite().all())):
             self.status = "diverged"
             return
-        if check or self.device.type == "cpu":  # a read makes the host wait for a GPU, so seldom there
-            mine = max(1, epoch.count() // self.world.size)  # about; whoever shows it has a part of the samples
+        if check or self.device.type == "cpu":  # a read makes the host wait for a GPU, so it is rare there
+            mine = max(1, epoch.count() // self.world.size)  # approximate: this process has a part of them
             metrics = self.task.metrics({name: float(x) for name, x in part.sums.items()}, mine)
             rate = epoch.count(epoch.first) / (self._clock() - epoch.started)
             shown = {"loss": f"{float(part.losses[i]):.3f}", **{name: f"{x:.3g}" for name, x in metrics.items()}}
             epoch.shown.set_postfix({**shown, f"{self.task.unit}_per_s": f"{rate:.0f}"}, refresh=False)
 
     def _settle(self, epoch: _Epoch, i: int) -> None:
-        """Time one of the first steps, which pay for more than themselves."""
+        """Time one of the first steps, which take longer than later ones."""
         wait(self.device)
         now = self._clock()
         if self.progress.first_step_s is None:
@@ -317,7 +317,7 @@ class Trainer:
         epoch.since = now
 
     def _end_epoch(self, epoch: _Epoch) -> None:
-        """Record the epoch, or keep its part for later where a request to stop interrupted it."""
+        """Record the epoch, or keep its part for later if a request to stop interrupted it."""
         progress, part = self.progress, epoch.part
         epoch.shown.close()
         if epoch.end > epoch.first:
@@ -325,7 +325,7 @@ class Trainer:
         part.losses = part.losses[: epoch.end].cpu()  # waits for the device: the time is that of finished steps
         self.world.mean_([part.losses])
         self.world.sum_(part.sums.values())
-        # Without model.norm_sync each process has the running statistics of its own parts: their mean serves all.
+        # Without model.norm_sync each process has the running statistics of its own parts: all get their mean.
         self.world.mean_(x for x in self.network.buffers() if x.is_floating_point())
         part.sums = {name: x.cpu() for name, x in part.sums.items()}
         part.train_time_s += self._clock() - epoch.started
@@ -374,7 +374,7 @@ class Trainer:
         return {**total, "blocks": blocks}
 
     def _save(self, line: dict[str, Any]) -> None:
-        """The epoch's checkpoints: ``last``, ``best`` if it is, and one by number where they are kept."""
+        """Save the epoch's checkpoints: ``last``, ``best`` if it is the best, and one by number if epochs are kept."""
         progress = self.progress
         score = line.get(f"validation_{self.task.score}", line[f"test_{self.task.score}"])
         best = self._better(score, progress.best_score) == score != progress.best_score
@@ -394,8 +394,7 @@ class Trainer:
         return time.perf_counter() - self.waited_s
 
     def _step_on(self, source: Iterator[Batch], losses: Tensor, i: int, whole: int | None = None) -> Sums:
-        """Step i on the next batch, of ``whole`` samples in all processes; its loss goes to its place, and the task's
-        sums are returned."""
+        """Step i on the next batch, of ``whole`` samples in all processes. Sets ``losses[i]``; returns task sums."""
         averaged = [] if self.averaged is None else self.averaged.tensors()
         with (
             memory_for("a training step", SMALLER_STEP),
@@ -410,27 +409,27 @@ class Trainer:
         return sums
 
     def rehearse(self) -> int:
-        """Peak bytes of the run's first steps, taken as it will take them: its batches, its stream, its recording.
+        """Peak bytes of the run's first steps, taken as the run will take them: same batches, stream and recording.
 
-        To be called before the run. Weights, buffers and counters are the caller's to put back; all else is.
+        To be called before the run. The caller restores weights, buffers and counters; this method restores the rest.
         """
         self.memory.restart()
         batches = self.data.epoch(1)
         source = chain.from_iterable(batches.starting_at(0) for _ in range(1 + REHEARSED_STEPS))
         losses = torch.full((max(len(batches), REHEARSED_STEPS),), math.nan, device=self.device)
-        if self.runtime.cudnn_benchmark:  # the algorithms that it tries are those of the first rehearsal only
+        if self.runtime.cudnn_benchmark:  # it tries algorithms in the first rehearsal only
             self._step_on(source, losses, 0)
             self.memory.restart()
         for i in range(REHEARSED_STEPS):
             self._step_on(source, losses, i)
         peak = self.memory.peak_bytes
-        losses.cpu()  # waits for the device: what it replays must not go before
+        losses.cpu()  # waits for the device, which must not lose the graph that it replays
         if isinstance(self.step, GraphedStep):
             self.step.forget()
         self.optimizer.zero_grad(set_to_none=True)
         self.optimizer.state.clear()
         if self.averaged is not None:
-            self.averaged.steps = 0  # the next update is a first one
+            self.averaged.steps = 0  # the next update counts as the first
         self.memory.restart()
         return peak
 
@@ -441,7 +440,7 @@ class Trainer:
         for name in ("validation", "test"):
             if self.data.size(name):
                 line |= {f"{name}_{metric}": x for metric, x in self.evaluate_split(name).items()}
-        take_evaluations(self.network)  # those of an evaluation are no training step's
+        take_evaluations(self.network)  # those of an evaluation do not count
         line["evaluation_time_s"] = time.perf_counter() - started
         progress, score = self.progress, self.task.score
         progress.evaluation_time_s += line["evaluation_time_s"]

@@ -17,14 +17,14 @@ from anode_exp.ode import SolveFailed
 
 
 class World:
-    """One process alone: what several would exchange stays as it is.
+    """A single process: nothing is exchanged.
 
-    A training step and the trainer ask this class wherever the answer depends on all processes, and nothing else knows
-    of them.
+    A training step and the trainer call this class wherever a result depends on all processes; no other code knows
+    about them.
 
     Attributes:
         rank: this process's number, from 0; process 0 writes records.
-        size: how many there are.
+        size: number of processes.
     """
 
     rank, size = 0, 1
@@ -40,7 +40,7 @@ class World:
         return flag
 
     def settle(self, error: Exception | None) -> None:
-        """Raise what went wrong in this process, or that it did in another: all leave a training step the same way."""
+        """Raise this process's error, or that another process failed: all leave a training step the same way."""
         if error is not None:
             raise error
 
@@ -53,10 +53,10 @@ class Processes(World):
     """The processes of ``torch.distributed``'s default group: NCCL between CUDA devices, gloo between CPUs.
 
     Gradients are averaged by one all-reduce of all of them, after the backward pass. ``DistributedDataParallel`` would
-    overlap the two, but wraps the network: state names change, its hooks fire at each parameter's first gradient, which
-    a block's own backward pass gives before the others', and they are no part of a captured graph.
+    overlap the two, but it wraps the network: state names change, its hooks fire at each parameter's first gradient,
+    which a block's own backward pass gives before the others', and they are not part of a captured graph.
 
-    Numbers that the host asks for go between hosts, by gloo: none of them waits for a device.
+    Numbers for the host are exchanged between hosts, by gloo, without waiting for a device.
     """
 
     def __init__(self) -> None:
@@ -96,7 +96,7 @@ class Processes(World):
         if error is not None:
             raise error
         if worst:
-            raise (SolveFailed, OtherProcessFailed)[worst - 1]("in another process that trains the same network")
+            raise (SolveFailed, OtherProcessFailed)[worst - 1]("failed in another process that trains the same network")
 
     def gather(self, value: Any) -> list[Any]:
         values: list[Any] = [None] * self.size
@@ -107,7 +107,7 @@ class Processes(World):
 
 @contextmanager
 def _talking() -> Iterator[None]:
-    """The end of a connection in here is another process's."""
+    """A connection that ends in this context means that another process has ended."""
     try:
         yield
     except RuntimeError as error:
@@ -119,17 +119,17 @@ def _talking() -> Iterator[None]:
 ALONE = World()
 
 LONGEST_WAIT = timedelta(minutes=30)
-"""For another process. One that has ended is noticed at once; this is for one that hangs."""
+"""For another process that hangs; one that has ended is noticed at once."""
 
 
 _joined: World | None = None
 
 
 def join(cpu: bool) -> World:
-    """This process's place among those that torchrun started.
+    """This process among those that torchrun started.
 
     Args:
-        cpu: train on CPUs even where there is CUDA.
+        cpu: train on CPUs even if there is a CUDA device.
 
     Raises:
         UserError: for more processes on a machine than it has CUDA devices, or if the others cannot be reached.
@@ -140,7 +140,7 @@ def join(cpu: bool) -> World:
         if torch.cuda.is_available() and not cpu:
             local, devices = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
             here = int(os.environ.get("LOCAL_WORLD_SIZE", str(local + 1)))
-            if here > devices:  # for all of them, so that the first says it
+            if here > devices:  # the same in all processes, so that the first one reports it
                 remedy = f"torchrun --nproc-per-node={devices}, or runtime.device=cpu"
                 raise UserError(f"{here} processes on this machine, which has {devices} CUDA devices; use {remedy}")
             torch.cuda.set_device(local)
