@@ -108,7 +108,7 @@ def test_what_an_evaluation_may_not_change(trained, overrides, message):
 
 
 def test_another_data_set_must_have_as_many_classes(trained):
-    with pytest.raises(UserError, match="has 100 classes, this run's network 10"):
+    with pytest.raises(UserError, match="has 100 classes, and this run's network has 10; choose a data set with 10"):
         evaluate_run(trained, "best", evaluations(trained, ["dataset=cifar100"]))
     (row,) = evaluate_run(trained, "best", evaluations(trained, ["dataset=fake", "dataset.test_size=20"]))
     assert row["dataset"] == "fake"

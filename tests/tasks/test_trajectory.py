@@ -115,7 +115,7 @@ def test_evaluation_under_other_solvers(trained):
     assert own["test_mae"] == load_run(trained).results["test_mae"] and own["trajectories"] == 1
     assert fine["test_mae"] == pytest.approx(explicit["test_mae"], rel=1e-2)
     assert f"{fine['test_mae']:.4f}" in table(rows) or f"{fine['test_mae']:.3e}" in table(rows)
-    with pytest.raises(UserError, match="has 2 components, this run's network 3"):
+    with pytest.raises(UserError, match="has 2 components, and this run's network has 3; choose a data set with 3"):
         evaluate_run(trained, "last", evaluations(trained, ["dataset=van_der_pol"]))
     with pytest.raises(UserError, match="no BatchNorm to estimate; leave it out"):
         evaluate_run(trained, "last", evaluations(trained, []), calibrate=5)
