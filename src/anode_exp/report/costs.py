@@ -181,7 +181,7 @@ def claim_rows(spec: dict[str, Any], records: list[Record], stiff: list[Group]) 
                 found.append((setting, *OF_COSTS[name](rows)))
         elif any(group.runs for group in stiff):
             epochs = max((len(run.epochs) for group in stiff for run in group.runs), default=0)
-            found.append((f"Robertson's reaction, {epochs} records", *_implicit(stiff)))
+            found.append((f"Robertson's reaction, {epochs} epochs", *_implicit(stiff)))
         for i, (setting, ours, ratio, holds) in enumerate(found or [(MISSING, "not run", MISSING, MISSING)]):
             first = {"claim": said["claim"], "why": said["why"]} if i == 0 else {"claim": "", "why": ""}
             table.append({"claim": first["claim"], "setting": setting, "ours": ours, "ratio": ratio, "holds": holds,
