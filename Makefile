@@ -4,7 +4,7 @@ export OMP_WAIT_POLICY = PASSIVE
 # ... but threads that sleep at once wake too late for the next small kernel.
 export GOMP_SPINCOUNT = 20000
 PYTHON ?= python3
-# Of pyproject.toml's extras; EXTRAS=dev,ray for hydra/launcher=ray too.
+# Of pyproject.toml's extras; EXTRAS=dev,ray for hydra/launcher=ray and its test too.
 EXTRAS ?= dev
 BIN := .venv/bin
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt

@@ -48,7 +48,7 @@ def main() -> None:
             if (r["solver"], r["gradient"], r["precision"], r["tolerance"]) == ("rk4", mode, precision, None)
         }
         error.plot(STEPS, [found[n] for n in STEPS], line, label=label)
-    error.set(ylabel="relative error", title="Gradient against full backpropagation in float64 (SqueezeNext, RK4)")
+    error.set(ylabel="distance from full backpropagation, float64", title="Error of the gradient (SqueezeNext, RK4)")
     for axes in (memory, error):
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")

@@ -14,6 +14,7 @@ from command import command
 from torch.utils._pytree import tree_leaves
 
 from anode_exp.commands.launch import run_by_hydra
+from anode_exp.config.compose import compose_line
 from anode_exp.errors import UserError
 from anode_exp.report.sweep import over_seeds, runs_of_seeds, sweep_rows, sweep_table
 
@@ -126,6 +127,13 @@ def test_a_cluster_that_is_not_there_gets_one_line(tmp_path, monkeypatch):
         run_by_hydra(lambda config: None, "train", ["-m", "hydra/launcher=ray"])
 
 
+def test_a_launcher_that_is_not_installed_gets_one_line(monkeypatch):
+    monkeypatch.setattr("anode_exp.config.compose.find_spec", lambda name: None)
+    for launcher, extra in (("ray", "ray"), ("slurm", "launchers"), ("joblib", "launchers")):
+        with pytest.raises(UserError, match=rf"launcher {launcher}: .*pip install 'anode_exp\[{extra}\]'"):
+            compose_line([f"hydra/launcher={launcher}"])
+
+
 LAUNCHERS = {
     "submitit_local": ("hydra_plugins.hydra_submitit_launcher", "submitit", "SIGUSR2", "hydra.launcher.timeout_min=5"),
     "ray": ("hydra_plugins.hydra_ray_launcher", "default_worker", "SIGKILL", "hydra.launcher.ray.remote.num_gpus=0"),
@@ -165,6 +173,7 @@ def test_jobs_of_a_cluster_fail_alone_and_go_on_after_a_kill(tmp_path, launcher)
 
 
 def test_the_ray_launcher_asks_for_a_part_of_a_gpu_at_most(tmp_path):
+    pytest.importorskip("hydra_plugins.hydra_ray_launcher")
     shown = command(tmp_path, "train", "hydra/launcher=ray", "--cfg", "hydra", "-p", "hydra.launcher.ray", "--resolve")
     assert shown.returncode == 0, shown.stderr
     assert f"num_gpus: {min(1, torch.cuda.device_count())}" in shown.stdout

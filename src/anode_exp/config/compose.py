@@ -64,7 +64,8 @@ LAUNCHERS = {
 def check_launcher(name: object) -> None:
     """Refuse a launcher whose plugin is not installed."""
     plugin, extra = LAUNCHERS.get(str(name), ("", ""))
-    if plugin and find_spec(f"hydra_plugins.{plugin}") is None:
+    # Without any plugin there is no hydra_plugins, in which find_spec could look.
+    if plugin and (find_spec("hydra_plugins") is None or find_spec(f"hydra_plugins.{plugin}") is None):
         raise UserError(f"launcher {name}: is not installed; pip install 'anode_exp[{extra}]'")
 
 
