@@ -22,6 +22,11 @@ class OtherProcessFailed(RuntimeError):
     """Another process that trains the same network failed or has ended; its own output says why."""
 
 
+def is_first_process() -> bool:
+    """Whether this process is the first of those that torchrun started, or the only one."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def fail(message: str) -> NoReturn:
     """Print the message of a user's mistake on one line, and exit with code 2.
 
@@ -32,6 +37,6 @@ def fail(message: str) -> NoReturn:
         sys.stdout.flush()
     distributed = sys.modules.get("torch.distributed")
     joined = distributed is not None and distributed.is_initialized()
-    if joined or os.environ.get("RANK", "0") == "0":
+    if joined or is_first_process():
         print(f"anode_exp: {message}", file=sys.stderr)
     sys.exit(2)

@@ -19,7 +19,7 @@ from anode_exp.config.compose import quoted
 from anode_exp.config.describe import CONF
 from anode_exp.config.reproduction import Cell
 from anode_exp.config.schema import TrainConfig
-from anode_exp.errors import UserError
+from anode_exp.errors import UserError, is_first_process
 from anode_exp.records.reading import read_metrics, write_json
 from anode_exp.training import progress
 
@@ -73,7 +73,8 @@ def run_by_hydra(job: Callable[[DictConfig], None], program: str, arguments: lis
     """
     import hydra
 
-    if "hydra/launcher=slurm" in arguments and "-m" in arguments and shutil.which("srun") is None:
+    on_slurm = {"hydra/launcher=slurm", "hydra/launcher=submitit_slurm"} & set(arguments)
+    if on_slurm and "-m" in arguments and shutil.which("srun") is None:
         raise UserError("launcher slurm: this machine has no Slurm (srun); use submitit_local to start such jobs here")
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises a job's exception, which the caller reports
     sys.argv = [program, *arguments]
@@ -131,7 +132,7 @@ def _run_job(jobs: dict[str, tuple[Cell, Path]], config: DictConfig) -> None:
     failed: list[tuple[str, bool]] = []
     with stop_requests() as stop:
         run_group([cell], failed, lambda: None, stop)
-    if os.environ.get("RANK", "0") == "0":
+    if is_first_process():
         error, mistake = failed[0] if failed else (None, False)
         path = _ending(folder, config.cell)
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -3,7 +3,6 @@
 import itertools
 import json
 import logging
-import os
 import statistics
 import sys
 import time
@@ -23,7 +22,7 @@ from anode_exp.config.describe import about, options
 from anode_exp.config.reproduction import Cell, cells, directories, specification
 from anode_exp.config.schema import ReproduceSettings, TrainConfig
 from anode_exp.config.studies import study
-from anode_exp.errors import InUse, UserError
+from anode_exp.errors import InUse, UserError, is_first_process
 from anode_exp.records.cells import CALIBRATION_BATCHES, is_calibrated, other_statistics
 from anode_exp.records.reading import read_lines, read_metrics, read_results, write_atomically
 from anode_exp.training.progress import bar
@@ -202,7 +201,8 @@ def reproduce_by_jobs(cells: list[Cell], launcher: list[str], folder: Path) -> i
     for batch in ([c for c in todo if not c.of_runs], [c for c in todo if c.of_runs]):
         if batch:
             endings += launch(batch, launcher, folder / "jobs")
-    print(f"{len(cells) - len(missing(cells))} of {len(cells)} runs are recorded")
+    if todo:
+        print(f"{len(cells) - len(missing(cells))} of {len(cells)} runs are recorded")
     signals = [ending["signal"] for ending in endings if ending["signal"] is not None]
     code = _exit_code([(ending["error"], ending["mistake"]) for ending in endings if ending["error"] is not None])
     return 128 + signals[0] if signals else code
@@ -234,7 +234,7 @@ def run_group(group: list[Cell], failed: list[tuple[str, bool]], tick: Callable[
     try:
         config = group[0].config
         world = ALONE if config is None else join(config)
-        first = int(os.environ.get("RANK", "0")) == 0
+        first = is_first_process()
         for cell in map(with_runs, group) if first else ():
             if cell.study is not None:
                 if cell.of_runs and not any(s.startswith("study.run=") for s in cell.settings):

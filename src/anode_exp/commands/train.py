@@ -1,7 +1,6 @@
 """``train``: one run, a sweep of them, or a recorded run continued."""
 
 import logging
-import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +17,7 @@ from anode_exp.config.check import split_settings, typed
 from anode_exp.config.compose import composed_settings, jobs, quoted
 from anode_exp.config.describe import CONF, PRESETS, described, files_of, groups, options
 from anode_exp.config.schema import ResumeSettings, TrainConfig
-from anode_exp.errors import OtherProcessFailed, UserError, fail
+from anode_exp.errors import OtherProcessFailed, UserError, fail, is_first_process
 from anode_exp.records.reading import write_json
 
 log = logging.getLogger(__name__)
@@ -184,7 +183,7 @@ def run_job(config: DictConfig) -> None:
         reason = str(error) if mistake else f"{type(error).__name__}: {error}".splitlines()[0]
         log.error(f"{directory.name} failed: {reason}\n  see {runs[0][1] / 'train.log'}", exc_info=not mistake)
         record = {"status": "failed", "error": reason, "mistake": mistake}
-        for _, folder in runs if os.environ.get("RANK", "0") == "0" else ():
+        for _, folder in runs if is_first_process() else ():
             if not (folder / "results.json").exists():
                 write_json(folder / "results.json", record)
         return

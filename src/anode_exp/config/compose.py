@@ -55,6 +55,7 @@ def quoted(value: object) -> str:
 LAUNCHERS = {
     "joblib": ("hydra_joblib_launcher", "launchers"),
     "slurm": ("hydra_submitit_launcher", "launchers"),
+    "submitit_slurm": ("hydra_submitit_launcher", "launchers"),
     "submitit_local": ("hydra_submitit_launcher", "launchers"),
     "ray": ("hydra_ray_launcher", "ray"),
 }

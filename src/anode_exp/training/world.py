@@ -151,9 +151,3 @@ def join(cpu: bool) -> World:
             raise UserError(f"the other processes cannot be reached: {str(error).splitlines()[0]}") from error
         _joined = Processes()
     return _joined
-
-
-def leave() -> None:
-    """Close the connections to the other processes, if there are any."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
