@@ -43,13 +43,14 @@ def end_state(directory: Path) -> list[torch.Tensor]:
     return [*state["network"].values(), *momentum]
 
 
-def assert_same_end(directory: Path, truth: Path) -> None:
+def assert_same_end(directory: Path, truth: Path, also: tuple[str, ...] = ()) -> None:
+    """``also``: values of an epoch that may differ, besides times and memory."""
     ours, theirs = end_state(directory), end_state(truth)
     assert len(ours) == len(theirs) and all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
     curves = []
     for d in (directory, truth):
         lines = [json.loads(line) for line in (d / "metrics.jsonl").read_text().splitlines()]
-        measured = ("images_per_s", "train_time_s", "evaluation_time_s", "peak_memory_bytes")
+        measured = ("images_per_s", "train_time_s", "evaluation_time_s", "peak_memory_bytes", *also)
         curves.append([{k: v for k, v in line.items() if k not in measured} for line in lines])
     assert curves[0] == curves[1]
     events = [EventAccumulator(str(d), size_guidance={"scalars": 0}).Reload() for d in (directory, truth)]
@@ -158,6 +159,14 @@ def test_more_epochs(tmp_path, truth):
     assert_same_end(tmp_path, truth)
 
 
+def test_another_exact_gradient_mode(tmp_path, truth):
+    train(config_of("recipe.epochs=1", "gradient=full_backprop"), tmp_path)
+    results = go_on(tmp_path, "recipe.epochs=3", "gradient=dto_checkpoint")
+    assert "name: dto_checkpoint" in (tmp_path / "config.yaml").read_text()
+    assert results["nfe"]["backward"] == 16
+    assert_same_end(tmp_path, truth, also=("nfe_backward",))  # full_backprop evaluates nothing again
+
+
 def test_a_truncated_checkpoint_is_named_and_the_one_before_used(tmp_path, truth):
     train(config_of("recipe.epochs=2"), tmp_path)
     last = tmp_path / "checkpoints" / "last.pt"
@@ -186,6 +195,8 @@ def test_no_checkpoint_can_be_read(tmp_path):
         (["solver=rk4"], r"solver.name=rk4: this run has rk2"),
         (["solver.n_steps=4"], r"solver.n_steps=4: this run has 2"),
         (["recipe.lr=0.2"], r"recipe.lr=0.2: this run has 0.1"),
+        (["gradient=reverse_adjoint"], r"gradient=reverse_adjoint: this run has dto_checkpoint; the gradient"),
+        (["gradient=budget", "gradient.memory=little"], r"gradient.memory=little"),
         (["model=resnet18"], r"model.name=resnet18: this run has squeezenext"),
         (["recipe.epoch=9"], r"did you mean recipe.epochs\?"),
         (["recipe.epochs=4,5"], r"names several values"),

@@ -17,6 +17,9 @@ MAY_CHANGE_ON_RESUME = ("recipe.epochs", "dataset.root", "dataset.download", "ru
                         "runtime.keep_every", "runtime.cuda_graph", "runtime.sync_debug")  # fmt: skip
 """Settings that do not affect the results of the epochs already done, or of those to come."""
 
+_OTHER_GRADIENT = ("reverse_adjoint", "stored_adjoint", "reversible")
+"""Modes whose gradient is not that of ``full_backprop``; ``reversible`` amplifies rounding."""
+
 MAY_CHANGE_TO_EVALUATE = ("solver", "dataset", "runtime", "recipe.test_batch_size", "model.statistics")
 _RUNTIME_OF_EVALUATION = ("runtime.device", "runtime.precision", "runtime.channels_last", "runtime.cudnn_benchmark")
 
@@ -35,13 +38,20 @@ def differing(recorded: TrainConfig, asked: TrainConfig) -> list[str]:
 def resumed(directory: Path, overrides: list[str]) -> TrainConfig:
     """The configuration with which a recorded run continues.
 
+    The gradient mode may change between modes that give the same gradient, for a device with more or less memory.
+
     Raises UserError if there is no run, or if a setting changes that may not change.
     """
     parsed = parse(overrides)
     (line,) = expanded(parsed, False, "a resumed run takes one")
     check_hydra(parsed, "a resumed run continues in its own folder")
     recorded = read_config(directory)
-    config = _recomposed(recorded, line, MAY_CHANGE_ON_RESUME, "a resumed run")
+    config = _recomposed(recorded, line, (*MAY_CHANGE_ON_RESUME, "gradient"), "a resumed run")
+    before, after = typed(recorded).gradient, config.gradient
+    others = [mode.name for mode in (before, after) if mode.name in _OTHER_GRADIENT]
+    if before != after and others:
+        why = f"this run has {before.name}; the gradient of {others[0]} is another one, and a resumed run keeps its own"
+        raise UserError(f"gradient={after.name}: {why}")
     check_used(given_keys(parsed), [config])
     if config.recipe.schedule == "cosine" and config.recipe.epochs != recorded.recipe.epochs:
         why = f"a cosine schedule depends on it, and this run's has {recorded.recipe.epochs}"
