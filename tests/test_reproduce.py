@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from functools import cache, partial
 import pytest
 from command import command as run_command
 
+from anode_exp.commands import report
 from anode_exp.commands.reproduce import is_done, recorded_config, reproduce
 from anode_exp.commands.together import train_together
 from anode_exp.config.change import differing
@@ -24,7 +26,7 @@ from anode_exp.errors import UserError
 from anode_exp.records.cells import copy_records, is_calibrated, read_records
 from anode_exp.records.checkpoints import Checkpoints
 from anode_exp.records.reading import read_metrics
-from anode_exp.report.page import write_report
+from anode_exp.report.page import Reproduction, write_report
 from anode_exp.report.statistics import Group, accuracy_rows
 from anode_exp.training.signals import StopRequest
 
@@ -264,8 +266,37 @@ def test_a_study_of_the_paper_is_in_the_page(tmp_path):
     (folder / "cell.json").write_text(json.dumps(cell))
     (folder / "table.txt").write_text("rho < 1")
     (folder / "study.png").write_bytes(b"picture")
-    page = write_report(specification("anode"), "short", "10 epochs", read_records(tmp_path), {}, tmp_path / "page")
+    page = write_report(
+        specification("anode"), [Reproduction("short", "10 epochs", read_records(tmp_path), {})], tmp_path / "page"
+    )
     assert "rho &lt; 1" in page.read_text() and "cGljdHVyZQ==" in page.read_text()
+
+
+def test_two_lengths_on_one_page(reproduced, tmp_path, capsys):
+    """Each has its own column, section, plot and command; an unfinished run says how far it is."""
+    cwd, *_ = reproduced
+    copy_records(read_records(cwd / "outputs" / "anode" / "short"), tmp_path)
+    longer = tmp_path / "anode" / "paper" / "table_resnet4" / "anode_seed-0"
+    shutil.copytree(tmp_path / "anode" / "short" / "table_resnet4" / "anode_seed-0", longer)
+    (longer / "results.json").unlink()
+    recorded = json.loads((longer / "cell.json").read_text())
+    (longer / "cell.json").write_text(json.dumps(recorded | {"length": "paper"}))
+    report.main(["anode", "length=short,paper", "seeds=1", f"directory={tmp_path}", f"to={tmp_path / 'page'}"])
+    text = capsys.readouterr().out
+    header = next(line for line in text.splitlines() if "ResNet-10, short" in line)
+    names = ("method", "ResNet-4, short", "ResNet-4, paper", "ResNet-10, short", "ResNet-10, paper", "AlexNet, short")
+    assert [c.strip() for c in header.split("|")][1:7] == list(names)
+    assert "## Table, ResNet-4: short, 10 epochs" in text and "1 unfinished (at epoch 1)" in text
+    assert text.count("## Table, ResNet-4: ") == 2 and text.count("## Table, ResNet-10: ") == 1
+    assert f"method=residual 'seeds=[0]' length=paper directory={tmp_path}" in text
+    drawn = {file.name for file in (tmp_path / "page").glob("*.png")}
+    assert drawn == {"table_resnet4_short.png", "table_resnet4_paper.png"}
+    for length, answer in {"short,long": "choose one of paper, short, or both", "": "choose one of"}.items():
+        with pytest.raises(UserError, match=answer):
+            report.main(["anode", f"length={length}", f"directory={tmp_path}"])
+    shutil.rmtree(tmp_path / "anode" / "paper")
+    with pytest.raises(UserError, match="holds no runs of anode at length=paper"):
+        report.main(["anode", "length=short,paper", f"directory={tmp_path}"])
 
 
 def test_recorded_settings_count_but_not_where_the_data_lie(reproduced):

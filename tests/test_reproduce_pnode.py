@@ -9,7 +9,7 @@ from anode_exp.config.reproduction import cells, specification
 from anode_exp.errors import UserError
 from anode_exp.records.cells import copy_records, read_records
 from anode_exp.report.costs import claim_rows, cost_tables, other_evaluations
-from anode_exp.report.page import write_report
+from anode_exp.report.page import Reproduction, write_report
 
 COST = ["figure=cost_euler", "dataset=digits", "model.width=0.25", "study.repeats=1", "study.n_steps=[1,2]",
         "study.batch_size=4", "runtime.channels_last=false"]  # fmt: skip
@@ -29,7 +29,7 @@ def place(tmp_path_factory):
 
 def test_the_page(place):
     records = read_records(place)
-    page = write_report(specification("pnode"), "short", "10 epochs", records, {}, place / "page")
+    page = write_report(specification("pnode"), [Reproduction("short", "10 epochs", records, {})], place / "page")
     text = (place / "page" / "README.md").read_text()
     assert page.read_text().count("data:image/png;base64,") == 3, "costs, the density's curves, and its study"
     assert "| byte budget" in text and "| vanilla, torchdiffeq" in text and "kernel estimate" in text
@@ -42,7 +42,7 @@ def test_the_page(place):
     assert "The number of evaluations differs from the paper's formula: ACA, PNODE, stages solved again." in text
     copy_records(records, place / "page" / "records")
     again = read_records(place / "page" / "records")
-    write_report(specification("pnode"), "short", "10 epochs", again, {}, place / "again")
+    write_report(specification("pnode"), [Reproduction("short", "10 epochs", again, {})], place / "again")
     assert (place / "again" / "README.md").read_text() == text, "the records kept are enough"
 
 

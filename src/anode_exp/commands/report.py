@@ -2,6 +2,7 @@
 
 import shlex
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from anode_exp.commands.arguments import PROGRAM, Parser
 from anode_exp.commands.reproduce import paper_help, paper_name
@@ -11,6 +12,9 @@ from anode_exp.config.describe import options
 from anode_exp.config.reproduction import cells, directories, specification
 from anode_exp.config.schema import ReportSettings
 from anode_exp.errors import UserError
+
+if TYPE_CHECKING:
+    from anode_exp.report.page import Reproduction
 
 ABOUT = "curves and tables on one page: of the runs in any folders, or of a paper's runs next to the published results"
 
@@ -29,33 +33,45 @@ def main(arguments: list[str]) -> None:
     own, others = split_settings(ReportSettings, parsed.settings, "report")
     if others:
         raise UserError(f"{others[0]}: report takes length=, directory=, to= and seeds=")
-    if own.length not in options("length"):
-        raise UserError(f"length={own.length}: choose one of {', '.join(options('length'))}")
-    expected = cells(paper, [f"length={own.length}", f"seeds={own.seeds}"])
-    places = directories(paper, own.length, Path(own.directory))
+    lengths = own.length.split(",")
+    for length in lengths:
+        if length not in options("length"):
+            raise UserError(f"length={own.length}: choose one of {', '.join(options('length'))}, or both")
 
-    from anode_exp.records.cells import COPIES, copy_records, read_records
+    from anode_exp.records.cells import COPIES, copy_records
     from anode_exp.report.page import write_report
 
-    records = [r for r in read_records(*places) if r.cell["length"] == own.length]
-    if not records:
-        remedy = f"make some with: {PROGRAM} reproduce {paper} length={own.length}"
-        raise UserError(f"{places[0]}: holds no runs of {paper} at length={own.length}; {remedy}")
-    target = Path(own.to or places[0] / "report")
     words = [a.partition("=")[0] for a in parsed.settings]
-    given = shlex.join(f"{k}={getattr(own, k)}" for k in ("length", "directory") if k in words)
-    commands = {}
-    for c in (c for c in expected if c.method is not None):
-        command = f"{PROGRAM} reproduce {paper} figure={c.shown_in} method={c.method} 'seeds=[{c.seed}]' {given}"
-        commands[c.shown_in, c.method, c.seed] = command.rstrip()
-    epochs = "every experiment's whole recipe"
-    if own.length != "paper":
-        epochs = f"{composed([f'length={own.length}']).recipe.epochs} epochs"
-    page = write_report(specification(paper), own.length, epochs, records, commands, target)
+    found = [_reproduction(paper, length, own, words) for length in dict.fromkeys(lengths)]
+    target = Path(own.to or directories(paper, lengths[0], Path(own.directory))[0] / "report")
+    page = write_report(specification(paper), found, target)
     if own.to is not None:
-        copy_records(records, target / COPIES)
+        copy_records([record for of in found for record in of.records], target / COPIES)
     print((target / "README.md").read_text())
     print(page)
+
+
+def _reproduction(paper: str, length: str, own: ReportSettings, given: list[str]) -> "Reproduction":
+    """A paper's runs of one length; UserError if there are none."""
+    from anode_exp.records.cells import read_records
+    from anode_exp.report.page import Reproduction
+
+    expected = cells(paper, [f"length={length}", f"seeds={own.seeds}"])
+    places = directories(paper, length, Path(own.directory))
+    records = [r for r in read_records(*places) if r.cell["length"] == length]
+    if not records:
+        remedy = f"make some with: {PROGRAM} reproduce {paper} length={length}"
+        raise UserError(f"{places[0]}: holds no runs of {paper} at length={length}; {remedy}")
+    settings = {"length": length, "directory": own.directory}
+    words = shlex.join(f"{k}={v}" for k, v in settings.items() if k in given)
+    commands = {}
+    for c in (c for c in expected if c.method is not None):
+        command = f"{PROGRAM} reproduce {paper} figure={c.shown_in} method={c.method} 'seeds=[{c.seed}]' {words}"
+        commands[c.shown_in, c.method, c.seed] = command.rstrip()
+    epochs = "every experiment's whole recipe"
+    if length != "paper":
+        epochs = f"{composed([f'length={length}']).recipe.epochs} epochs"
+    return Reproduction(length, epochs, records, commands)
 
 
 def report_runs(folders: list[str], settings: list[str]) -> None:

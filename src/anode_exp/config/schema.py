@@ -325,6 +325,9 @@ class PaperSettings:
 class ReportSettings(PaperSettings):
     """Settings of ``report``: which runs it reads, and where it writes the page."""
 
+    length: str = _setting(
+        "paper", help="paper | short | short,paper: the length of the runs; with both, a column each"
+    )
     seeds: str = _setting("3", help="expected seeds, a number or a list; the page shows the commands of missing runs")
     to: str | None = _setting(None, help="folder of the page and of copies of its records; by default next to the runs")
 

@@ -7,7 +7,6 @@
 import base64
 import html
 import shutil
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,6 +35,22 @@ COMMANDS = "Commands"
 
 
 @dataclass(frozen=True)
+class Reproduction:
+    """A paper's runs of one length.
+
+    Attributes:
+        length, epochs: name and description of the recipe's length.
+        expected: the command of every run of the reproduction, by (figure, method, seed); runs that a figure
+            ``shares`` belong to another reproduction.
+    """
+
+    length: str
+    epochs: str
+    records: list[Record]
+    expected: dict[Any, str]
+
+
+@dataclass(frozen=True)
 class Section:
     """One figure's part of the report: tables by caption, pictures, text."""
 
@@ -58,61 +73,69 @@ def _of_study(folder: Path, picture: Path) -> tuple[list[Path], list[Table], str
     return [picture], [], (folder / "table.txt").read_text()
 
 
-def _sections(
-    spec: dict[str, Any], length: str, records: list[Record], expected: dict[Any, str], target: Path
-) -> Iterator[Section]:
-    for name, figure in spec["figures"].items():
-        title, shown, tables, pictures, text = figure["title"], figure.get("shown", ""), [], [], ""
-        if "methods" in figure:
-            groups = groups_of(spec, name, records, expected)
-            begun = [run for group in groups for run in group.runs if run.epochs]
-            score = score_of(begun)
-            accuracy = not begun or score == "accuracy"
-            tables.append((ACCURACY, accuracy_rows(groups)) if accuracy else (SCORES, score_rows(groups, score)))
-            if begun:
-                pictures.append(target / f"{name}.png")
-                draw(groups, title, pictures[0], score)
-                tables.append(("Cost of a run", cost_rows(groups)))
-            tables.append((COMMANDS, command_rows(groups)))
-        if "study" in figure:
-            folders = [r.directory for r in records if r.cell["figure"] == name and r.cell["method"] is None]
-            folder = next((f for f in folders if (f / "study.png").exists()), None)
-            of_runs = "_study" if "methods" in figure else ""
-            if folder is None:
-                text = f"not run: python -m anode_exp reproduce {spec['name']} figure={name} length={length}"
-            else:
-                drawn, of_study, text = _of_study(folder, target / f"{name}{of_runs}.png")
-                pictures += drawn
-                tables += of_study
-        yield Section(title, shown, tables, pictures, text)
+def _section(spec: dict[str, Any], name: str, of: Reproduction, target: Path, several: bool) -> Section:
+    """A figure at one length; ``several``: the page has more lengths."""
+    figure, tables, pictures, text = spec["figures"][name], [], [], ""
+    title, place = figure["title"], name
+    if several:
+        title, place = f"{title}: {of.length}, {of.epochs}", f"{name}_{of.length}"
+    if "methods" in figure:
+        groups = groups_of(spec, name, of.records, of.expected)
+        begun = [run for group in groups for run in group.runs if run.epochs]
+        score = score_of(begun)
+        accuracy = not begun or score == "accuracy"
+        tables.append((ACCURACY, accuracy_rows(groups)) if accuracy else (SCORES, score_rows(groups, score)))
+        if begun:
+            pictures.append(target / f"{place}.png")
+            draw(groups, title, pictures[0], score)
+            tables.append(("Cost of a run", cost_rows(groups)))
+        tables.append((COMMANDS, command_rows(groups)))
+    if "study" in figure:
+        folders = [r.directory for r in of.records if r.cell["figure"] == name and r.cell["method"] is None]
+        folder = next((f for f in folders if (f / "study.png").exists()), None)
+        of_runs = "_study" if "methods" in figure else ""
+        if folder is None:
+            text = f"not run: python -m anode_exp reproduce {spec['name']} figure={name} length={of.length}"
+        else:
+            drawn, of_study, text = _of_study(folder, target / f"{place}{of_runs}.png")
+            pictures += drawn
+            tables += of_study
+    return Section(title, figure.get("shown", ""), tables, pictures, text)
 
 
-def write_report(
-    spec: dict[str, Any], length: str, epochs: str, records: list[Record], expected: dict[Any, str], target: Path
-) -> Path:
+def write_report(spec: dict[str, Any], reproductions: list[Reproduction], target: Path) -> Path:
     """Write ``index.html`` (self-contained), ``README.md``, ``accuracy.csv`` and plots; returns the page.
+
+    A figure without records has a section at the first length only. The claims are measured at that length.
 
     Args:
         spec: a paper's methods, figures and published numbers.
-        length, epochs: name and description of the recipe's length.
-        expected: the command of every run of the reproduction, by (figure, method, seed); runs that a figure
-            ``shares`` belong to another reproduction.
+        reproductions: one for every length that the page shows.
     """
     target.mkdir(parents=True, exist_ok=True)
-    sections = list(_sections(spec, length, records, expected, target))
-    named = [name for name, figure in spec["figures"].items() if "published" in figure]
-    columns = [spec["figures"][name]["title"].removeprefix("Table, ") for name in named]
-    overview = overview_rows([groups_of(spec, name, records, expected) for name in named], columns)
+    first, several = reproductions[0], len(reproductions) > 1
+    sections = [
+        _section(spec, name, of, target, several)
+        for name in spec["figures"]
+        for of in reproductions
+        if of is first or any(record.cell["figure"] == name for record in of.records)
+    ]
+    overview: dict[str, dict[str, str]] = {}
+    for name in (name for name, figure in spec["figures"].items() if "published" in figure):
+        title = spec["figures"][name]["title"].removeprefix("Table, ")
+        for of in reproductions:
+            column = f"{title}, {of.length}" if several else title
+            overview_rows(overview, column, groups_of(spec, name, of.records, of.expected))
     if overview:
         caption = "Mean test accuracy in percent at the last epoch"
-        sections.insert(0, Section("The table", "", [(caption, overview)], []))
+        sections.insert(0, Section("The table", "", [(caption, list(overview.values()))], []))
     if "claims" in spec:
-        stiff = groups_of(spec, "robertson", records, expected)
-        sections.insert(0, Section("The claims", "", [(CLAIMS, claim_rows(spec, records, stiff))], []))
-    head = f"{spec['paper']} reproduced: {length}, {epochs}"
+        stiff = groups_of(spec, "robertson", first.records, first.expected)
+        sections.insert(0, Section("The claims", "", [(CLAIMS, claim_rows(spec, first.records, stiff))], []))
+    head = f"{spec['paper']} reproduced: {'; '.join(f'{of.length}, {of.epochs}' for of in reproductions)}"
     about = f"Published: {spec['source']}; {spec['published_kind']}. {spec['about'].strip()}"
-    if length != "paper":
-        about += " A training run this short does not measure the published accuracies: at best it shows an ordering."
+    if "short" in (of.length for of in reproductions):
+        about += " A short training run does not measure the published accuracies: at best it shows an ordering."
     shown = [(s.title, table) for s in sections for caption, table in s.tables if caption == ACCURACY]
     write_csv(target / "accuracy.csv", [{"figure": title, **row} for title, table in shown for row in table])
     return write_page(head, about, sections, target)

@@ -1,7 +1,7 @@
 """Tables of a paper's reproduction: means and ranges over seeds, next to the published numbers."""
 
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -59,7 +59,7 @@ def _three(values: list[float]) -> str:
     return " / ".join(f"{f(values):.2f}" for f in (min, max, statistics.fmean)) if values else MISSING
 
 
-def spread(values: list[float], form: str) -> str:
+def spread(values: Sequence[float], form: str) -> str:
     """The mean, and the range if the values differ."""
     if not values:
         return MISSING
@@ -97,9 +97,12 @@ def _statistics(group: Group) -> str:
 
 
 def status_counts(group: Group) -> str:
-    """How many runs have each status, and how many are missing."""
-    counts = {s: sum(run.status == s for run in group.runs) for s in dict.fromkeys(run.status for run in group.runs)}
-    parts = [f"{n} {status}" for status, n in counts.items()]
+    """How many runs have each status, how far those are that can continue, and how many are missing."""
+    parts = []
+    for status in dict.fromkeys(run.status for run in group.runs):
+        epochs = [len(run.epochs) for run in group.runs if run.status == status]
+        so_far = f" (at epoch {spread(epochs, '.0f')})" if status in ("unfinished", "interrupted") else ""
+        parts.append(f"{len(epochs)} {status}{so_far}")
     parts += [f"{len(group.missing)} not run"] if group.missing else []
     return ", ".join(parts)
 
@@ -211,13 +214,9 @@ def curves_of(group: Group, key: str) -> tuple[list[int], list[float], list[floa
     return epochs, [statistics.fmean(v) for v in values], [min(v) for v in values], [max(v) for v in values]
 
 
-def overview_rows(groups: list[list[Group]], titles: list[str]) -> list[dict[str, str]]:
-    """One row per method, one column per figure with published numbers: our mean at the last epoch, and the paper's."""
-    rows: dict[str, dict[str, str]] = {}
-    for title, of_figure in zip(titles, groups, strict=True):
-        for group, published in ((g, g.published) for g in of_figure if g.published):
-            by_time = group.percents(_by_time)
-            ours = f"{statistics.fmean(by_time):.2f}" if by_time else MISSING
-            row = rows.setdefault(group.label, {"method": group.label})
-            row[title] = f"{ours} (paper {published[2]:.2f})"
-    return list(rows.values())
+def overview_rows(rows: dict[str, dict[str, str]], title: str, groups: list[Group]) -> None:
+    """Add a column to rows by method: our mean at the last epoch, and the paper's, where there is one."""
+    for group, published in ((g, g.published) for g in groups if g.published):
+        by_time = group.percents(_by_time)
+        ours = f"{statistics.fmean(by_time):.2f}" if by_time else MISSING
+        rows.setdefault(group.label, {"method": group.label})[title] = f"{ours} (paper {published[2]:.2f})"
