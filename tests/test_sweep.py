@@ -19,7 +19,7 @@ from anode_exp.errors import UserError
 from anode_exp.report.sweep import over_seeds, runs_of_seeds, sweep_rows, sweep_table
 
 SMALL = [
-    "dataset=digits", "dataset.train_size=20", "dataset.test_size=10", "model=squeezenext", "model.width=0.25",
+    "dataset=digits", "dataset.train_size=20", "dataset.test_size=10", "model=resnet4",
     "recipe.batch_size=10", "recipe.epochs=1", "hydra.sweep.dir=sweep",
 ]  # fmt: skip
 

@@ -19,8 +19,8 @@ from anode_exp.data import WHOLE, Part
 from anode_exp.errors import UserError
 
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "CUDA_VISIBLE_DEVICES": ""}
-SMALL = ["model=squeezenext", "model.width=0.25", "dataset=fake", "dataset.train_size=44", "dataset.test_size=20",
-         "recipe.batch_size=16", "runtime.precision=fp64", "recipe.lr=1e-3", "runtime.check_every=1"]  # fmt: skip
+SMALL = ["model=resnet4", "dataset=fake", "dataset.train_size=44", "dataset.test_size=20",
+         "recipe.batch_size=16", "runtime.precision=fp64", "recipe.lr=3e-2", "runtime.check_every=1"]  # fmt: skip
 """An epoch of three steps, the last of 12 images."""
 
 
@@ -119,12 +119,7 @@ def test_other_modes(tmp_path, mode):
 
 def test_resumed_on_another_number_of_processes(runs):
     """torchrun is asked to stop, within the second epoch; then one process continues."""
-    asked = [
-        *SMALL,
-        "dataset.train_size=320",
-        "recipe.epochs=3",
-        "recipe.lr=1e-6",
-    ]  # with a larger rate, rounding grows over 60 steps
+    asked = [*SMALL, "dataset.train_size=160", "recipe.epochs=3", "recipe.lr=1e-6"]  # at a larger one, rounding grows
     process = torchrun(runs, *asked, "hydra.run.dir=stopped")
     folder, deadline = runs / "stopped", time.monotonic() + 200
     while not (folder / "checkpoints" / "last.pt").exists() and time.monotonic() < deadline:
@@ -134,14 +129,14 @@ def test_resumed_on_another_number_of_processes(runs):
     _, err = process.communicate(timeout=200)
     assert process.returncode != 0, err
     results = json.loads((folder / "results.json").read_text())
-    assert results["status"] == "interrupted" and 20 <= results["steps"] < 60
+    assert results["status"] == "interrupted" and 10 <= results["steps"] < 30
     assert train(runs, f"resume={folder}", processes=1)[0] == 0
     code, _, err = train(runs, *asked, "hydra.run.dir=whole", processes=1)
     assert code == 0, err
     assert distance(folder, runs / "whole") < 1e-11
     assert losses(folder) == pytest.approx(losses(runs / "whole"), rel=1e-10)
     ours, theirs = (json.loads((f / "results.json").read_text()) for f in (folder, runs / "whole"))
-    assert ours["steps"] == theirs["steps"] == 60 and ours["test_accuracy"] == theirs["test_accuracy"]
+    assert ours["steps"] == theirs["steps"] == 30 and ours["test_accuracy"] == theirs["test_accuracy"]
     accuracies = [[json.loads(line)["train_accuracy"] for line in (f / "metrics.jsonl").read_text().splitlines()]
                   for f in (folder, runs / "whole")]  # fmt: skip
     assert accuracies[0] == accuracies[1], "sums of an epoch begun by two processes are counted once"

@@ -23,7 +23,7 @@ from anode_exp.records.run_record import RunRecord
 from anode_exp.training import graphed_step as step_module
 
 SMALL = [
-    "dataset=digits", "dataset.train_size=40", "dataset.test_size=20", "model=squeezenext", "model.width=0.25",
+    "dataset=digits", "dataset.train_size=40", "dataset.test_size=20", "model=resnet4",
     "solver=rk2", "recipe.batch_size=16", "recipe.epochs=3", "recipe.milestones=[1,2]", "runtime.device=cpu",
 ]  # fmt: skip
 
@@ -146,7 +146,7 @@ def test_a_run_killed_before_its_results_gets_them(tmp_path, truth):
     train(config_of(), tmp_path)
     (tmp_path / "results.json").unlink()
     results = go_on(tmp_path)
-    assert (results["status"], results["epochs"], results["nfe"]["backward"]) == ("completed", 3, 16)
+    assert (results["status"], results["epochs"], results["nfe"]["backward"]) == ("completed", 3, 4)
     assert (tmp_path / "results.json").exists()
     assert_same_end(tmp_path, truth)
 
@@ -163,7 +163,7 @@ def test_another_exact_gradient_mode(tmp_path, truth):
     train(config_of("recipe.epochs=1", "gradient=full_backprop"), tmp_path)
     results = go_on(tmp_path, "recipe.epochs=3", "gradient=dto_checkpoint")
     assert "name: dto_checkpoint" in (tmp_path / "config.yaml").read_text()
-    assert results["nfe"]["backward"] == 16
+    assert results["nfe"]["backward"] == 4
     assert_same_end(tmp_path, truth, also=("nfe_backward",))  # full_backprop evaluates nothing again
 
 
@@ -197,7 +197,7 @@ def test_no_checkpoint_can_be_read(tmp_path):
         (["recipe.lr=0.2"], r"recipe.lr=0.2: this run has 0.1"),
         (["gradient=reverse_adjoint"], r"gradient=reverse_adjoint: this run has dto_checkpoint; the gradient"),
         (["gradient=budget", "gradient.memory=little"], r"gradient.memory=little"),
-        (["model=resnet18"], r"model.name=resnet18: this run has squeezenext"),
+        (["model=resnet18"], r"model.name=resnet18: this run has resnet4"),
         (["recipe.epoch=9"], r"did you mean recipe.epochs\?"),
         (["recipe.epochs=4,5"], r"names several values"),
         (["recipe.epochs=zero"], r"recipe.epochs=zero: give a whole number"),
