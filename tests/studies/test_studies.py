@@ -179,7 +179,7 @@ def test_reversals_in_closed_form():
 
 
 def test_budget(tmp_path):
-    done = run(tmp_path, "budget", "model.width=0.5", "solver.n_steps=3", "study.batch_size=4", "study.repeats=1")
+    done = run(tmp_path, "budget", "model.width=0.25", "solver.n_steps=2", "study.batch_size=4", "study.repeats=1")
     assert done.returncode == 0, done.stderr
     found = rows(tmp_path)
     assert len(found) == 8
