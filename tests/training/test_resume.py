@@ -18,7 +18,7 @@ from anode_exp.config.change import resumed
 from anode_exp.config.compose import jobs
 from anode_exp.errors import UserError
 from anode_exp.records.checkpoints import Checkpoints
-from anode_exp.records.reading import append_line, read_lines
+from anode_exp.records.reading import append_line, read_lines, read_metrics
 from anode_exp.records.run_record import RunRecord
 from anode_exp.training import graphed_step as step_module
 
@@ -164,7 +164,18 @@ def test_another_exact_gradient_mode(tmp_path, truth):
     results = go_on(tmp_path, "recipe.epochs=3", "gradient=dto_checkpoint")
     assert "name: dto_checkpoint" in (tmp_path / "config.yaml").read_text()
     assert results["nfe"]["backward"] == 4
-    assert_same_end(tmp_path, truth, also=("nfe_backward",))  # full_backprop evaluates nothing again
+    assert_same_end(tmp_path, truth, also=("gradient", "nfe_backward"))  # full_backprop evaluates nothing again
+    assert [line["gradient"] for line in read_metrics(tmp_path)] == ["full_backprop", *["dto_checkpoint"] * 2]
+
+
+def test_another_precision_of_the_epochs_to_come(tmp_path, truth):
+    train(config_of("recipe.epochs=1"), tmp_path)
+    go_on(tmp_path, "recipe.epochs=3", "runtime.precision=bf16")
+    ours, theirs = read_metrics(tmp_path), read_metrics(truth)
+    assert [line["precision"] for line in ours] == ["fp32", "bf16", "bf16"]
+    assert ours[0]["step_losses"] == theirs[0]["step_losses"]
+    assert ours[1]["step_losses"][0] == pytest.approx(theirs[1]["step_losses"][0], rel=0.05)
+    assert ours[1]["step_losses"] != theirs[1]["step_losses"]
 
 
 def test_a_truncated_checkpoint_is_named_and_the_one_before_used(tmp_path, truth):
@@ -196,6 +207,7 @@ def test_no_checkpoint_can_be_read(tmp_path):
         (["solver.n_steps=4"], r"solver.n_steps=4: this run has 2"),
         (["recipe.lr=0.2"], r"recipe.lr=0.2: this run has 0.1"),
         (["gradient=reverse_adjoint"], r"gradient=reverse_adjoint: this run has dto_checkpoint; the gradient"),
+        (["runtime.precision=fp64"], r"runtime.precision=fp64: this run has fp32; weights are float64"),
         (["gradient=budget", "gradient.memory=little"], r"gradient.memory=little"),
         (["model=resnet18"], r"model.name=resnet18: this run has resnet4"),
         (["recipe.epoch=9"], r"did you mean recipe.epochs\?"),

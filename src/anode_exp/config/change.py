@@ -38,7 +38,8 @@ def differing(recorded: TrainConfig, asked: TrainConfig) -> list[str]:
 def resumed(directory: Path, overrides: list[str]) -> TrainConfig:
     """The configuration with which a recorded run continues.
 
-    The gradient mode may change between modes that give the same gradient, for a device with more or less memory.
+    The gradient mode may change between modes that give the same gradient, for a device with more or less memory, and
+    the precision while the weights stay float32, for a device that is fast in another one.
 
     Raises UserError if there is no run, or if a setting changes that may not change.
     """
@@ -46,7 +47,11 @@ def resumed(directory: Path, overrides: list[str]) -> TrainConfig:
     (line,) = expanded(parsed, False, "a resumed run takes one")
     check_hydra(parsed, "a resumed run continues in its own folder")
     recorded = read_config(directory)
-    config = _recomposed(recorded, line, (*MAY_CHANGE_ON_RESUME, "gradient"), "a resumed run")
+    allowed = (*MAY_CHANGE_ON_RESUME, "gradient", "runtime.precision")
+    config = _recomposed(recorded, line, allowed, "a resumed run")
+    old, new = typed(recorded).runtime.precision, config.runtime.precision
+    if old != new and "fp64" in (old, new):
+        raise UserError(f"runtime.precision={new}: this run has {old}; weights are float64 with fp64, else float32")
     before, after = typed(recorded).gradient, config.gradient
     others = [mode.name for mode in (before, after) if mode.name in _OTHER_GRADIENT]
     if before != after and others:

@@ -131,6 +131,12 @@ def accuracy_rows(groups: list[Group]) -> list[dict[str, str]]:
     return rows
 
 
+def _precisions(run: Record) -> list[str]:
+    """Of the run's epochs: a resumed run may have changed it."""
+    assert run.config is not None
+    return list(dict.fromkeys(line.get("precision", run.config.runtime.precision) for line in run.epochs))
+
+
 def cost_rows(groups: list[Group]) -> list[dict[str, str]]:
     """Memory, time, evaluations, machine and commit of each method's runs.
 
@@ -159,6 +165,7 @@ def cost_rows(groups: list[Group]) -> list[dict[str, str]]:
                 "evaluations of f per step": " + ".join(evaluations),
                 "runs at once": ", ".join(dict.fromkeys(str(r.get("runs_at_once", 1)) for r in results)),
                 "processes per run": ", ".join(dict.fromkeys(str(r.get("processes", 1)) for r in results)),
+                "precision": ", ".join(dict.fromkeys(p for run in group.runs for p in _precisions(run))),
                 "device": ", ".join(dict.fromkeys(r["device"] for r in results)),
                 "commit": ", ".join(dict.fromkeys(commits)),
             }

@@ -350,6 +350,8 @@ class Trainer:
         line |= {"train_time_s": part.train_time_s, f"{self.task.unit}_per_s": samples / part.train_time_s}
         line |= {"peak_memory_bytes": progress.peak_memory_bytes}
         line |= {f"nfe_{k}": n for k, n in progress.nfe.items() if k != "blocks"}
+        config = self.assembly.config
+        line |= {"gradient": config.gradient.name, "precision": config.runtime.precision}  # may change on resume
         if self.status == "completed":
             try:
                 with self.memory.paused():
