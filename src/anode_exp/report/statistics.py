@@ -132,9 +132,9 @@ def accuracy_rows(groups: list[Group]) -> list[dict[str, str]]:
 
 
 def _precisions(run: Record) -> list[str]:
-    """Of the run's epochs: a resumed run may have changed it."""
-    assert run.config is not None
-    return list(dict.fromkeys(line.get("precision", run.config.runtime.precision) for line in run.epochs))
+    """Of the run's epochs: a resumed run may have changed it. Older records have it only in their configuration."""
+    own = run.config.runtime.precision if run.config is not None else MISSING
+    return list(dict.fromkeys(line.get("precision", own) for line in run.epochs))
 
 
 def cost_rows(groups: list[Group]) -> list[dict[str, str]]:
