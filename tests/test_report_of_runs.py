@@ -49,7 +49,7 @@ def test_the_page(folder, tmp_path):
     with (tmp_path / "page" / "scores.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [(r["runs of"], r["runs"]) for r in rows] == [
-        ("gradient=dto_checkpoint", "2 completed"), ("gradient=revolve", "1 completed, 1 unfinished"),
+        ("gradient=dto_checkpoint", "2 completed"), ("gradient=revolve", "1 completed, 1 unfinished (epoch 2)"),
         ("as set by default", "1 completed"),
     ]  # fmt: skip
     ends = [json.loads((folder / "images" / f"dto_checkpoint_{s}" / "results.json").read_text()) for s in (0, 1)]

@@ -16,7 +16,7 @@ from command import command as run_command
 from anode_exp.commands import report
 from anode_exp.commands.reproduce import is_done, recorded_config, reproduce
 from anode_exp.commands.together import train_together
-from anode_exp.config.change import differing
+from anode_exp.config.change import differing, resumed
 from anode_exp.config.check import read_config, typed
 from anode_exp.config.compose import composed
 from anode_exp.config.describe import CONF, options
@@ -27,7 +27,7 @@ from anode_exp.records.cells import copy_records, is_calibrated, read_records
 from anode_exp.records.checkpoints import Checkpoints
 from anode_exp.records.reading import read_metrics
 from anode_exp.report.page import Reproduction, write_report
-from anode_exp.report.statistics import Group, accuracy_rows
+from anode_exp.report.statistics import Group, accuracy_rows, cost_rows
 from anode_exp.training.signals import StopRequest
 
 SMALL = ["recipe.epochs=1", "dataset=digits", "dataset.train_size=64", "dataset.test_size=32", "recipe.batch_size=32"]
@@ -237,6 +237,25 @@ def test_runs_recorded_with_one_set_are_recognised_and_keep_it(tmp_path):
     assert row["statistics in training"] == "one set"
 
 
+def test_a_cell_that_was_resumed_with_another_gradient_mode_is_still_the_cell(tmp_path):
+    """It continues with what it has, and is shown with both; what was asked is compared with what it began with."""
+    asked = [f"directory={tmp_path}", "figure=table_resnet4", "method=anode", "length=short", "seeds=1", *SMALL]
+    (cell,) = cells("anode", [*asked, "recipe.epochs=2", "recipe.milestones=[]"])
+    (short,) = cells("anode", [*asked, "recipe.milestones=[]"])
+    cell.directory.mkdir(parents=True)
+    train_together([(short.config, cell.directory)])
+    (cell.directory / "cell.json").write_text(cell.describe())
+    changes = ["recipe.epochs=2", "gradient=full_backprop", "runtime.precision=bf16"]
+    train_together([(resumed(cell.directory, changes), cell.directory)], resume=True)
+    assert is_done(cell) and recorded_config(cell).gradient.name == "full_backprop"
+    (record,) = read_records(tmp_path)
+    (row,) = cost_rows([Group("table_resnet4", "anode", "ANODE", None, [record], [])])
+    assert (row["gradient"], row["precision"]) == ("dto_checkpoint, full_backprop", "fp32, bf16")
+    (other,) = cells("anode", [*asked, "recipe.epochs=2", "recipe.milestones=[]", "runtime.precision=bf16"])
+    with pytest.raises(UserError, match=r"holds a run with another runtime.precision; give directory="):
+        is_done(other)
+
+
 def test_other_evaluations_of_a_run_are_not_its_own(reproduced):
     """With other steps, at an earlier epoch, or with unchanged running statistics."""
     cwd, *_ = reproduced
@@ -286,11 +305,16 @@ def test_two_lengths_on_one_page(reproduced, tmp_path, capsys):
     header = next(line for line in text.splitlines() if "ResNet-10, short" in line)
     names = ("method", "ResNet-4, short", "ResNet-4, paper", "ResNet-10, short", "ResNet-10, paper", "AlexNet, short")
     assert [c.strip() for c in header.split("|")][1:7] == list(names)
-    assert "## Table, ResNet-4: short, 10 epochs" in text and "1 unfinished (at epoch 1)" in text
-    assert text.count("## Table, ResNet-4: ") == 2 and text.count("## Table, ResNet-10: ") == 1
+    assert "# ANODE reproduced: short, 10 epochs; paper, every" in text and "1 unfinished (epoch 1)" in text
+    assert [text.count(f"## Table, ResNet-{n}, {length}") for n in (4, 10) for length in ("short", "paper")] == [
+        1,
+        1,
+        1,
+        0,
+    ]
     assert f"method=residual 'seeds=[0]' length=paper directory={tmp_path}" in text
     drawn = {file.name for file in (tmp_path / "page").glob("*.png")}
-    assert drawn == {"table_resnet4_short.png", "table_resnet4_paper.png"}
+    assert drawn == {"table_resnet4.png", "table_resnet4_paper.png"}
     for length, answer in {"short,long": "choose one of paper, short, or both", "": "choose one of"}.items():
         with pytest.raises(UserError, match=answer):
             report.main(["anode", f"length={length}", f"directory={tmp_path}"])

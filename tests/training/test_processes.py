@@ -124,7 +124,6 @@ def test_resumed_on_another_number_of_processes(runs):
     folder, deadline = runs / "stopped", time.monotonic() + 200
     while not (folder / "checkpoints" / "last.pt").exists() and time.monotonic() < deadline:
         time.sleep(0.02)
-    time.sleep(0.2)
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=200)
     assert process.returncode != 0, err

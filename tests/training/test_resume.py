@@ -168,6 +168,25 @@ def test_another_exact_gradient_mode(tmp_path, truth):
     assert [line["gradient"] for line in read_metrics(tmp_path)] == ["full_backprop", *["dto_checkpoint"] * 2]
 
 
+def test_peak_memory_is_that_of_the_gradient_mode(tmp_path):
+    train(config_of("recipe.epochs=1", "gradient=full_backprop", "solver.n_steps=8"), tmp_path)
+    results = go_on(tmp_path, "recipe.epochs=2", "gradient=stage_checkpoint")
+    first, second = (line["peak_memory_bytes"] for line in read_metrics(tmp_path))
+    assert results["peak_memory_bytes"] == second < 0.5 * first
+
+
+def test_epochs_without_gradient_and_precision_get_those_the_run_had(tmp_path):
+    """Older records have both only in their configuration, which a change on resume replaces."""
+    train(config_of("recipe.epochs=1"), tmp_path)
+    (line,) = read_metrics(tmp_path)
+    (tmp_path / "metrics.jsonl").write_text(
+        json.dumps({k: v for k, v in line.items() if k not in ("gradient", "precision")}) + "\n"
+    )
+    go_on(tmp_path, "recipe.epochs=2", "gradient=full_backprop", "runtime.precision=bf16")
+    found = [(line["gradient"], line["precision"]) for line in read_metrics(tmp_path)]
+    assert found == [("dto_checkpoint", "fp32"), ("full_backprop", "bf16")]
+
+
 def test_another_precision_of_the_epochs_to_come(tmp_path, truth):
     train(config_of("recipe.epochs=1"), tmp_path)
     go_on(tmp_path, "recipe.epochs=3", "runtime.precision=bf16")
@@ -206,9 +225,12 @@ def test_no_checkpoint_can_be_read(tmp_path):
         (["solver=rk4"], r"solver.name=rk4: this run has rk2"),
         (["solver.n_steps=4"], r"solver.n_steps=4: this run has 2"),
         (["recipe.lr=0.2"], r"recipe.lr=0.2: this run has 0.1"),
-        (["gradient=reverse_adjoint"], r"gradient=reverse_adjoint: this run has dto_checkpoint; the gradient"),
-        (["runtime.precision=fp64"], r"runtime.precision=fp64: this run has fp32; weights are float64"),
-        (["gradient=budget", "gradient.memory=little"], r"gradient.memory=little"),
+        (["gradient=reverse_adjoint"], r"gradient=reverse_adjoint: this run has dto_checkpoint; a resumed"),
+        (["gradient=budget"], r"gradient=budget: this run has dto_checkpoint; a resumed run may change it between"),
+        (["gradient=revolve", "gradient.name=step"], r"gradient.name=step: give gradient=step"),
+        (["gradient.slots=3"], r"gradient.slots: give gradient=NAME with it"),
+        (["gradient=full_backprop", "gradient.slots=3"], r"gradient.slots"),
+        (["runtime.precision=fp64"], r"runtime.precision=fp64: this run has fp32; a resumed run may change it between"),
         (["model=resnet18"], r"model.name=resnet18: this run has resnet4"),
         (["recipe.epoch=9"], r"did you mean recipe.epochs\?"),
         (["recipe.epochs=4,5"], r"names several values"),

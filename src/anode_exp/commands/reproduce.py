@@ -15,9 +15,9 @@ from typing import Any
 from anode_exp.commands.arguments import Parser, help_text, own_settings
 from anode_exp.commands.evaluate import table
 from anode_exp.commands.launch import join, launch
-from anode_exp.config.change import differing, evaluations
+from anode_exp.config.change import differing, evaluations, may_change_on_resume
 from anode_exp.config.check import read_config, split_settings, typed
-from anode_exp.config.compose import compose_line
+from anode_exp.config.compose import compose_line, composed
 from anode_exp.config.describe import about, options
 from anode_exp.config.reproduction import Cell, cells, directories, specification
 from anode_exp.config.schema import ReproduceSettings, TrainConfig
@@ -100,11 +100,18 @@ def is_done(cell: Cell) -> bool:
         return True
     if not (cell.directory / "config.yaml").exists():
         return False
-    # Training does not depend on the running statistics, and a run is evaluated with both kinds.
-    other = [k for k in differing(typed(read_config(cell.directory)), cell.config) if k != "model.statistics"]
+    # Training does not depend on the running statistics, and a run is evaluated with both kinds. A resumed run may have
+    # changed some settings: of these, what it began with is compared.
+    recorded = beginning = typed(read_config(cell.directory))
+    if (path := cell.directory / "cell.json").exists():
+        began = json.loads(path.read_text())["settings"]
+        beginning = cell.config if began == cell.settings else composed(began)
+    other = {k for k in differing(recorded, cell.config) if not may_change_on_resume(k)}
+    other |= {k for k in differing(beginning, cell.config) if may_change_on_resume(k)}
+    other.discard("model.statistics")
     if other:
         remedy = "give directory= for a new reproduction"
-        raise UserError(f"{cell.directory}: holds a run with another {', '.join(other[:3])}; {remedy}")
+        raise UserError(f"{cell.directory}: holds a run with another {', '.join(sorted(other)[:3])}; {remedy}")
     results = read_results(cell.directory)
     return results is not None and results["status"] in ("completed", "diverged")
 
@@ -122,11 +129,14 @@ def with_runs(cell: Cell) -> Cell:
 
 
 def recorded_config(cell: Cell) -> TrainConfig | None:
-    """A cell's configuration; if its run has begun, with the ``model.statistics`` of the run."""
-    if cell.config is None or not (cell.directory / "config.yaml").exists():
-        return cell.config
-    statistics = typed(read_config(cell.directory)).model.statistics
-    return replace(cell.config, model=replace(cell.config.model, statistics=statistics))
+    """A cell's configuration; if its run has begun, with that run's statistics, gradient mode and precision."""
+    config = cell.config
+    if config is None or not (cell.directory / "config.yaml").exists():
+        return config
+    of = typed(read_config(cell.directory))
+    model = replace(config.model, statistics=of.model.statistics)
+    runtime = replace(config.runtime, precision=of.runtime.precision)
+    return replace(config, model=model, gradient=of.gradient, runtime=runtime)
 
 
 def lacks_calibration(cell: Cell) -> bool:

@@ -236,18 +236,17 @@ class Run:
 
 
 def _plan(directory: Path, trainer: Trainer, resume: bool) -> None:
-    """Choose every block's policy for the byte budget, and record the plan.
-
-    A resumed run with the same budget keeps its plan.
+    """Choose every block's policy for the byte budget, and record the plan; a resumed run keeps its plan.
 
     Raises UserError if no plan fits.
     """
     path, network, config = directory / "plan.json", trainer.network, trainer.assembly.config
     solver = next(ode_blocks(network)).solver
     modes = policies(config.solver.n_steps, solver)
-    budget = parse_bytes(str(config.gradient.memory))
-    plan = json.loads(path.read_text()) if resume and path.exists() else None
-    if plan is None or plan["budget_bytes"] != budget:
+    if resume and path.exists():
+        plan = json.loads(path.read_text())
+    else:
+        budget = parse_bytes(str(config.gradient.memory))
         with (
             bar(Planner.dry_runs(config.solver.n_steps, solver), "planning") as progress,
             memory_for("planning", "give a gradient.memory that the device has, or a smaller recipe.batch_size"),

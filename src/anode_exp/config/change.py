@@ -17,8 +17,10 @@ MAY_CHANGE_ON_RESUME = ("recipe.epochs", "dataset.root", "dataset.download", "ru
                         "runtime.keep_every", "runtime.cuda_graph", "runtime.sync_debug")  # fmt: skip
 """Settings that do not affect the results of the epochs already done, or of those to come."""
 
-_OTHER_GRADIENT = ("reverse_adjoint", "stored_adjoint", "reversible")
-"""Modes whose gradient is not that of ``full_backprop``; ``reversible`` amplifies rounding."""
+_SAME_GRADIENT = ("full_backprop", "dto_checkpoint", "step_checkpoint", "stage_checkpoint", "revolve", "equispaced")
+"""Modes between which a resumed run may change: they differ in memory and time, and in their gradient by rounding."""
+_SAME_WEIGHTS = ("fp32", "tf32", "bf16")
+"""Precisions between which a resumed run may change: weights and momentum are float32."""
 
 MAY_CHANGE_TO_EVALUATE = ("solver", "dataset", "runtime", "recipe.test_batch_size", "model.statistics")
 _RUNTIME_OF_EVALUATION = ("runtime.device", "runtime.precision", "runtime.channels_last", "runtime.cudnn_benchmark")
@@ -35,11 +37,16 @@ def differing(recorded: TrainConfig, asked: TrainConfig) -> list[str]:
     return sorted(k for k in mine.keys() | theirs.keys() if k not in free and mine.get(k) != theirs.get(k))
 
 
+def may_change_on_resume(key: str) -> bool:
+    """Whether a setting that affects results may change, within limits, when a run is resumed: see ``resumed``."""
+    return key.startswith("gradient.") or key == "runtime.precision"
+
+
 def resumed(directory: Path, overrides: list[str]) -> TrainConfig:
     """The configuration with which a recorded run continues.
 
-    The gradient mode may change between modes that give the same gradient, for a device with more or less memory, and
-    the precision while the weights stay float32, for a device that is fast in another one.
+    Besides ``MAY_CHANGE_ON_RESUME``, two settings may change for another device: the gradient mode, between
+    ``full_backprop`` and its checkpointed forms, and the precision, while the weights stay float32.
 
     Raises UserError if there is no run, or if a setting changes that may not change.
     """
@@ -47,16 +54,20 @@ def resumed(directory: Path, overrides: list[str]) -> TrainConfig:
     (line,) = expanded(parsed, False, "a resumed run takes one")
     check_hydra(parsed, "a resumed run continues in its own folder")
     recorded = read_config(directory)
+    given = given_keys(parsed)
+    settings = [key for key in given if key.startswith("gradient.")]
+    if settings and "gradient" not in given:
+        raise UserError(f"{settings[0]}: give gradient=NAME with it; its other settings are then those of a new run")
     allowed = (*MAY_CHANGE_ON_RESUME, "gradient", "runtime.precision")
-    config = _recomposed(recorded, line, allowed, "a resumed run")
-    old, new = typed(recorded).runtime.precision, config.runtime.precision
-    if old != new and "fp64" in (old, new):
-        raise UserError(f"runtime.precision={new}: this run has {old}; weights are float64 with fp64, else float32")
-    before, after = typed(recorded).gradient, config.gradient
-    others = [mode.name for mode in (before, after) if mode.name in _OTHER_GRADIENT]
-    if before != after and others:
-        why = f"this run has {before.name}; the gradient of {others[0]} is another one, and a resumed run keeps its own"
-        raise UserError(f"gradient={after.name}: {why}")
+    config, before = _recomposed(recorded, line, allowed, "a resumed run"), typed(recorded)
+    old, new = before.gradient, config.gradient
+    if old != new and not {old.name, new.name} <= {*_SAME_GRADIENT}:
+        may = f"a resumed run may change it between {', '.join(_SAME_GRADIENT)}"
+        raise UserError(f"gradient={new.name}: this run has {old.name}; {may}")
+    was, asked = before.runtime.precision, config.runtime.precision
+    if was != asked and (old.name == "budget" or not {was, asked} <= {*_SAME_WEIGHTS}):
+        may = f"a resumed run may change it between {', '.join(_SAME_WEIGHTS)}, if it has no byte budget"
+        raise UserError(f"runtime.precision={asked}: this run has {was}; {may}")
     check_used(given_keys(parsed), [config])
     if config.recipe.schedule == "cosine" and config.recipe.epochs != recorded.recipe.epochs:
         why = f"a cosine schedule depends on it, and this run's has {recorded.recipe.epochs}"
@@ -101,6 +112,9 @@ def _recomposed(base: DictConfig, overrides: list[str], may_change: tuple[str, .
                 whole = OmegaConf.to_container(compose("train", [f"{key}={override.value()}"]), resolve=True)
             changed[key] = cast(dict[str, Any], whole)[key]
     for override in parsed:
+        group, _, rest = key_of(override).partition(".")
+        if group in groups() and rest == "name":
+            raise UserError(f"{override.input_line}: give {group}={override.value()}")
         if key_of(override) not in groups():
             check_key(override, setting_names(cast(dict[str, Any], OmegaConf.to_container(changed))))
             OmegaConf.update(changed, key_of(override), override.value())

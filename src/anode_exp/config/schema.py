@@ -277,7 +277,10 @@ class StudyConfig:
 class ResumeSettings:
     """Settings of ``train resume=DIR``."""
 
-    resume: str | None = _setting(None, help="folder of a run to continue, after an interruption or for more epochs")
+    resume: str | None = _setting(
+        None,
+        help="folder of a run to continue; more epochs, another exact gradient mode or another precision are allowed",
+    )
 
 
 @dataclass(kw_only=True)
@@ -326,7 +329,7 @@ class ReportSettings(PaperSettings):
     """Settings of ``report``: which runs it reads, and where it writes the page."""
 
     length: str = _setting(
-        "paper", help="paper | short | short,paper: the length of the runs; with both, a column each"
+        "paper", help="paper | short | short,paper: the length of the runs; with both, sections for each"
     )
     seeds: str = _setting("3", help="expected seeds, a number or a list; the page shows the commands of missing runs")
     to: str | None = _setting(None, help="folder of the page and of copies of its records; by default next to the runs")

@@ -24,6 +24,7 @@ from omegaconf import OmegaConf
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
+from anode_exp.config.check import read_config, typed
 from anode_exp.config.describe import flat
 from anode_exp.config.schema import TrainConfig
 from anode_exp.errors import InUse, UserError
@@ -96,11 +97,13 @@ class RunRecord(NoRecord):
             self._lock = (directory / ".lock").open("w")
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # released when the process ends, in any way
             metrics = directory / "metrics.jsonl"
-            write_atomically(directory / "config.yaml", text)
-            if resume_after is not None:
+            if resume_after is not None and (directory / "config.yaml").exists():
                 (directory / "results.json").unlink(missing_ok=True)
-                kept = [json.dumps(line) + "\n" for line in read_metrics(directory) if line["epoch"] <= resume_after[0]]
-                write_atomically(metrics, "".join(kept))
+                old = typed(read_config(directory))  # lines of older versions lack these two
+                had = {"gradient": old.gradient.name, "precision": old.runtime.precision}
+                lines = [had | line for line in read_metrics(directory) if line["epoch"] <= resume_after[0]]
+                write_atomically(metrics, "".join(json.dumps(line) + "\n" for line in lines))
+            write_atomically(directory / "config.yaml", text)
             self._metrics = metrics.open("a")
         except FileExistsError as error:
             raise UserError(f"{directory}: already holds a run; choose another hydra.run.dir") from error

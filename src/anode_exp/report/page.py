@@ -20,10 +20,10 @@ from anode_exp.report.drawing import draw
 from anode_exp.report.statistics import (
     SCORES,
     accuracy_rows,
+    add_overview,
     command_rows,
     cost_rows,
     groups_of,
-    overview_rows,
     score_of,
     score_rows,
 )
@@ -40,6 +40,7 @@ class Reproduction:
 
     Attributes:
         length, epochs: name and description of the recipe's length.
+        records: the runs and studies that are recorded.
         expected: the command of every run of the reproduction, by (figure, method, seed); runs that a figure
             ``shares`` belong to another reproduction.
     """
@@ -73,12 +74,12 @@ def _of_study(folder: Path, picture: Path) -> tuple[list[Path], list[Table], str
     return [picture], [], (folder / "table.txt").read_text()
 
 
-def _section(spec: dict[str, Any], name: str, of: Reproduction, target: Path, several: bool) -> Section:
-    """A figure at one length; ``several``: the page has more lengths."""
+def _section(spec: dict[str, Any], name: str, of: Reproduction, target: Path, first: bool, several: bool) -> Section:
+    """A figure at one length: the page's first one, or one of several."""
     figure, tables, pictures, text = spec["figures"][name], [], [], ""
-    title, place = figure["title"], name
+    title, place = figure["title"], name if first else f"{name}_{of.length}"
     if several:
-        title, place = f"{title}: {of.length}, {of.epochs}", f"{name}_{of.length}"
+        title = f"{title}, {of.length}"
     if "methods" in figure:
         groups = groups_of(spec, name, of.records, of.expected)
         begun = [run for group in groups for run in group.runs if run.epochs]
@@ -103,6 +104,12 @@ def _section(spec: dict[str, Any], name: str, of: Reproduction, target: Path, se
     return Section(title, figure.get("shown", ""), tables, pictures, text)
 
 
+def _is_recorded(spec: dict[str, Any], name: str, of: Reproduction) -> bool:
+    studies = (r for r in of.records if r.cell["method"] is None and r.cell["paper"] == spec["name"])
+    runs = any(group.runs for group in groups_of(spec, name, of.records, of.expected))
+    return runs or any(record.cell["figure"] == name for record in studies)
+
+
 def write_report(spec: dict[str, Any], reproductions: list[Reproduction], target: Path) -> Path:
     """Write ``index.html`` (self-contained), ``README.md``, ``accuracy.csv`` and plots; returns the page.
 
@@ -115,23 +122,24 @@ def write_report(spec: dict[str, Any], reproductions: list[Reproduction], target
     target.mkdir(parents=True, exist_ok=True)
     first, several = reproductions[0], len(reproductions) > 1
     sections = [
-        _section(spec, name, of, target, several)
+        _section(spec, name, of, target, of is first, several)
         for name in spec["figures"]
         for of in reproductions
-        if of is first or any(record.cell["figure"] == name for record in of.records)
+        if of is first or _is_recorded(spec, name, of)
     ]
     overview: dict[str, dict[str, str]] = {}
     for name in (name for name, figure in spec["figures"].items() if "published" in figure):
         title = spec["figures"][name]["title"].removeprefix("Table, ")
         for of in reproductions:
             column = f"{title}, {of.length}" if several else title
-            overview_rows(overview, column, groups_of(spec, name, of.records, of.expected))
+            add_overview(overview, column, groups_of(spec, name, of.records, of.expected))
     if overview:
         caption = "Mean test accuracy in percent at the last epoch"
         sections.insert(0, Section("The table", "", [(caption, list(overview.values()))], []))
     if "claims" in spec:
         stiff = groups_of(spec, "robertson", first.records, first.expected)
-        sections.insert(0, Section("The claims", "", [(CLAIMS, claim_rows(spec, first.records, stiff))], []))
+        title = f"The claims, {first.length}" if several else "The claims"
+        sections.insert(0, Section(title, "", [(CLAIMS, claim_rows(spec, first.records, stiff))], []))
     head = f"{spec['paper']} reproduced: {'; '.join(f'{of.length}, {of.epochs}' for of in reproductions)}"
     about = f"Published: {spec['source']}; {spec['published_kind']}. {spec['about'].strip()}"
     if "short" in (of.length for of in reproductions):

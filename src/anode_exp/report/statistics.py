@@ -1,7 +1,7 @@
 """Tables of a paper's reproduction: means and ranges over seeds, next to the published numbers."""
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -59,7 +59,7 @@ def _three(values: list[float]) -> str:
     return " / ".join(f"{f(values):.2f}" for f in (min, max, statistics.fmean)) if values else MISSING
 
 
-def spread(values: Sequence[float], form: str) -> str:
+def spread(values: list[float], form: str) -> str:
     """The mean, and the range if the values differ."""
     if not values:
         return MISSING
@@ -97,11 +97,12 @@ def _statistics(group: Group) -> str:
 
 
 def status_counts(group: Group) -> str:
-    """How many runs have each status, how far those are that can continue, and how many are missing."""
+    """How many runs have each status, how far are those that can continue, and how many are missing."""
     parts = []
     for status in dict.fromkeys(run.status for run in group.runs):
         epochs = [len(run.epochs) for run in group.runs if run.status == status]
-        so_far = f" (at epoch {spread(epochs, '.0f')})" if status in ("unfinished", "interrupted") else ""
+        reached = "–".join(dict.fromkeys(map(str, (min(epochs), max(epochs)))))
+        so_far = f" (epoch {reached})" if status in ("unfinished", "interrupted") else ""
         parts.append(f"{len(epochs)} {status}{so_far}")
     parts += [f"{len(group.missing)} not run"] if group.missing else []
     return ", ".join(parts)
@@ -131,10 +132,10 @@ def accuracy_rows(groups: list[Group]) -> list[dict[str, str]]:
     return rows
 
 
-def _precisions(run: Record) -> list[str]:
-    """Of the run's epochs: a resumed run may have changed it. Older records have it only in their configuration."""
-    own = run.config.runtime.precision if run.config is not None else MISSING
-    return list(dict.fromkeys(line.get("precision", own) for line in run.epochs))
+def _had(group: Group, key: str, of: Callable[[Any], str]) -> str:
+    """A setting that a resumed run may change, of all epochs; older records have it only in their configuration."""
+    runs = [(run.epochs, of(run.config)) for run in group.runs if run.config is not None]
+    return ", ".join(dict.fromkeys(line.get(key, own) for epochs, own in runs for line in epochs)) or MISSING
 
 
 def cost_rows(groups: list[Group]) -> list[dict[str, str]]:
@@ -165,7 +166,8 @@ def cost_rows(groups: list[Group]) -> list[dict[str, str]]:
                 "evaluations of f per step": " + ".join(evaluations),
                 "runs at once": ", ".join(dict.fromkeys(str(r.get("runs_at_once", 1)) for r in results)),
                 "processes per run": ", ".join(dict.fromkeys(str(r.get("processes", 1)) for r in results)),
-                "precision": ", ".join(dict.fromkeys(p for run in group.runs for p in _precisions(run))),
+                "gradient": _had(group, "gradient", lambda config: config.gradient.name),
+                "precision": _had(group, "precision", lambda config: config.runtime.precision),
                 "device": ", ".join(dict.fromkeys(r["device"] for r in results)),
                 "commit": ", ".join(dict.fromkeys(commits)),
             }
@@ -221,7 +223,7 @@ def curves_of(group: Group, key: str) -> tuple[list[int], list[float], list[floa
     return epochs, [statistics.fmean(v) for v in values], [min(v) for v in values], [max(v) for v in values]
 
 
-def overview_rows(rows: dict[str, dict[str, str]], title: str, groups: list[Group]) -> None:
+def add_overview(rows: dict[str, dict[str, str]], title: str, groups: list[Group]) -> None:
     """Add a column to rows by method: our mean at the last epoch, and the paper's, where there is one."""
     for group, published in ((g, g.published) for g in groups if g.published):
         by_time = group.percents(_by_time)

@@ -54,6 +54,7 @@ class Progress:
     settling_time_s: float = 0.0  # the part of train_time_s and samples in each process's first SETTLING_STEPS
     settling_samples: int = 0
     peak_memory_bytes: int = 0
+    measured: str = ""  # what the peak is of: gradient mode and precision, which may change on resume
 
     @classmethod
     def of(cls, saved: dict[str, Any]) -> Self:
@@ -343,14 +344,16 @@ class Trainer:
         progress.samples += samples
         progress.settling_time_s += part.settling_time_s
         progress.settling_samples += part.settling_samples
-        progress.peak_memory_bytes = max(progress.peak_memory_bytes, self.memory.peak_bytes)
+        config = self.assembly.config
+        measured = f"{config.gradient}, {config.runtime.precision}"
+        earlier = progress.peak_memory_bytes if progress.measured in ("", measured) else 0
+        progress.peak_memory_bytes, progress.measured = max(earlier, self.memory.peak_bytes), measured
         metrics = self.task.metrics({name: float(x) for name, x in part.sums.items()}, samples)
         line: dict[str, Any] = {"epoch": progress.epochs, "steps": progress.steps, "lr": epoch.lr}
         line |= {"train_loss": progress.train_loss, **{f"train_{name}": x for name, x in metrics.items()}}
         line |= {"train_time_s": part.train_time_s, f"{self.task.unit}_per_s": samples / part.train_time_s}
         line |= {"peak_memory_bytes": progress.peak_memory_bytes}
         line |= {f"nfe_{k}": n for k, n in progress.nfe.items() if k != "blocks"}
-        config = self.assembly.config
         line |= {"gradient": config.gradient.name, "precision": config.runtime.precision}  # may change on resume
         if self.status == "completed":
             try:
