@@ -79,7 +79,7 @@ def _section(spec: dict[str, Any], name: str, of: Reproduction, target: Path, fi
     figure, tables, pictures, text = spec["figures"][name], [], [], ""
     title, place = figure["title"], name if first else f"{name}_{of.length}"
     if several:
-        title = f"{title}, {of.length}"
+        title = f"{title}, length={of.length}"
     if "methods" in figure:
         groups = groups_of(spec, name, of.records, of.expected)
         begun = [run for group in groups for run in group.runs if run.epochs]
@@ -121,31 +121,29 @@ def write_report(spec: dict[str, Any], reproductions: list[Reproduction], target
     """
     target.mkdir(parents=True, exist_ok=True)
     first, several = reproductions[0], len(reproductions) > 1
-    sections = [
-        _section(spec, name, of, target, of is first, several)
-        for name in spec["figures"]
-        for of in reproductions
-        if of is first or _is_recorded(spec, name, of)
-    ]
+    shown = {
+        name: [of for of in reproductions if of is first or _is_recorded(spec, name, of)] for name in spec["figures"]
+    }
+    sections = [_section(spec, name, of, target, of is first, several) for name in shown for of in shown[name]]
     overview: dict[str, dict[str, str]] = {}
     for name in (name for name, figure in spec["figures"].items() if "published" in figure):
         title = spec["figures"][name]["title"].removeprefix("Table, ")
-        for of in reproductions:
-            column = f"{title}, {of.length}" if several else title
+        for of in shown[name]:
+            column = f"{title}, length={of.length}" if several else title
             add_overview(overview, column, groups_of(spec, name, of.records, of.expected))
     if overview:
         caption = "Mean test accuracy in percent at the last epoch"
         sections.insert(0, Section("The table", "", [(caption, list(overview.values()))], []))
     if "claims" in spec:
         stiff = groups_of(spec, "robertson", first.records, first.expected)
-        title = f"The claims, {first.length}" if several else "The claims"
+        title = f"The claims, length={first.length}" if several else "The claims"
         sections.insert(0, Section(title, "", [(CLAIMS, claim_rows(spec, first.records, stiff))], []))
     head = f"{spec['paper']} reproduced: {'; '.join(f'{of.length}, {of.epochs}' for of in reproductions)}"
     about = f"Published: {spec['source']}; {spec['published_kind']}. {spec['about'].strip()}"
     if "short" in (of.length for of in reproductions):
         about += " A short training run does not measure the published accuracies: at best it shows an ordering."
-    shown = [(s.title, table) for s in sections for caption, table in s.tables if caption == ACCURACY]
-    write_csv(target / "accuracy.csv", [{"figure": title, **row} for title, table in shown for row in table])
+    accuracies = [(s.title, table) for s in sections for caption, table in s.tables if caption == ACCURACY]
+    write_csv(target / "accuracy.csv", [{"figure": title, **row} for title, table in accuracies for row in table])
     return write_page(head, about, sections, target)
 
 
