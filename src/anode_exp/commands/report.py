@@ -41,8 +41,8 @@ def main(arguments: list[str]) -> None:
     from anode_exp.records.cells import COPIES, copy_records
     from anode_exp.report.page import write_report
 
-    words = [a.partition("=")[0] for a in parsed.settings]
-    found = [_reproduction(paper, length, own, words) for length in dict.fromkeys(lengths)]
+    given = [a.partition("=")[0] for a in parsed.settings]
+    found = [_reproduction(paper, length, own, given) for length in dict.fromkeys(lengths)]
     target = Path(own.to or directories(paper, lengths[0], Path(own.directory))[0] / "report")
     page = write_report(specification(paper), found, target)
     if own.to is not None:

@@ -97,9 +97,10 @@ class RunRecord(NoRecord):
             self._lock = (directory / ".lock").open("w")
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # released when the process ends, in any way
             metrics = directory / "metrics.jsonl"
-            if resume_after is not None and (directory / "config.yaml").exists():
+            if resume_after is not None:
                 (directory / "results.json").unlink(missing_ok=True)
-                old = typed(read_config(directory))  # lines of older versions lack these two
+                old = typed(read_config(directory)) if (directory / "config.yaml").exists() else config
+                # Lines of older versions lack these two.
                 had = {"gradient": old.gradient.name, "precision": old.runtime.precision}
                 lines = [had | line for line in read_metrics(directory) if line["epoch"] <= resume_after[0]]
                 write_atomically(metrics, "".join(json.dumps(line) + "\n" for line in lines))

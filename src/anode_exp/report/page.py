@@ -19,6 +19,7 @@ from anode_exp.report.costs import Table, claim_rows, cost_tables, other_evaluat
 from anode_exp.report.drawing import draw
 from anode_exp.report.statistics import (
     SCORES,
+    Group,
     accuracy_rows,
     add_overview,
     command_rows,
@@ -74,14 +75,21 @@ def _of_study(folder: Path, picture: Path) -> tuple[list[Path], list[Table], str
     return [picture], [], (folder / "table.txt").read_text()
 
 
-def _section(spec: dict[str, Any], name: str, of: Reproduction, target: Path, first: bool, several: bool) -> Section:
+def _studies(spec: dict[str, Any], name: str, of: Reproduction) -> list[Record]:
+    """The records of a figure's study."""
+    place = spec["name"], name, None
+    return [r for r in of.records if (r.cell["paper"], r.cell["figure"], r.cell["method"]) == place]
+
+
+def _section(
+    spec: dict[str, Any], name: str, of: Reproduction, groups: list[Group], target: Path, first: bool, several: bool
+) -> Section:
     """A figure at one length: the page's first one, or one of several."""
     figure, tables, pictures, text = spec["figures"][name], [], [], ""
     title, place = figure["title"], name if first else f"{name}_{of.length}"
     if several:
         title = f"{title}, length={of.length}"
     if "methods" in figure:
-        groups = groups_of(spec, name, of.records, of.expected)
         begun = [run for group in groups for run in group.runs if run.epochs]
         score = score_of(begun)
         accuracy = not begun or score == "accuracy"
@@ -92,7 +100,7 @@ def _section(spec: dict[str, Any], name: str, of: Reproduction, target: Path, fi
             tables.append(("Cost of a run", cost_rows(groups)))
         tables.append((COMMANDS, command_rows(groups)))
     if "study" in figure:
-        folders = [r.directory for r in of.records if r.cell["figure"] == name and r.cell["method"] is None]
+        folders = (record.directory for record in _studies(spec, name, of))
         folder = next((f for f in folders if (f / "study.png").exists()), None)
         of_runs = "_study" if "methods" in figure else ""
         if folder is None:
@@ -102,12 +110,6 @@ def _section(spec: dict[str, Any], name: str, of: Reproduction, target: Path, fi
             pictures += drawn
             tables += of_study
     return Section(title, figure.get("shown", ""), tables, pictures, text)
-
-
-def _is_recorded(spec: dict[str, Any], name: str, of: Reproduction) -> bool:
-    studies = (r for r in of.records if r.cell["method"] is None and r.cell["paper"] == spec["name"])
-    runs = any(group.runs for group in groups_of(spec, name, of.records, of.expected))
-    return runs or any(record.cell["figure"] == name for record in studies)
 
 
 def write_report(spec: dict[str, Any], reproductions: list[Reproduction], target: Path) -> Path:
@@ -121,16 +123,16 @@ def write_report(spec: dict[str, Any], reproductions: list[Reproduction], target
     """
     target.mkdir(parents=True, exist_ok=True)
     first, several = reproductions[0], len(reproductions) > 1
-    shown = {
-        name: [of for of in reproductions if of is first or _is_recorded(spec, name, of)] for name in spec["figures"]
-    }
-    sections = [_section(spec, name, of, target, of is first, several) for name in shown for of in shown[name]]
-    overview: dict[str, dict[str, str]] = {}
-    for name in (name for name, figure in spec["figures"].items() if "published" in figure):
-        title = spec["figures"][name]["title"].removeprefix("Table, ")
-        for of in shown[name]:
-            column = f"{title}, length={of.length}" if several else title
-            add_overview(overview, column, groups_of(spec, name, of.records, of.expected))
+    sections, overview = [], dict[str, dict[str, str]]()
+    for name, figure in spec["figures"].items():
+        for of in reproductions:
+            groups = groups_of(spec, name, of.records, of.expected)
+            if of is not first and not any(group.runs for group in groups) and not _studies(spec, name, of):
+                continue
+            sections.append(_section(spec, name, of, groups, target, of is first, several))
+            if "published" in figure:
+                title = figure["title"].removeprefix("Table, ")
+                add_overview(overview, f"{title}, length={of.length}" if several else title, groups)
     if overview:
         caption = "Mean test accuracy in percent at the last epoch"
         sections.insert(0, Section("The table", "", [(caption, list(overview.values()))], []))
