@@ -1,11 +1,13 @@
 """Shared helpers: a small vector field, and the place of the real CIFAR data."""
 
+import gc
 import os
 import signal
 from pathlib import Path
 
 import pytest
 import torch
+import torch._dynamo  # noqa: F401  (else the first training step imports it, after gc.freeze)
 from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -35,6 +37,11 @@ class Field(nn.Module):
 
     def forward(self, t: float, y: torch.Tensor) -> torch.Tensor:
         return torch.tanh(y @ self.w.T + t * self.v) + 0.5 * t * y
+
+
+def pytest_collection_finish() -> None:
+    """What was imported stays: the collections that measurements of memory begin with need not check it again."""
+    gc.freeze()
 
 
 @pytest.fixture

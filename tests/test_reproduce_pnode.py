@@ -21,10 +21,12 @@ MOONS = ["figure=moons", "dataset.train_size=64", "dataset.validation_size=32", 
 def place(tmp_path_factory):
     """The costs and one density, small."""
     place = tmp_path_factory.mktemp("pnode")
-    for asked in (COST, [*MOONS, "seeds=1"]):
-        found = cells("pnode", [*asked, "length=short", f"directory={place}"])
-        assert reproduce(found) == 0 and all(map(is_done, found))
-    return place
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("anode_exp.studies.density.RESOLUTION", 60)
+        for asked in (COST, [*MOONS, "seeds=1"]):
+            found = cells("pnode", [*asked, "length=short", f"directory={place}"])
+            assert reproduce(found) == 0 and all(map(is_done, found))
+        yield place
 
 
 def test_the_page(place):

@@ -71,9 +71,7 @@ def test_other_batches_and_evaluations_compile_nothing():
     assert graphs(3) == graphs(7, training=False) == graphs(4, training=False) == graphs(4) == whole
 
 
-@pytest.mark.parametrize(
-    ("norms", "mode"), [("by time", "dto_checkpoint"), ("by time", "full_backprop"), ("adaptive", "step_checkpoint")]
-)
+@pytest.mark.parametrize(("norms", "mode"), [("by time", "dto_checkpoint"), ("adaptive", "step_checkpoint")])
 def test_norms_by_time(norms, mode):
     """Time is an input of the compiled code: same results as without, and no more graphs for more steps."""
     graphs = {}

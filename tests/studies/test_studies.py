@@ -40,7 +40,7 @@ def rows(cwd: Path) -> list[dict]:
 def test_memory(tmp_path):
     done = run(
         tmp_path, "memory", "model.width=0.25", "study.n_steps=[4,8]", "study.blocks_per_stage=[1,2]",
-        "study.repeats=1", "study.batch_size=4",
+        "study.repeats=1", "study.batch_size=4", "solver.n_steps=2",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     found = rows(tmp_path)
@@ -73,11 +73,11 @@ def test_gradient_error_at_initialisation_and_for_a_trained_run(tmp_path):
     small = ["study.n_steps=[1,2]", "study.solvers=[euler,rk2,alf]", "study.batch_size=4",
              "study.adaptive_solvers=[bosh3]", "study.tolerances=[1e-1,1e-3]"]  # fmt: skip
     trained = tmp_path / "trained"
-    settings = ["dataset=digits", "dataset.train_size=64", "dataset.test_size=10", "model=squeezenext",
-                "model.width=0.25", "recipe.epochs=2", "recipe.batch_size=32", "runtime.keep_every=1"]  # fmt: skip
+    settings = ["dataset=digits", "dataset.train_size=64", "dataset.test_size=10", "model=resnet4",
+                "recipe.epochs=2", "recipe.batch_size=32", "runtime.keep_every=1"]  # fmt: skip
     train(jobs(settings, multirun=False).configs[0], trained)
     for folder, extra in (
-        ("a", ["model.width=0.25", "study.n_steps=[2]", "study.tolerances=[1e-3]", "study.batch_size=2"]),
+        ("a", ["model=resnet4", "study.n_steps=[2]", "study.tolerances=[1e-3]", "study.batch_size=2"]),
         ("b", [f"run={trained}", "study.precisions=[fp64]"]),
     ):
         (tmp_path / folder).mkdir()
@@ -192,7 +192,7 @@ def test_budget(tmp_path):
 def test_default_budgets_fit_whatever_an_allocator_adds(tmp_path, monkeypatch):
     counted = Planner.measure
     monkeypatch.setattr(Planner, "measure", lambda p, plan: counted(p, plan) + 512 * sum(map(len, plan.policies)))
-    settings = ["model.width=0.25", "solver.n_steps=2", "study.batch_size=4", "study.repeats=1"]
+    settings = ["model=resnet4", "solver.n_steps=2", "study.batch_size=4", "study.repeats=1"]
     run_study(*study("budget", settings), tmp_path)
     found = [json.loads(line) for line in (tmp_path / "study.jsonl").read_text().splitlines()]
     assert len(found) == 8 and all(row["dry_step_bytes"] <= row["budget_bytes"] for row in found)

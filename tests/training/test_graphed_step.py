@@ -45,7 +45,7 @@ def trained(
             f.time_norms([0.0, 0.25, 0.5, 0.75], affine_intervals=2)
         return make_ode_block(mode)(f)
 
-    network = MODELS["squeezenext"](10, make, width=0.5)
+    network = MODELS["squeezenext"](10, make, width=0.25)
     lr = torch.tensor(0.05) if graphed else 0.05
     optimizer = torch.optim.SGD(network.parameters(), lr=lr, momentum=0.9, weight_decay=5e-4)
     autocast = autocast_for("fp32", torch.device("cpu"))

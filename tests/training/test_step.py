@@ -1,4 +1,5 @@
 import copy
+import itertools
 
 import pytest
 import torch
@@ -45,8 +46,11 @@ def test_the_guard_works():
         bool(torch.ones(1) > 0)
 
 
-@pytest.mark.parametrize("mode", IMAGE_MODES)
-@pytest.mark.parametrize(("tableau", "precision"), [*((t, "fp32") for t in TABLEAUX), ("rk2", "bf16")])
+@pytest.mark.parametrize(
+    ("mode", "tableau", "precision"),
+    [*itertools.product(IMAGE_MODES, ("rk2", "dopri5"), ["fp32"]), *((m, "rk2", "bf16") for m in IMAGE_MODES),
+     *(("dto_checkpoint", t, "fp32") for t in TABLEAUX if t not in ("rk2", "dopri5"))],
+)  # fmt: skip
 def test_nothing_is_read_on_the_host(mode, tableau, precision):
     """Batch, forward, backward and optimiser, two steps: the optimiser's state is made in the first."""
     net = network(mode, tableau)
@@ -60,7 +64,7 @@ def test_nothing_is_read_on_the_host(mode, tableau, precision):
 def test_a_whole_step_runs_on_the_meta_device(mode):
     """It holds no values: a read on the host, or a tensor left on the CPU, is an error."""
     meta = torch.device("meta")
-    net = network(mode).to(meta)
+    net = network(mode, model="resnet4").to(meta)
     optimizer = sgd(net)
     split = Split(torch.empty(8, 32, 32, 3, dtype=torch.uint8, device=meta), torch.empty(8, dtype=int, device=meta))
     epoch = EpochBatches.__new__(EpochBatches)  # the meta device has no generator: its draws are given

@@ -9,7 +9,7 @@ from anode_exp.commands.reproduce import paper_help, paper_name
 from anode_exp.config.check import split_settings
 from anode_exp.config.compose import composed
 from anode_exp.config.describe import options
-from anode_exp.config.reproduction import cells, directories, specification
+from anode_exp.config.reproduction import directories, runs, specification
 from anode_exp.config.schema import ReportSettings
 from anode_exp.errors import UserError
 
@@ -56,7 +56,8 @@ def _reproduction(paper: str, length: str, own: ReportSettings, given: list[str]
     from anode_exp.records.cells import read_records
     from anode_exp.report.page import Reproduction
 
-    expected = cells(paper, [f"length={length}", f"seeds={own.seeds}"])
+    spec = specification(paper)
+    expected = runs(spec, own.seeds, list(spec["figures"]), list(spec["methods"]))
     places = directories(paper, length, Path(own.directory))
     records = [r for r in read_records(*places) if r.cell["length"] == length]
     if not records:
@@ -65,9 +66,9 @@ def _reproduction(paper: str, length: str, own: ReportSettings, given: list[str]
     settings = {"length": length, "directory": own.directory}
     words = shlex.join(f"{k}={v}" for k, v in settings.items() if k in given)
     commands = {}
-    for c in (c for c in expected if c.method is not None):
-        command = f"{PROGRAM} reproduce {paper} figure={c.shown_in} method={c.method} 'seeds=[{c.seed}]' {words}"
-        commands[c.shown_in, c.method, c.seed] = command.rstrip()
+    for seed, figure, method in expected:
+        command = f"{PROGRAM} reproduce {paper} figure={figure} method={method} 'seeds=[{seed}]' {words}"
+        commands[figure, method, seed] = command.rstrip()
     epochs = "every experiment's whole recipe"
     if length != "paper":
         epochs = f"{composed([f'length={length}']).recipe.epochs} epochs"

@@ -101,6 +101,15 @@ def _seeds(given: str) -> list[int]:
     return list(dict.fromkeys(int(word) for word in words)) if listed else list(range(int(words[0])))
 
 
+def runs(spec: dict[str, Any], seeds: str, figures: list[str], methods: list[str]) -> list[tuple[int, str, str]]:
+    """(seed, figure, method) of a paper's runs. Every method has a run of one seed before any has a second.
+
+    Raises UserError for seeds that are not as ``reproduce`` takes them.
+    """
+    of_figures = [(name, m) for name in figures for m in spec["figures"][name].get("methods", []) if m in methods]
+    return [(seed, name, method) for seed in _seeds(seeds) for name, method in of_figures]
+
+
 def cells(paper: str, arguments: list[str]) -> list[Cell]:
     """The cells in order: studies, runs, studies of runs. Every method has a run of one seed before any has a second.
 
@@ -130,25 +139,23 @@ def cells(paper: str, arguments: list[str]) -> list[Cell]:
     found: list[Cell] = []
     studies: list[Cell] = []
     composed_runs: dict[tuple[str, ...], TrainConfig] = {}  # by their settings without the seed
-    for seed in _seeds(asked.seeds):
-        for name in figures:
-            figure = spec["figures"][name]
-            optional = figure.get("needs_file", False) and asked.figure is None
-            shares = figure.get("shares", {})
-            for method in (m for m in figure.get("methods", []) if m in methods):
-                shared_run = method in shares.get("methods", [])
-                of, place = (shares["paper"], shares["figure"]) if shared_run else (paper, name)
-                recipe = [f"experiment={of}/{place}", f"length={length}", *figure.get(length, [])]
-                settings = [*recipe, *spec["methods"][method]["settings"], *shared, f"seed={seed}"]
-                directory = base / of / length / place / f"{method}_seed-{seed}"
-                of_any_seed = tuple(settings[:-1])
-                if of_any_seed not in composed_runs:
-                    composed_runs[of_any_seed] = composed(settings)
-                config = replace(deepcopy(composed_runs[of_any_seed]), seed=seed)
-                run = Cell(
-                    of, length, place, directory, settings, method, seed, config, shown_in=name, optional=optional
-                )
-                found.append(run)
+    for seed, name, method in runs(spec, asked.seeds, figures, methods):
+        figure = spec["figures"][name]
+        optional = figure.get("needs_file", False) and asked.figure is None
+        shares = figure.get("shares", {})
+        of, place = paper, name
+        if method in shares.get("methods", []):
+            of, place = shares["paper"], shares["figure"]
+        recipe = [f"experiment={of}/{place}", f"length={length}", *figure.get(length, [])]
+        settings = [*recipe, *spec["methods"][method]["settings"], *shared, f"seed={seed}"]
+        directory = base / of / length / place / f"{method}_seed-{seed}"
+        of_any_seed = tuple(settings[:-1])
+        if of_any_seed not in composed_runs:
+            composed_runs[of_any_seed] = composed(settings)
+        config = replace(deepcopy(composed_runs[of_any_seed]), seed=seed)
+        found.append(
+            Cell(of, length, place, directory, settings, method, seed, config, shown_in=name, optional=optional)
+        )
     for name in figures:
         figure, kind = spec["figures"][name], spec["figures"][name].get("study")
         of_runs = any(cell.shown_in == name for cell in found)
@@ -161,12 +168,12 @@ def cells(paper: str, arguments: list[str]) -> list[Cell]:
         studies.append(Cell(paper, length, name, base / paper / length / name, settings, study=kind, of_runs=of_runs))
     if not found and not studies:
         raise UserError(f"method={asked.method}: none of the chosen figures has it")
-    runs = [cell.config for cell in found if cell.config is not None]
+    configs = [cell.config for cell in found if cell.config is not None]
     only_runs = [a for a in shared if not any(a in cell.settings for cell in studies)]
     only_runs += [a for a in arguments if a.startswith("seeds=")]
-    if only_runs and not runs:
+    if only_runs and not configs:
         what = "is a study, which takes no settings of runs and no seeds"
         raise UserError(f"{only_runs[0]}: figure={asked.figure} {what}")
-    if runs:
-        check_used([a.partition("=")[0].lstrip("+~") for a in shared], runs)
+    if configs:
+        check_used([a.partition("=")[0].lstrip("+~") for a in shared], configs)
     return [c for c in studies if not c.of_runs] + found + [c for c in studies if c.of_runs]
