@@ -7,7 +7,8 @@ PYTHON ?= python3
 # Of pyproject.toml's extras; EXTRAS=dev,ray for hydra/launcher=ray and its test too.
 EXTRAS ?= dev
 BIN := .venv/bin
-INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+# Modules are compiled when they are first imported: compiling all of them takes a minute, and few are used.
+INSTALL = $(BIN)/python -m pip install --no-compile --quiet --disable-pip-version-check -c constraints.txt
 
 help:  ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 18

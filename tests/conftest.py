@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch._dynamo  # noqa: F401  (else the first training step imports it, after gc.freeze)
+import torch._dynamo  # else the first training step imports it, after gc.freeze
 from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map
 

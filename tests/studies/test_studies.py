@@ -39,7 +39,7 @@ def rows(cwd: Path) -> list[dict]:
 
 def test_memory(tmp_path):
     done = run(
-        tmp_path, "memory", "model.width=0.25", "study.n_steps=[4,8]", "study.blocks_per_stage=[1,2]",
+        tmp_path, "memory", "model.width=0.25", "study.n_steps=[3,6]", "study.blocks_per_stage=[1,2]",
         "study.repeats=1", "study.batch_size=4", "solver.n_steps=2",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
