@@ -273,6 +273,12 @@ def test_the_papers_schedule():
     assert [schedule(e) for e in (0, 149, 150, 249, 250, 349)] == pytest.approx([0.1, 0.1, 0.01, 0.01, 0.001, 0.001])
 
 
+def test_a_plateau_has_no_milestones():
+    waiting = ["task=density", "recipe.schedule=plateau", "recipe.patience=3", "recipe.warmup_epochs=0"]
+    recipe = one(*waiting, "recipe.lr=0.4", "length=short").recipe
+    assert recipe.milestones and build_schedule(recipe)(9) == 0.4
+
+
 def test_data_root_from_the_environment(monkeypatch):
     monkeypatch.setenv("ANODE_DATA", "/somewhere/else")
     assert one().dataset.root == "/somewhere/else"

@@ -202,7 +202,8 @@ def build_schedule(recipe: RecipeConfig) -> Callable[[int], float]:
             return recipe.lr * (epochs + 1) / (recipe.warmup_epochs + 1)
         if recipe.schedule == "cosine":
             return recipe.lr * (1 + math.cos(math.pi * epochs / recipe.epochs)) / 2
-        return recipe.lr * recipe.gamma ** sum(epochs >= m for m in recipe.milestones)
+        milestones = recipe.milestones if recipe.schedule == "steps" else []
+        return recipe.lr * recipe.gamma ** sum(epochs >= m for m in milestones)
 
     return rate
 

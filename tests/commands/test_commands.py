@@ -146,6 +146,7 @@ REFUSED = {
     "train resume=": "resume=: give the folder of a run",
     "train hydra.sweep.dir=x": "hydra.sweep.dir: not used here; give hydra.run.dir=DIR",
     "train -m hydra.run.dir=x seed=0,1": "hydra.run.dir: not used here; give hydra.sweep.dir=DIR",
+    "train -m hydra.sweep.subdir=x seed=0,1": "hydra.sweep.subdir: not used here; give hydra.sweep.dir=DIR",
     "train resume={run} hydra.run.dir=x": "a resumed run continues in its own folder",
     "evaluate run={run} hydra.run.dir=x": "recorded in the run's own folder",
     "evaluate run={run} dataset.flip=true": "dataset.flip: is for training images",

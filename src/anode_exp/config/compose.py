@@ -186,7 +186,7 @@ class Jobs:
 def jobs(overrides: list[str], multirun: bool) -> Jobs:
     """Compose and check every job of a command line before any job runs; UserError for the first mistake."""
     parsed = parse(overrides)
-    check_folders(parsed, ("hydra.sweep.dir", "hydra.sweep.subdir") if multirun else ("hydra.run.dir",))
+    check_folders(parsed, ("hydra.sweep.dir",) if multirun else ("hydra.run.dir",))
     lines = expanded(parsed, multirun, "add -m for a sweep over them")
     composed = [compose_line(line) for line in lines]
     key = "hydra.sweep.dir" if multirun else "hydra.run.dir"
