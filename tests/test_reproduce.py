@@ -14,7 +14,7 @@ import pytest
 from command import command as run_command
 
 from anode_exp.commands import report
-from anode_exp.commands.reproduce import is_done, recorded_config, reproduce
+from anode_exp.commands.reproduce import _make_study, is_done, recorded_config, reproduce, run_group
 from anode_exp.commands.together import train_together
 from anode_exp.config.change import differing, resumed
 from anode_exp.config.check import read_config, typed
@@ -25,7 +25,7 @@ from anode_exp.config.studies import study
 from anode_exp.errors import UserError
 from anode_exp.records.cells import copy_records, is_calibrated, read_records
 from anode_exp.records.checkpoints import Checkpoints
-from anode_exp.records.reading import read_metrics
+from anode_exp.records.reading import claim, read_metrics
 from anode_exp.report.page import Reproduction, write_report
 from anode_exp.report.statistics import Group, accuracy_rows, cost_rows
 from anode_exp.training.signals import StopRequest
@@ -254,6 +254,26 @@ def test_a_cell_that_was_resumed_with_another_gradient_mode_is_still_the_cell(tm
     (other,) = cells("anode", [*asked, "recipe.epochs=2", "recipe.milestones=[]", "runtime.precision=bf16"])
     with pytest.raises(UserError, match=r"holds a run with another runtime.precision; give directory="):
         is_done(other)
+
+
+def test_what_another_process_makes_is_left_to_it(tmp_path, capsys, monkeypatch):
+    asked = ["figure=table_resnet4", "method=residual", "seeds=1", "length=short", f"directory={tmp_path}", *SMALL]
+    (run,) = cells("anode", asked)
+    of = ["figure=fig1_fig7", "length=short", f"directory={tmp_path}"]
+    (picture,) = cells("anode", of)
+    for cell, what in ((run, "run"), (picture, "study")):
+        cell.directory.mkdir(parents=True)
+        with claim(cell.directory, what):
+            assert reproduce([cell]) == 0
+        assert f"another process is writing this {what}" in capsys.readouterr().out
+        assert not list(cell.directory.glob("*.json*"))
+    (picture.directory / "cell.json").write_text(picture.describe())  # it has ended between a look and the claim
+    _make_study(picture)
+    assert not (picture.directory / "study.jsonl").exists()
+    assert reproduce([run]) == 0
+    monkeypatch.setattr("anode_exp.commands.reproduce.is_done", lambda cell: False)  # the run ended just after a look
+    run_group([run], failed := [], lambda: None, StopRequest())
+    assert not failed and "has ended after 1 epochs" in capsys.readouterr().out
 
 
 def test_other_evaluations_of_a_run_are_not_its_own(reproduced):

@@ -8,6 +8,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,9 +23,9 @@ from anode_exp.config.describe import about, options
 from anode_exp.config.reproduction import Cell, cells, directories, specification
 from anode_exp.config.schema import ReproduceSettings, TrainConfig
 from anode_exp.config.studies import study
-from anode_exp.errors import InUse, UserError, is_first_process
+from anode_exp.errors import Ended, InUse, UserError, is_first_process
 from anode_exp.records.cells import CALIBRATION_BATCHES, is_calibrated, other_statistics
-from anode_exp.records.reading import read_lines, read_metrics, read_results, write_atomically
+from anode_exp.records.reading import claim, read_lines, read_metrics, read_results, write_atomically
 from anode_exp.training.progress import bar
 from anode_exp.training.signals import StopRequest, stop_requests
 
@@ -238,21 +239,19 @@ def run_group(group: list[Cell], failed: list[tuple[str, bool]], tick: Callable[
     """
     from anode_exp.commands.together import train_together  # imports torch
     from anode_exp.runs import evaluate_run
-    from anode_exp.studies.study import run_study
     from anode_exp.training.world import ALONE
 
     try:
         config = group[0].config
         world = ALONE if config is None else join(config)
         first = is_first_process()
-        for cell in map(with_runs, group) if first else ():
-            if cell.study is not None:
-                if cell.of_runs and not any(s.startswith("study.run=") for s in cell.settings):
-                    print(f"{cell.name}: none of its runs is completed")
-                    return
-                run_study(*study(cell.study, cell.settings), cell.directory)
+        for cell in group if first else ():
             cell.directory.mkdir(parents=True, exist_ok=True)
-            write_atomically(cell.directory / "cell.json", cell.describe())
+            if cell.study is not None:
+                _make_study(cell)
+                continue
+            with suppress(InUse), claim(cell.directory, "run"):  # in use, the run itself says so
+                write_atomically(cell.directory / "cell.json", cell.describe())
         runs = [(config, c.directory) for c in group if (config := recorded_config(c)) is not None and not is_done(c)]
         try:
             if runs:
@@ -263,7 +262,7 @@ def run_group(group: list[Cell], failed: list[tuple[str, bool]], tick: Callable[
                     configs = evaluations(cell.directory, [f"model.statistics={other_statistics(config)}"])
                     print(table(evaluate_run(cell.directory, "last", configs, calibrate=CALIBRATION_BATCHES)))
         return
-    except InUse as error:
+    except (InUse, Ended) as error:  # another process makes it, or has just made it
         print(error)
         return
     except UserError as error:
@@ -278,6 +277,22 @@ def run_group(group: list[Cell], failed: list[tuple[str, bool]], tick: Callable[
         reason = str(error).splitlines()[0] if str(error) else ""
         failed.append((f"{group[0].name}: {type(error).__name__}: {reason}", False))
     log.error(failed[-1][0])
+
+
+def _make_study(cell: Cell) -> None:
+    """Make a cell's study, unless another process makes it (InUse) or has made it; ``cell.json`` is written last."""
+    from anode_exp.studies.study import run_study
+
+    with claim(cell.directory, "study"):
+        if is_done(cell):
+            return
+        whole = with_runs(cell)
+        if whole.of_runs and not any(s.startswith("study.run=") for s in whole.settings):
+            print(f"{cell.name}: none of its runs is completed")
+            return
+        assert whole.study is not None
+        run_study(*study(whole.study, whole.settings), whole.directory)
+        write_atomically(whole.directory / "cell.json", whole.describe())
 
 
 def _time_to_go(cells: list[Cell], left: list[list[Cell]]) -> str:

@@ -9,7 +9,6 @@ A run directory holds
     events.out.tfevents… TensorBoard
 """
 
-import fcntl
 import json
 import math
 import os
@@ -27,8 +26,8 @@ from torch.utils.tensorboard.summary import hparams
 from anode_exp.config.check import read_config, typed
 from anode_exp.config.describe import flat
 from anode_exp.config.schema import TrainConfig
-from anode_exp.errors import InUse, UserError
-from anode_exp.records.reading import read_metrics, write_atomically, write_json
+from anode_exp.errors import UserError
+from anode_exp.records.reading import claim, read_metrics, write_atomically, write_json
 
 
 def _finite(value: Any) -> Any:
@@ -94,8 +93,7 @@ class RunRecord(NoRecord):
         try:
             # Creating this folder claims the directory, even if two processes start at once.
             (directory / "checkpoints").mkdir(parents=True, exist_ok=resume_after is not None)
-            self._lock = (directory / ".lock").open("w")
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # released when the process ends, in any way
+            self._lock = claim(directory, "run")
             metrics = directory / "metrics.jsonl"
             if resume_after is not None:
                 (directory / "results.json").unlink(missing_ok=True)
@@ -108,8 +106,6 @@ class RunRecord(NoRecord):
             self._metrics = metrics.open("a")
         except FileExistsError as error:
             raise UserError(f"{directory}: already holds a run; choose another hydra.run.dir") from error
-        except BlockingIOError as error:
-            raise InUse(f"{directory}: another process is writing this run; wait for it, or stop it") from error
         except OSError as error:
             raise UserError(f"{directory}: {error.strerror}; choose a writable hydra.run.dir") from error
         # TensorBoard reads event files in the order of their names, which contain the time in seconds. Two files of one
