@@ -1,10 +1,15 @@
+import time
 import urllib.error
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torchvision
 
 from anode_exp.data import DATASETS, load
+from anode_exp.data.datasets import _cifar
 from anode_exp.errors import UserError
 
 
@@ -69,6 +74,37 @@ def test_a_failed_download_says_what_to_do(tmp_path, monkeypatch):
     monkeypatch.setattr(torchvision.datasets.cifar, "download_and_extract_archive", no_network)
     with pytest.raises(UserError, match=r"download failed .*no route to host.*; put the folder"):
         load("cifar10", tmp_path)
+
+
+class SlowDownload:
+    """A data set whose files arrive one after the other; ``downloads`` has the folder of every download."""
+
+    base_folder, filename, downloads = "batches", "batches.tar.gz", []
+
+    def __init__(self, root, train=True, download=False):
+        folder = Path(root) / self.base_folder
+        if download:
+            self.downloads.append(Path(root))
+            folder.mkdir()
+            time.sleep(0.3)
+            (folder / "file").write_text("whole")
+        if not (folder / "file").exists():
+            raise RuntimeError("corrupt")
+        self.data, self.targets = np.zeros((2, 32, 32, 3), np.uint8), [0, 1]
+
+
+def test_processes_that_need_the_same_data_download_them_once(tmp_path):
+    load_it = _cifar(SlowDownload, "slow")
+
+    def later(s):
+        time.sleep(s)
+        return load_it(tmp_path / "data", True)
+
+    with ThreadPoolExecutor() as threads:
+        for train, test in threads.map(later, [0, 0, 0.15]):
+            assert len(train) == len(test) == 2
+    assert len(SlowDownload.downloads) == 1
+    assert [path.name for path in (tmp_path / "data").iterdir() if path.name[0] != "."] == ["batches"]
 
 
 @pytest.mark.parametrize("download", [True, False])

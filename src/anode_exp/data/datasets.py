@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import fcntl
+import shutil
 import urllib.error
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +20,29 @@ Loader = Callable[[Path, bool], tuple[Split, Split]]
 """(root, may download) → (train, test)."""
 
 
+def _download(dataset: type[CIFAR10], root: Path) -> None:
+    """Download a data set, once if several processes ask for it at the same time.
+
+    It is unpacked in another folder and then moved to its own, so that no process sees a part of it.
+    """
+    root.mkdir(parents=True, exist_ok=True)
+    folder, archive = root / dataset.base_folder, root / dataset.filename
+    partial = root / f"{dataset.base_folder}.partial"
+    with (root / f".{dataset.base_folder}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if folder.is_dir():
+            return
+        shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
+        partial.mkdir()
+        try:
+            if archive.exists():
+                (partial / archive.name).symlink_to(archive.resolve())
+            dataset(str(partial), download=True)
+            (partial / folder.name).rename(folder)
+        finally:
+            shutil.rmtree(partial)
+
+
 def _cifar(dataset: type[CIFAR10], name: str) -> Loader:
     def load(root: Path, download: bool) -> tuple[Split, Split]:
         folder = root / dataset.base_folder
@@ -29,8 +54,10 @@ def _cifar(dataset: type[CIFAR10], name: str) -> Loader:
                 "point dataset.root or ANODE_DATA at it, or allow the download"
             )
         try:
+            if absent:
+                _download(dataset, root)
             # Files already there are checked, never replaced: a corrupt one is reported to the user.
-            parts = [dataset(str(root), train=train, download=absent) for train in (True, False)]
+            parts = [dataset(str(root), train=train) for train in (True, False)]
         except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
             raise UserError(
                 f"{where}: not found, and the download failed ({error}); "
