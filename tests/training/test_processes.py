@@ -13,10 +13,12 @@ import pytest
 import torch
 from command import command
 
+from anode_exp.config.change import evaluations
 from anode_exp.config.check import check_shared
 from anode_exp.config.compose import composed
 from anode_exp.data import WHOLE, Part
 from anode_exp.errors import UserError
+from anode_exp.runs import evaluate_run
 
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "CUDA_VISIBLE_DEVICES": ""}
 SMALL = ["model=resnet4", "dataset=fake", "dataset.train_size=44", "dataset.test_size=20",
@@ -98,9 +100,14 @@ def test_several_processes_train_as_one_does(runs, n):
 
 
 def test_each_one_s_own_statistics_are_others(runs):
-    code, _, err = train(runs, *SMALL, "recipe.epochs=2", "model.norm_sync=false", "hydra.run.dir=own")
+    own = ["model.norm_sync=false", "recipe.moving_average=0.5", "hydra.run.dir=own"]
+    code, _, err = train(runs, *SMALL, "recipe.epochs=2", *own)
     assert code == 0, err
     assert distance(runs / "own", runs / "1") > 1e-3
+    tested = json.loads((runs / "own" / "metrics.jsonl").read_text().splitlines()[-1])["test_loss"]
+    assert evaluate_run(runs / "own", "last", evaluations(runs / "own", []))[0]["test_loss"] == pytest.approx(
+        tested, rel=1e-12
+    )
 
 
 @pytest.mark.parametrize("mode", ["reversible", "evolving"])
@@ -185,3 +192,7 @@ def test_what_several_processes_cannot_share(settings, says):
 def test_a_mistake_is_told_once(runs):
     code, _, err = train(runs, *SMALL, "hydra.run.dir=1")
     assert code != 0 and err.count("already holds files") == 1
+    code, _, err = train(runs, *SMALL, "recipe.batch_size=43", "hydra.run.dir=few")
+    assert code != 0 and "the last batch of an epoch: has 1 samples for 2 processes" in err
+    code, _, err = train(runs, *SMALL, "dataset.test_size=1", "hydra.run.dir=few")
+    assert code != 0 and "test: has 1 samples for 2 processes" in err

@@ -16,7 +16,7 @@ from anode_exp.budget.plan import plan_table, policies
 from anode_exp.build import assemble, build_data, build_device, build_optimizer, set_backends
 from anode_exp.config.check import parse_bytes
 from anode_exp.config.schema import TrainConfig
-from anode_exp.data import DataSet, Part
+from anode_exp.data import DataSet, Part, TrajectoryData
 from anode_exp.errors import Ended, InUse, UserError
 from anode_exp.models import count_parameters, ode_blocks, synchronise_norms
 from anode_exp.records.checkpoints import Checkpoints
@@ -166,6 +166,8 @@ class Run:
         checkpoints = Checkpoints(directory / "checkpoints", read_only=not first)
         state = checkpoints.load() if self.resume else None
         done = Progress() if state is None else Progress.of(state["progress"])
+        if self.world.size > 1:
+            _check_parts(config, self.data, self.world.size)
         if self.resume:
             _check_can_go_on(directory, config, state, self.data)
         self._record = NoRecord()
@@ -264,6 +266,17 @@ def _plan(directory: Path, trainer: Trainer, resume: bool) -> None:
         block.gradient = modes[entry["policy"]]
     trainer.memory.restart()
     log.info(plan_table(plan))
+
+
+def _check_parts(config: TrainConfig, data: DataSet, processes: int) -> None:
+    """UserError if a process would have no sample of a batch or of a split: neither has a mean."""
+    assert not isinstance(data, TrajectoryData)  # check_shared refuses it
+    counts = {"the last batch of an epoch": len(data.train) % config.recipe.batch_size or processes,
+              "validation": len(data.validation) or processes, "test": len(data.test)}  # fmt: skip
+    for what, count in counts.items():
+        if count < processes:
+            remedy = "change recipe.batch_size or the sizes of dataset, or start fewer processes"
+            raise UserError(f"{what}: has {count} samples for {processes} processes; {remedy}")
 
 
 def _check_can_go_on(directory: Path, config: TrainConfig, state: dict[str, Any] | None, data: DataSet) -> None:

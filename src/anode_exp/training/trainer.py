@@ -327,7 +327,8 @@ class Trainer:
         self.world.mean_([part.losses])
         self.world.sum_(part.sums.values())
         # Without model.norm_sync each process has the running statistics of its own parts: all get their mean.
-        self.world.mean_(x for x in self.network.buffers() if x.is_floating_point())
+        networks = [self.network] if self.averaged is None else [self.network, self.averaged.network]
+        self.world.mean_(x for network in networks for x in network.buffers() if x.is_floating_point())
         part.sums = {name: x.cpu() for name, x in part.sums.items()}
         part.train_time_s += self._clock() - epoch.started
         if self.status == "interrupted":
