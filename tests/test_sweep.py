@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -253,9 +254,12 @@ def test_seeds_at_once_go_on_together(tmp_path):
 
     train(*small, "seeds=2", "hydra.run.dir=both")
     train("resume=both/0_seed-0", "recipe.epochs=2")
+    shutil.rmtree(tmp_path / "both" / "1_seed-1")  # as if the process had ended before this seed began
+    (tmp_path / "both" / "1_seed-1").mkdir()
     train("resume=both", "recipe.epochs=2")
     for folder in ("both/0_seed-0", "both/1_seed-1"):
         assert len((tmp_path / folder / "metrics.jsonl").read_text().splitlines()) == 2
+        assert f"\nseed: {folder[-1]}\n" in (tmp_path / folder / "config.yaml").read_text()
 
 
 def test_a_sweep_over_seeds_is_no_run_of_several(tmp_path):

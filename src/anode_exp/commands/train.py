@@ -124,8 +124,13 @@ def resume(own: ResumeSettings, overrides: list[str]) -> None:
     if not own.resume:
         raise UserError("resume=: give the folder of a run, such as outputs/DATE/TIME")
     directory = Path(own.resume)
-    folders = [f for f in runs_of_seeds(directory) if (f / "config.yaml").exists()] or [directory]
-    runs = [(resumed(folder, overrides), folder) for folder in folders]
+    folders = runs_of_seeds(directory)
+    begun = [folder for folder in folders if (folder / "config.yaml").exists()]
+    if not begun:
+        folders = begun = [directory]
+    configs = {folder: resumed(folder, overrides) for folder in begun}
+    # A seed that had not begun when the process ended begins now.
+    runs = [(configs.get(f) or replace(configs[begun[0]], seed=int(f.name.rpartition("-")[2])), f) for f in folders]
 
     from anode_exp.commands.together import train_together
 
