@@ -244,6 +244,14 @@ def test_what_may_not_change(truth, overrides, message):
     assert {f: f.read_bytes() for f in truth.rglob("*") if f.is_file() and f.name != "train.log"} == before
 
 
+def test_fewer_epochs_than_a_run_has_begun(tmp_path, monkeypatch):
+    interrupted(tmp_path, monkeypatch, 8)  # in its third epoch, of three steps
+    for epochs in (1, 2):
+        with pytest.raises(UserError, match=r"and this run has taken 8; give at least recipe.epochs=3"):
+            go_on(tmp_path, f"recipe.epochs={epochs}")
+    assert go_on(tmp_path)["steps"] == 9
+
+
 def test_a_folder_without_a_run(tmp_path):
     with pytest.raises(UserError, match="holds no run"):
         resumed(tmp_path, [])

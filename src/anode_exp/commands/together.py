@@ -294,6 +294,10 @@ def _check_can_go_on(directory: Path, config: TrainConfig, state: dict[str, Any]
         elif config.recipe.schedule == "cosine":
             more = "its cosine schedule ends there; start a new run for more epochs"
         raise Ended(f"{directory}: has ended after {epochs} epochs; {more}")
+    if (asked := total_steps(config.recipe, len(data.train))) < done.steps:
+        epochs = done.epochs + (state["epoch_part"] is not None)
+        text = f"the recipe asks for {asked} steps, and this run has taken {done.steps}"
+        raise UserError(f"{directory}: {text}; give at least recipe.epochs={epochs}")
     if state["device_type"] != device.type:
         why = f"this run was on {state['device_type']}; on {device.type} the same seed draws other numbers"
         raise UserError(f"{directory}: {why}; resume it on {state['device_type']}")
