@@ -8,6 +8,7 @@ import subprocess
 import sys
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -381,3 +382,12 @@ def test_an_implicit_solver_trains_and_counts(tmp_path):
     config.solver.newton_max_iterations, config.solver.newton_rtol = 1, 1e-12
     results = train(config, tmp_path / "failed")
     assert results["status"] == "diverged" and "Newton's method at t = " in results["reason"]
+
+
+@pytest.mark.parametrize("higher", [True, False])
+def test_a_score_that_is_no_number_is_not_the_best(higher):
+    trainer = SimpleNamespace(task=SimpleNamespace(higher_is_better=higher))
+    best = None
+    for score in (math.nan, 0.5, math.nan, 0.7, math.nan):
+        best = fit.Trainer._better(trainer, score, best)
+    assert best == (0.7 if higher else 0.5)

@@ -394,6 +394,8 @@ class Trainer:
         self.checkpoints.save(self.state(), best, keep)
 
     def _better(self, score: float, other: float | None) -> float:
+        if other is not None and math.isnan(score):
+            return other
         return score if other is None else max(score, other) if self.task.higher_is_better else min(score, other)
 
     def _clock(self) -> float:
