@@ -109,6 +109,18 @@ def test_claims_beside_what_was_measured(tmp_path):
     assert "naive, ANODE, ACA 300 MB, PNODE's least 100 MB" in found[4]["ours"]
 
 
+def test_a_claim_without_one_of_its_methods_is_not_measured(tmp_path):
+    cell = {"paper": "pnode", "length": "short", "figure": "a", "method": None, "seed": None, "study": "memory"}
+    (tmp_path / "cell.json").write_text(json.dumps(cell))
+    few = [r for r in ROWS if r["gradient"] in ("full_backprop", "dto_checkpoint", "stage_checkpoint keep")]
+    (tmp_path / "study.jsonl").write_text("".join(json.dumps(r) + "\n" for r in few))
+    found = claim_rows(specification("pnode"), read_records(tmp_path), [])
+    assert [row["ours"] for row in found[:3]] == [
+        "not measured: reverse_adjoint", "not measured: step_checkpoint keep",
+        "not measured: revolve stage 3, stage_checkpoint rebuild, step_checkpoint keep",
+    ]  # fmt: skip
+
+
 def test_tables_of_costs():
     tables = dict(cost_tables(ROWS))
     (epoch,) = (rows for caption, rows in tables.items() if caption.startswith("Time of an epoch"))
