@@ -143,6 +143,22 @@ def test_the_study_of_stiff_trajectories(trained, tmp_path):
     assert (tmp_path / "study.png").stat().st_size > 10_000
 
 
+def test_the_study_solves_a_run_with_the_settings_of_its_own_solver(tmp_path):
+    own = ["solver=reversible_rk", "solver.tableau=rk4", "gradient=step_checkpoint", "recipe.epochs=1"]
+    train(config(*own), tmp_path / "run")
+    settings = [
+        f"study.run={tmp_path / 'run'}",
+        "study.solvers=[rk4]",
+        "study.n_steps=[1]",
+        "study.adaptive_solvers=[dopri5]",
+    ]
+    run_study(*study("stiff", settings), tmp_path / "study")
+    row = read_lines(tmp_path / "study" / "study.jsonl")[0]
+    run, data = load_run(tmp_path / "run"), build_data(config(*own).dataset, CPU)
+    states = run.network(data.train[:, 0], data.times)
+    assert row["mae"] == pytest.approx(float((states - data.train[:, 1:]).abs().mean()), rel=1e-9)
+
+
 def test_what_the_study_does_not_take(trained, tmp_path):
     with pytest.raises(UserError, match="study stiff: needs run=DIR"):
         study("stiff", [])

@@ -13,7 +13,7 @@ from anode_exp.config.check import read_config, typed
 from anode_exp.config.schema import StudyConfig, TrainConfig
 from anode_exp.data import DataSet, TrajectoryData
 from anode_exp.models import TrajectoryNetwork, ode_blocks, take_evaluations
-from anode_exp.ode import SOLVERS, SolveFailed, TimeGrid, Tolerance, VectorField, linearised
+from anode_exp.ode import SOLVERS, SolveFailed, Solver, TimeGrid, Tolerance, VectorField, linearised
 from anode_exp.records.checkpoints import Checkpoints
 from anode_exp.records.reading import Row
 from anode_exp.runs import Run, load_run
@@ -47,19 +47,22 @@ class Subject:
         (block,) = ode_blocks(self.network)
         return block.field
 
-    def solve(self, solver: str, grid: TimeGrid | Tolerance) -> tuple[Tensor, Row]:
+    def solve(self, name: str, grid: TimeGrid | Tolerance, solver: Solver | None = None) -> tuple[Tensor, Row]:
         """States at the training times, [T, d], and a row with their costs and errors.
+
+        Args:
+            solver: the named one with settings of its own; by default the named one as it is.
 
         Returns:
             States, NaN where the solve failed. In the row ``mae`` against the data, the norm ``gradient`` of its
             gradient in the weights, ``forward`` evaluations of f and ``accepted`` steps, or ``reason`` of a failure.
         """
         (block,) = ode_blocks(self.network)
-        block.solver, block.grid = SOLVERS[solver](), grid
+        block.solver, block.grid = solver or SOLVERS[name](), grid
         take_evaluations(self.network)
         self.network.zero_grad()
         truth = self.data.train[:, 1:]
-        row: Row = {"solver": solver, "mae": None, "gradient": None, "reason": None}
+        row: Row = {"solver": name, "mae": None, "gradient": None, "reason": None}
         try:
             states = self.network(self.data.train[:, 0], self.data.times)
             loss = (states - truth).abs().mean()
@@ -127,7 +130,7 @@ def rows(config: TrainConfig, study: StudyConfig, outputs: int, batch: None, dir
             data = build_data(own.dataset, device)
             subject = Subject.of(run, data)
             (block,) = ode_blocks(subject.network)
-            states, row = subject.solve(own.solver.name, block.grid)
+            states, row = subject.solve(own.solver.name, block.grid, block.solver)
             exact = subject.tight()
             found, known = subject.eigenvalues(states), subject.data
             arrays |= {f"{i}.{k}": np.asarray(x.cpu()) for k, x in {
@@ -150,12 +153,13 @@ def rows(config: TrainConfig, study: StudyConfig, outputs: int, batch: None, dir
             for epoch in epochs:
                 then = Subject.of(load_run(folder, str(epoch)), data)
                 (block,) = ode_blocks(then.network)
-                states, mine = then.solve(own.solver.name, block.grid)
+                states, mine = then.solve(own.solver.name, block.grid, block.solver)
                 found = then.eigenvalues(states[states.isfinite().all(1)])
                 (line,) = [line for line in run.metrics if line["epoch"] == epoch]
                 about = {"kind": "epoch", **name, "iterations": line["steps"], "own_mae": mine["mae"]}
                 about |= {"own_gradient": mine["gradient"]}
-                about |= {"fastest": _number(found.abs().max()), "most_unstable": _number(found.real.max())}
+                fastest, unstable = (_number(x.max()) if len(x) else None for x in (found.abs(), found.real))
+                about |= {"fastest": fastest, "most_unstable": unstable}
                 for solver in study.adaptive_solvers:
                     for tolerance in study.tolerances:
                         grid = Tolerance(tolerance, tolerance, max_evaluations=MOST_EVALUATIONS, min_step=1e-12)
