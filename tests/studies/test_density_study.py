@@ -2,19 +2,23 @@
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from conftest import solver
 
+from anode_exp.config.compose import composed
+from anode_exp.config.schema import StudyConfig
 from anode_exp.data.densities import load_density
+from anode_exp.errors import UserError
 from anode_exp.gradient import GRADIENT_MODES
 from anode_exp.models import OdeBlock
 from anode_exp.models.normalizing_flow import FlowField, NormalizingFlow
 from anode_exp.ode import TimeGrid
 from anode_exp.report.density import report
-from anode_exp.studies.density import gradient_rows, grid_of, likelihood
+from anode_exp.studies.density import gradient_rows, grid_of, likelihood, rows
 
 
 def flow(mode="full_backprop", tableau="rk4", n_steps=4, factor=1.0):
@@ -93,3 +97,11 @@ def test_the_report_of_other_densities_warns_of_coarse_steps(tmp_path):
     text = report(rows, tmp_path)
     assert "run: the flow has learned the errors of its steps (rk4, 4 steps); −log p by them is off by -0.100" in text
     assert (tmp_path / "study.png").stat().st_size > 5000
+
+
+def test_too_few_samples_for_the_baselines(monkeypatch, tmp_path):
+    config = composed(["task=density", "dataset=moons", "dataset.validation_size=0", "runtime.device=cpu"])
+    monkeypatch.setattr("anode_exp.studies.density.load_run", lambda *_: SimpleNamespace(config=config, directory="x"))
+    for samples, says in ((40, "40 training samples and 0 for validation"), (60, "60 training samples and 0 for")):
+        with pytest.raises(UserError, match=says):
+            next(rows(config, StudyConfig(name="density", run="x", samples=samples), 2, None, tmp_path))

@@ -18,7 +18,7 @@ from anode_exp.models.normalizing_flow import NormalizingFlow
 from anode_exp.ode import SolveFailed
 from anode_exp.records.reading import Row
 from anode_exp.runs import load_run
-from anode_exp.studies.baselines import baselines
+from anode_exp.studies.baselines import COMPONENTS, baselines
 from anode_exp.studies.gradient_error import relative_error
 from anode_exp.studies.memory import peaks_and_times
 from anode_exp.tasks.density import ALLOWED_STEP_ERROR, Density, DensityBatches
@@ -109,6 +109,10 @@ def rows(config: TrainConfig, study: StudyConfig, outputs: int, batch: None, dir
     data = build_data(config.dataset, device)
     assert isinstance(data, DensityData)
     few = [x[: study.samples].double().cpu().numpy() for x in (data.train, data.validation, data.test)]
+    least = 10 * min(COMPONENTS)
+    if len(few[0]) < least or not len(few[1]):
+        has = f"the baselines have {len(few[0])} training samples and {len(few[1])} for validation"
+        raise UserError(f"study density: {has}; give a run or study.samples with at least {least} and 1")
     labels = _labels([run.directory for run in runs])
     with bar(1 + len(runs) * (1 + len(study.gradients) * (1 + study.repeats)), study.name) as progress:
         if name in PLANAR:
