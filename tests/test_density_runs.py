@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from anode_exp.budget.measure import Planner
 from anode_exp.build import build_network, output_size
+from anode_exp.commands import together
 from anode_exp.commands.train import main
 from anode_exp.config.compose import jobs
 from anode_exp.errors import UserError
@@ -54,6 +56,22 @@ def test_the_papers_flows(preset, size, hidden, blocks):
     widths = [size, *hidden, size]
     per_layer = sum(a * b + b + 3 * b for a, b in pairwise(widths))
     assert count_parameters(network)["total"] == blocks * per_layer and len(list(ode_blocks(network))) == blocks
+
+
+@pytest.mark.parametrize(("trace", "state"), [("exact", 3), ("gaussian", 5)])
+def test_a_budget_is_planned_for_the_state_of_training_steps(tmp_path, monkeypatch, trace, state):
+    planners = []
+
+    class Kept(Planner):
+        def __init__(self, *args):
+            super().__init__(*args)
+            planners.append(self)
+
+    monkeypatch.setattr(together, "Planner", Kept)
+    settings = ["gradient=budget", "gradient.memory=1GiB", f"task.trace={trace}", "recipe.epochs=1"]
+    train(tmp_path, *settings, "solver=rk2", "solver.n_steps=1")
+    (planner,) = planners
+    assert {shape for p in planner.profiles.values() for shape, _ in p.inputs} == {(state,)}
 
 
 @pytest.mark.parametrize(
