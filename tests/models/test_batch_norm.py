@@ -2,6 +2,7 @@
 
 import re
 from collections import Counter
+from contextlib import contextmanager
 from dataclasses import replace
 
 import numpy as np
@@ -180,6 +181,35 @@ def test_evaluation_is_the_trained_network(overrides):
             evaluated, trained = network(batch()), network.train()(batch())
         gaps.append(float((evaluated - trained).norm() / trained.norm()))
     assert gaps[0] < 0.05 and gaps[0] < 0.3 * gaps[1]
+
+
+@pytest.mark.parametrize("overrides", [ADAPTIVE, ["solver=sdirk2", "solver.linear=gmres"]])
+def test_calibration_is_the_mean_over_evaluations_that_count(overrides, monkeypatch):
+    """Without those in Newton's iterations, in the estimate of the first step, and in rejected steps."""
+    network, _ = network_of(*overrides, statistics="forward")
+    means = {m: [] for m in network.modules() if isinstance(m, BatchNorm)}
+    for norm in means:
+        norm.register_forward_pre_hook(
+            lambda m, y: means[m].append(y[0].mean((0, 2, 3))) if m.track_running_stats else None
+        )
+    trial, undone = VectorField.trial, []
+
+    @contextmanager
+    def recorded(self):
+        before = {m: len(x) for m, x in means.items()}
+        with trial(self) as attempt:
+            yield attempt
+        if not attempt.keep:
+            undone.append(attempt)
+            for m, x in means.items():
+                del x[before[m] :]
+
+    monkeypatch.setattr(VectorField, "trial", recorded)
+    calibrate_norms(network, autocast_for("fp32", CPU), [(x, torch.zeros(4)) for x in batch(8).split(4)])
+    assert undone or overrides is not ADAPTIVE
+    for norm, seen in means.items():
+        torch.testing.assert_close(norm.running_mean, torch.stack(seen).mean(0), rtol=1e-4, atol=1e-5)
+        assert norm.momentum == 0.1 and norm.num_batches_tracked is None
 
 
 def test_steps_and_solvers_other_than_the_trained_ones():
