@@ -240,6 +240,11 @@ def test_steps_and_solvers_other_than_the_trained_ones():
     again, _ = network_of(*ADAPTIVE)
     again.load_state_dict(adaptive.state_dict())
     assert norms(again)[0].row_weight.tolist() == [0.0] * 3 + [0.5] + [0.0] * 7
+    # Fixed steps to the same times evaluate all rows: those without statistics get the nearest ones.
+    norms(adaptive)[0].running_mean[3] = 2.0
+    fixed, _ = network_of("solver=heun", "solver.n_steps=10")
+    fixed.load_state_dict(adaptive.state_dict())
+    assert norms(fixed)[0].times == norms(adaptive)[0].times and (norms(fixed)[0].running_mean == 2.0).all()
 
 
 def test_before_any_training_an_adaptive_network_can_be_evaluated():

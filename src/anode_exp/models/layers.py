@@ -203,7 +203,8 @@ class TimedBatchNorm(BatchNorm):
         weight = state_dict.pop(prefix + "row_weight", torch.ones(len(times)))
         known = [i for i, s in enumerate(weight.tolist()) if s > 0]
         places = [[(i, 1.0)] for i in range(len(times))]
-        if not torch.equal(torch.tensor(times), torch.tensor(self.times)):
+        differ = not torch.equal(torch.tensor(times), torch.tensor(self.times))
+        if differ or (not self.between and 0 < len(known) < len(times)):  # only ``between`` can leave rows out
             weight = torch.ones(len(self.times)) if known else self.row_weight
             known = known or list(range(len(times)))
             places = [[(known[i], w) for i, w in interpolation([times[k] for k in known], t)] for t in self.times]
