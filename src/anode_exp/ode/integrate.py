@@ -181,6 +181,8 @@ def integrate_halving(
 ) -> tuple[Tensor, TimeGrid | Steps]:
     """``integrate``, but a step whose stages cannot be solved is taken in two halves, recursively.
 
+    A step that failed leaves running statistics unchanged.
+
     Returns:
         y(t1) and the steps taken: the grid itself where none was halved.
 
@@ -197,7 +199,9 @@ def integrate_halving(
         while left:
             t, h, halvings = left.pop()
             try:
-                state = step(field, theta_n, t, h, state)
+                with field.trial() as trial:
+                    state = step(field, theta_n, t, h, state)
+                    trial.keep = True
             except NewtonFailed:
                 if halvings == MOST_HALVINGS or not constant:
                     raise
