@@ -15,10 +15,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from anode_exp.build import autocast_for, build_model, build_optimizer
 from anode_exp.config.compose import composed
 from anode_exp.errors import UserError
+from anode_exp.gradient import GRADIENT_MODES
 from anode_exp.models import Autonomous, TimedBatchNorm, count_parameters, ode_blocks
 from anode_exp.models.calibrate import calibrate_norms
 from anode_exp.models.layers import BatchNorm, interpolation
-from anode_exp.ode import TABLEAUX, ExplicitRungeKutta, Tolerance, VectorField, integrate_adaptive
+from anode_exp.ode import TABLEAUX, ExplicitRungeKutta, TimeGrid, Tolerance, VectorField, integrate_adaptive
+from anode_exp.ode.controller import NewtonFailed
+from anode_exp.ode.implicit import DiagonallyImplicitRungeKutta
+from anode_exp.ode.newton_krylov import NewtonKrylov
+from anode_exp.ode.tableau import IMPLICIT_TABLEAUX
 from anode_exp.tasks.classification import Classification
 from anode_exp.training.step import MovingAverage, evaluate, train_step
 
@@ -163,6 +168,29 @@ def test_a_rejected_step_and_a_failed_evaluation_leave_no_trace():
     with pytest.raises(RuntimeError):
         f(0.7, torch.randn(4, 5, 2, 2), f.theta)
     assert all(torch.equal(a, b) for a, b in zip(norm.buffers(), before, strict=True))
+
+
+class ShortNearTheEnd(NewtonKrylov):
+    def solve(self, field, theta, t, c, z, guess):
+        if t > 0.75 and c > 0.2:
+            raise NewtonFailed("too long")
+        return super().solve(field, theta, t, c, z, guess)
+
+
+def test_full_backprop_through_a_halved_step():
+    """Its half begins between two times, whose rows are then updated in place after a graph has kept one of them."""
+    found = []
+    for mode in ("full_backprop", "step_checkpoint"):
+        torch.manual_seed(0)
+        norm = TimedBatchNorm(3, [0.0, 0.5, 1.0])
+        field = VectorField(Autonomous(nn.Conv2d(3, 3, 1), norm, nn.Tanh()).double())
+        y0 = torch.randn(4, 3, 4, 4, dtype=torch.float64)
+        method = DiagonallyImplicitRungeKutta(IMPLICIT_TABLEAUX["crank_nicolson"], ShortNearTheEnd("gmres"))
+        GRADIENT_MODES[mode]().solve(field, y0, field.theta, TimeGrid(2), method).square().sum().backward()
+        assert field.evaluations.rejected == 1
+        found.append([p.grad for p in field.theta])
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-10)
 
 
 @pytest.mark.parametrize("overrides", [ADAPTIVE, ["solver=rk2", "model.evolution=reaction_diffusion_advection"]])

@@ -256,7 +256,7 @@ class TimedBatchNorm(BatchNorm):
             share = w if self.momentum is None else w * self.momentum
             weight.add_(share) if self.momentum is None else weight.mul_(1.0 - share).add_(share)
             for rows, x in ((self.running_mean, mean), (self.running_var, var)):
-                rows[row].lerp_(x, share / weight)
+                rows.data[row].lerp_(x, share / weight)  # .data keeps the version that earlier steps' graphs saved
 
     def forget(self) -> None:
         """Drop a call's tensors: they are part of a graph, and cannot be copied with the network."""
