@@ -17,7 +17,7 @@ MakeOdeBlock = Callable[[nn.Module], nn.Module]
 
 def _group_norm(channels: int) -> nn.Module:
     """GroupNorm of at most 32 groups, each of at least 8 channels if there are that many."""
-    return nn.GroupNorm(math.gcd(32, max(1, channels // 8)), channels)
+    return nn.GroupNorm(math.gcd(32, max(1, channels // 8), channels), channels)
 
 
 class _Sum(torch.autograd.Function):
