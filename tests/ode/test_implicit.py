@@ -243,6 +243,27 @@ def test_a_step_whose_stages_are_not_solved_is_halved():
     assert float(truth[0]) == pytest.approx(float(-(ahead - back) / (2 * epsilon)), rel=1e-5)
 
 
+class Growth(nn.Module):
+    """dy/dt = w y."""
+
+    def __init__(self):
+        super().__init__()
+        self.w = nn.Parameter(torch.tensor([1.0], dtype=torch.float64))
+
+    def forward(self, t, y):
+        return self.w * y
+
+
+def test_a_step_whose_matrix_is_singular_is_halved():
+    """I − h J = 0 in backward Euler with h = w = 1; two steps of 1/2 multiply by 4."""
+    y0 = torch.tensor([[0.2], [0.3]], dtype=torch.float64)
+    y1, _, field = gradients(StageCheckpoint(), method("backward_euler"), Growth(), y0, TimeGrid(1))
+    torch.testing.assert_close(y1, 4 * y0)
+    assert field.evaluations.rejected == 1
+    with pytest.raises(NewtonFailed, match="I − cJ of an implicit stage is singular"):
+        NewtonKrylov().solve_adjoint(field, field.theta, 0.0, 1.0, y0, y0)
+
+
 class OnlyShortSteps(NewtonKrylov):
     def solve(self, field, theta, t, c, z, guess):
         if c > 0.2:
