@@ -164,6 +164,7 @@ def test_what_an_implicit_solver_cannot_do_is_refused(settings, message):
         ("task=trajectory gradient=reverse_adjoint", "crank_nicolson is not one; choose solver=euler"),
         ("task=trajectory runtime.compile=true solver=rk4", "runtime.compile=true: not with task=trajectory"),
         ("task=trajectory runtime.precision=bf16", "Newton's method in crank_nicolson needs fp32 or fp64"),
+        ("task=trajectory runtime.precision=bf16 solver=rk4", "bf16: batched_adjoint .* or gradient=stage_checkpoint"),
         ("task=trajectory recipe.steps_per_epoch=null", "give the training steps that are recorded together"),
         ("task=trajectory recipe.batch_size=4", "recipe.batch_size: there is no such setting"),
         ("task=trajectory runtime.channels_last=false", "it needs task=classification"),
