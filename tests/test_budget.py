@@ -260,3 +260,8 @@ def test_no_bytes(text):
 def test_budgets_and_adaptive_steps_do_not_mix():
     with pytest.raises(UserError, match="plans for a known number of steps"):
         jobs([*SMALL, "solver=dopri5", "solver.adaptive=true"], multirun=False)
+
+
+def test_a_budget_needs_blocks_in_every_job_of_a_sweep():
+    with pytest.raises(UserError, match=r"model.blocks_per_stage=0 has none; give at least 1"):
+        jobs([*SMALL, "model.blocks_per_stage=1,0"], multirun=True)

@@ -79,6 +79,7 @@ def test_a_budget_is_planned_for_the_state_of_training_steps(tmp_path, monkeypat
     [
         ("model.activation=relu", "model.activation=relu: .* choose softplus or gelu"),
         ("runtime.precision=bf16", "needs more digits; use fp32, tf32 or fp64"),
+        ("model.blocks_per_stage=0", "model.blocks_per_stage=0: a density has no layers .* at least 1"),
         ("recipe.schedule=plateau", "needs recipe.patience"),
         ("recipe.patience=3", "recipe.patience: has no effect here; it needs recipe.schedule=plateau"),
         ("gradient=batched_adjoint", "use stage_checkpoint"),

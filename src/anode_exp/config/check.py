@@ -264,6 +264,8 @@ def _check_task(config: TrainConfig) -> None:
          "runtime.precision=bf16: a density's trace needs more digits; use fp32, tf32 or fp64"),
         (task == "density" and config.model.activation not in ("softplus", "gelu"),
          f"model.activation={config.model.activation}: a density contains its derivative; choose softplus or gelu"),
+        (task == "density" and config.model.blocks_per_stage == 0,
+         "model.blocks_per_stage=0: a density has no layers but its ODE blocks; give a whole number, at least 1"),
         (mode == "batched_adjoint" and not trajectory,
          f"gradient=batched_adjoint: for the small states of task=trajectory; with task={task} use stage_checkpoint"),
         (mode == "budget" and trajectory, f"gradient=budget: does not plan for task=trajectory; use {modes}"),
@@ -310,6 +312,8 @@ def typed(config: DictConfig) -> TrainConfig:
         ((recipe.patience is None) and recipe.schedule == "plateau",
          "recipe.schedule=plateau: needs recipe.patience, epochs without a better score, such as 10"),
         (planned and checked.seeds > 1, "gradient=budget: plans for one run on its device; set seeds=1"),
+        (planned and not residual and model.blocks_per_stage == 0,
+         "gradient=budget: plans for ODE blocks, and model.blocks_per_stage=0 has none; give at least 1"),
         (planned and solver.adaptive, "gradient=budget: plans for a known number of steps; set solver.adaptive=false"),
     )  # fmt: skip
     _check_solver(checked)
