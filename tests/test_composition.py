@@ -376,6 +376,7 @@ def test_a_mistake_in_any_job_of_a_sweep_is_found_before_the_first_runs():
         (["gradient=stage_checkpoint", "gradient.states=input"], "stage_checkpoint takes keep or rebuild"),
         (["gradient=revolve", "gradient.slots=0"], "gradient.slots=0: give a whole number or null, at least 1"),
         (["gradient=revolve", "gradient.unit=layer"], "choose one of block, step, stage"),
+        (["compat=published_code", "gradient.passes=3"], "gradient.passes=3: choose one of 1, 2"),
         (["gradient=full_backprop", "gradient.slots=2"], "gradient.slots: there is no such setting"),
     ],
 )

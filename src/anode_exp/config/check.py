@@ -99,7 +99,7 @@ def _check(config: Any, path: str = "") -> None:
         if value is None:
             continue
         if "one_of" in f.metadata and value not in f.metadata["one_of"]:
-            raise UserError(f"{key}={value}: choose one of {', '.join(f.metadata['one_of'])}")
+            raise UserError(f"{key}={value}: choose one of {', '.join(map(str, f.metadata['one_of']))}")
         if "at_least" in f.metadata and any(n < f.metadata["at_least"] for n in numbers):
             raise UserError(f"{key}={value}: give {_expected(str(f.type))}, at least {f.metadata['at_least']}")
         if "below" in f.metadata and value >= f.metadata["below"]:
