@@ -9,7 +9,7 @@ from conftest import IMAGE_MODELS, Repeat, make_ode_block
 
 from anode_exp.budget.measure import REPEATS, Planner
 from anode_exp.budget.plan import RESERVE, Plan, policies
-from anode_exp.build import autocast_for
+from anode_exp.build import autocast_for, dtype_of
 from anode_exp.commands import together as train_module
 from anode_exp.commands.together import train
 from anode_exp.config.check import parse_bytes
@@ -32,7 +32,8 @@ def planner(
     for block in ode_blocks(network):
         block.evolution = Evolution(block.f, sharing="kernel") if evolves else None
         block.solver = SOLVERS[solver]() if solver else block.solver
-    images, labels = torch.randn(batch, 3, 32, 32), torch.arange(batch) % 10
+    dtype = dtype_of(precision)
+    network, images, labels = network.to(dtype), torch.randn(batch, 3, 32, 32).to(dtype), torch.arange(batch) % 10
 
     def optimizer(n):
         return torch.optim.SGD(n.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
@@ -179,6 +180,16 @@ def test_what_a_run_replays_is_what_is_timed():
     assert all(0 < x < float("inf") for row in p.seconds(most).values() for x in row)
 
 
+@pytest.mark.parametrize(("precision", "dtype"), [("fp64", torch.float64), ("bf16", torch.bfloat16)])
+def test_blocks_are_timed_on_states_of_the_runs_dtype(precision, dtype):
+    p = planner("resnet4", n_steps=1, batch=2, precision=precision)
+    seen = set()
+    for block in p.blocks:
+        block.register_forward_pre_hook(lambda _, args: seen.add(args[0].dtype))
+    p.seconds(10**12)
+    assert seen == {dtype}
+
+
 SMALL = ["dataset=fake", "dataset.train_size=40", "dataset.test_size=20", "model=squeezenext", "model.width=0.5",
          "solver=rk2", "solver.n_steps=3", "recipe.batch_size=16", "gradient=budget", "runtime.device=cpu"]  # fmt: skip
 
@@ -249,3 +260,8 @@ def test_no_bytes(text):
 def test_budgets_and_adaptive_steps_do_not_mix():
     with pytest.raises(UserError, match="plans for a known number of steps"):
         jobs([*SMALL, "solver=dopri5", "solver.adaptive=true"], multirun=False)
+
+
+def test_a_budget_needs_blocks_in_every_job_of_a_sweep():
+    with pytest.raises(UserError, match=r"model.blocks_per_stage=0 has none; give at least 1"):
+        jobs([*SMALL, "model.blocks_per_stage=1,0"], multirun=True)

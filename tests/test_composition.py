@@ -164,6 +164,7 @@ def test_what_an_implicit_solver_cannot_do_is_refused(settings, message):
         ("task=trajectory gradient=reverse_adjoint", "crank_nicolson is not one; choose solver=euler"),
         ("task=trajectory runtime.compile=true solver=rk4", "runtime.compile=true: not with task=trajectory"),
         ("task=trajectory runtime.precision=bf16", "Newton's method in crank_nicolson needs fp32 or fp64"),
+        ("task=trajectory runtime.precision=bf16 solver=rk4", "bf16: batched_adjoint .* or gradient=stage_checkpoint"),
         ("task=trajectory recipe.steps_per_epoch=null", "give the training steps that are recorded together"),
         ("task=trajectory recipe.batch_size=4", "recipe.batch_size: there is no such setting"),
         ("task=trajectory runtime.channels_last=false", "it needs task=classification"),
@@ -381,6 +382,7 @@ def test_a_mistake_in_any_job_of_a_sweep_is_found_before_the_first_runs():
         (["gradient=stage_checkpoint", "gradient.states=input"], "stage_checkpoint takes keep or rebuild"),
         (["gradient=revolve", "gradient.slots=0"], "gradient.slots=0: give a whole number or null, at least 1"),
         (["gradient=revolve", "gradient.unit=layer"], "choose one of block, step, stage"),
+        (["compat=published_code", "gradient.passes=3"], "gradient.passes=3: choose one of 1, 2"),
         (["gradient=full_backprop", "gradient.slots=2"], "gradient.slots: there is no such setting"),
     ],
 )

@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from anode_exp.budget.measure import Planner
 from anode_exp.build import build_network, output_size
+from anode_exp.commands import together
 from anode_exp.commands.train import main
 from anode_exp.config.compose import jobs
 from anode_exp.errors import UserError
@@ -56,11 +58,28 @@ def test_the_papers_flows(preset, size, hidden, blocks):
     assert count_parameters(network)["total"] == blocks * per_layer and len(list(ode_blocks(network))) == blocks
 
 
+@pytest.mark.parametrize(("trace", "state"), [("exact", 3), ("gaussian", 5)])
+def test_a_budget_is_planned_for_the_state_of_training_steps(tmp_path, monkeypatch, trace, state):
+    planners = []
+
+    class Kept(Planner):
+        def __init__(self, *args):
+            super().__init__(*args)
+            planners.append(self)
+
+    monkeypatch.setattr(together, "Planner", Kept)
+    settings = ["gradient=budget", "gradient.memory=1GiB", f"task.trace={trace}", "recipe.epochs=1"]
+    train(tmp_path, *settings, "solver=rk2", "solver.n_steps=1")
+    (planner,) = planners
+    assert {shape for p in planner.profiles.values() for shape, _ in p.inputs} == {(state,)}
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
         ("model.activation=relu", "model.activation=relu: .* choose softplus or gelu"),
         ("runtime.precision=bf16", "needs more digits; use fp32, tf32 or fp64"),
+        ("model.blocks_per_stage=0", "model.blocks_per_stage=0: a density has no layers .* at least 1"),
         ("recipe.schedule=plateau", "needs recipe.patience"),
         ("recipe.patience=3", "recipe.patience: has no effect here; it needs recipe.schedule=plateau"),
         ("gradient=batched_adjoint", "use stage_checkpoint"),

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from anode_exp.gradient import BatchedAdjoint, FullBackprop, StageCheckpoint, WarmStart, solve_through
-from anode_exp.ode import SOLVERS, TABLEAUX, NewtonKrylov, TimeGrid, Tolerance, VectorField
+from anode_exp.ode import SOLVERS, TABLEAUX, NewtonKrylov, TimeGrid, Tolerance, VectorField, adjoint_at_once
+from anode_exp.ode.controller import NewtonFailed
 
 TIMES = (0.0, 0.1, 0.5, 1.7)
 IMPLICIT = ("backward_euler", "crank_nicolson", "sdirk2", "tr_bdf2", "kvaerno3")
@@ -126,6 +127,30 @@ def test_a_warm_start_that_leads_nowhere_is_solved_step_by_step(spoil):
     found = BatchedAdjoint().solve_through(field, y0, field.theta, steps, solver, warm)
     assert torch.equal(found, expected)
     assert warm.trajectory.states.isfinite().all() and warm.trajectory.states.shape[1] == len(y0)
+
+
+def test_singular_matrices():
+    """With a warm start the solve is then step by step, where steps are halved; an adjoint fails."""
+
+    class Growth(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = nn.Parameter(torch.tensor(0.5, dtype=torch.float64))
+
+        def forward(self, t, y):
+            return self.w * y
+
+    field, y0 = VectorField(Growth()), torch.ones(2, 1, dtype=torch.float64)
+    solver, warm = SOLVERS["backward_euler"](), WarmStart()
+    BatchedAdjoint().solve_through(field, y0, field.theta, [TimeGrid(1)], solver, warm)
+    guess = warm.trajectory
+    with torch.no_grad():
+        field.module.w.fill_(1.0)  # I − h w = 0
+    y = BatchedAdjoint().solve_through(field, y0, field.theta, [TimeGrid(1)], solver, warm)
+    torch.testing.assert_close(y[0], 4 * y0)
+    assert len(warm.trajectory.sizes) == 2
+    with pytest.raises(NewtonFailed, match="singular"):
+        adjoint_at_once(field, field.theta, solver.tableau, guess, [None, y0])
 
 
 def test_what_it_does_not_take():

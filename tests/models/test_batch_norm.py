@@ -2,6 +2,7 @@
 
 import re
 from collections import Counter
+from contextlib import contextmanager
 from dataclasses import replace
 
 import numpy as np
@@ -14,10 +15,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from anode_exp.build import autocast_for, build_model, build_optimizer
 from anode_exp.config.compose import composed
 from anode_exp.errors import UserError
+from anode_exp.gradient import GRADIENT_MODES
 from anode_exp.models import Autonomous, TimedBatchNorm, count_parameters, ode_blocks
 from anode_exp.models.calibrate import calibrate_norms
 from anode_exp.models.layers import BatchNorm, interpolation
-from anode_exp.ode import TABLEAUX, ExplicitRungeKutta, Tolerance, VectorField, integrate_adaptive
+from anode_exp.ode import TABLEAUX, ExplicitRungeKutta, TimeGrid, Tolerance, VectorField, integrate_adaptive
+from anode_exp.ode.controller import NewtonFailed
+from anode_exp.ode.implicit import DiagonallyImplicitRungeKutta
+from anode_exp.ode.newton_krylov import NewtonKrylov
+from anode_exp.ode.tableau import IMPLICIT_TABLEAUX
 from anode_exp.tasks.classification import Classification
 from anode_exp.training.step import MovingAverage, evaluate, train_step
 
@@ -164,6 +170,29 @@ def test_a_rejected_step_and_a_failed_evaluation_leave_no_trace():
     assert all(torch.equal(a, b) for a, b in zip(norm.buffers(), before, strict=True))
 
 
+class ShortNearTheEnd(NewtonKrylov):
+    def solve(self, field, theta, t, c, z, guess):
+        if t > 0.75 and c > 0.2:
+            raise NewtonFailed("too long")
+        return super().solve(field, theta, t, c, z, guess)
+
+
+def test_full_backprop_through_a_halved_step():
+    """Its half begins between two times, whose rows are then updated in place after a graph has kept one of them."""
+    found = []
+    for mode in ("full_backprop", "step_checkpoint"):
+        torch.manual_seed(0)
+        norm = TimedBatchNorm(3, [0.0, 0.5, 1.0])
+        field = VectorField(Autonomous(nn.Conv2d(3, 3, 1), norm, nn.Tanh()).double())
+        y0 = torch.randn(4, 3, 4, 4, dtype=torch.float64)
+        method = DiagonallyImplicitRungeKutta(IMPLICIT_TABLEAUX["crank_nicolson"], ShortNearTheEnd("gmres"))
+        GRADIENT_MODES[mode]().solve(field, y0, field.theta, TimeGrid(2), method).square().sum().backward()
+        assert field.evaluations.rejected == 1
+        found.append([p.grad for p in field.theta])
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-10)
+
+
 @pytest.mark.parametrize("overrides", [ADAPTIVE, ["solver=rk2", "model.evolution=reaction_diffusion_advection"]])
 def test_evaluation_is_the_trained_network(overrides):
     """Calibrated on a batch, the network evaluates that batch as in training; with a single set it does not."""
@@ -180,6 +209,35 @@ def test_evaluation_is_the_trained_network(overrides):
             evaluated, trained = network(batch()), network.train()(batch())
         gaps.append(float((evaluated - trained).norm() / trained.norm()))
     assert gaps[0] < 0.05 and gaps[0] < 0.3 * gaps[1]
+
+
+@pytest.mark.parametrize("overrides", [ADAPTIVE, ["solver=sdirk2", "solver.linear=gmres"]])
+def test_calibration_is_the_mean_over_evaluations_that_count(overrides, monkeypatch):
+    """Without those in Newton's iterations, in the estimate of the first step, and in rejected steps."""
+    network, _ = network_of(*overrides, statistics="forward")
+    means = {m: [] for m in network.modules() if isinstance(m, BatchNorm)}
+    for norm in means:
+        norm.register_forward_pre_hook(
+            lambda m, y: means[m].append(y[0].mean((0, 2, 3))) if m.track_running_stats else None
+        )
+    trial, undone = VectorField.trial, []
+
+    @contextmanager
+    def recorded(self):
+        before = {m: len(x) for m, x in means.items()}
+        with trial(self) as attempt:
+            yield attempt
+        if not attempt.keep:
+            undone.append(attempt)
+            for m, x in means.items():
+                del x[before[m] :]
+
+    monkeypatch.setattr(VectorField, "trial", recorded)
+    calibrate_norms(network, autocast_for("fp32", CPU), [(x, torch.zeros(4)) for x in batch(8).split(4)])
+    assert undone or overrides is not ADAPTIVE
+    for norm, seen in means.items():
+        torch.testing.assert_close(norm.running_mean, torch.stack(seen).mean(0), rtol=1e-4, atol=1e-5)
+        assert norm.momentum == 0.1 and norm.num_batches_tracked is None
 
 
 def test_steps_and_solvers_other_than_the_trained_ones():
@@ -210,6 +268,11 @@ def test_steps_and_solvers_other_than_the_trained_ones():
     again, _ = network_of(*ADAPTIVE)
     again.load_state_dict(adaptive.state_dict())
     assert norms(again)[0].row_weight.tolist() == [0.0] * 3 + [0.5] + [0.0] * 7
+    # Fixed steps to the same times evaluate all rows: those without statistics get the nearest ones.
+    norms(adaptive)[0].running_mean[3] = 2.0
+    fixed, _ = network_of("solver=heun", "solver.n_steps=10")
+    fixed.load_state_dict(adaptive.state_dict())
+    assert norms(fixed)[0].times == norms(adaptive)[0].times and (norms(fixed)[0].running_mean == 2.0).all()
 
 
 def test_before_any_training_an_adaptive_network_can_be_evaluated():

@@ -63,7 +63,7 @@ def test_the_norm_of_f_may_differ_from_the_networks():
     assert any(isinstance(m, nn.BatchNorm2d) for m in network.modules())
 
 
-@pytest.mark.parametrize("channels", [2, 8, 16, 24, 64, 512])
+@pytest.mark.parametrize("channels", [2, 8, 16, 24, 34, 64, 512])
 def test_layer_norm_is_over_the_whole_image_and_groups_divide(channels):
     y = torch.randn(2, channels, 4, 4)
     torch.testing.assert_close(NORMS["layer"](channels)(y), nn.functional.layer_norm(y, y.shape[1:]))

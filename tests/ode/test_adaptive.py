@@ -116,6 +116,28 @@ def test_a_hopeless_solve_ends():
         integrate_adaptive(VectorField(NotFinite()), y0, (), Tolerance(1e-3, 1e-3), solver("bosh3"))
 
 
+@pytest.mark.parametrize("slope", [math.inf, math.nan, 1e300])
+@pytest.mark.parametrize("y0", [1.0, 0.0])
+def test_a_solve_without_a_finite_start_ends_at_once(slope, y0):
+    """The square of 1e300 is not finite either."""
+
+    class Constant(nn.Module):
+        def forward(self, t, y):
+            return torch.full_like(y, slope)
+
+    field = VectorField(Constant())
+    with pytest.raises(SolveFailed, match="at t = 0: the state or its slope is not finite"):
+        integrate_adaptive(
+            field, torch.full((2,), y0, dtype=torch.float64), (), Tolerance(1e-3, 1e-3), solver("dopri5")
+        )
+    assert field.evaluations.total == 1
+
+
+def test_a_step_that_is_not_a_number_ends_a_solve():
+    with pytest.raises(SolveFailed, match="needs a step of nan, below min_step"):
+        StepController(0.0, 1.0, math.nan, 2, Tolerance(1e-3, 1e-3)).judge(math.nan)
+
+
 def test_what_cannot_be_adaptive():
     field, y0 = VectorField(Field()), torch.zeros(3, dtype=torch.float64)
     with pytest.raises(ValueError, match="rk4 has no error estimate"):
@@ -125,6 +147,8 @@ def test_what_cannot_be_adaptive():
         integrate_adaptive(field, y0, (w.expand(2, 3, 3), v), Tolerance(1e-3, 1e-3), solver("dopri5"))
     with pytest.raises(ValueError, match="rtol is 0"):
         Tolerance(0, 1e-3)
+    with pytest.raises(ValueError, match=r"t0 and t1 are both 1\.0; adaptive steps need an interval"):
+        Tolerance(1e-3, 1e-3, 1.0, 1.0)
 
 
 def test_the_controller_in_closed_form():

@@ -12,6 +12,7 @@ from anode_exp.gradient import GRADIENT_MODES, DtoCheckpoint, FullBackprop, Revo
 from anode_exp.ode import TimeGrid, Tolerance, VectorField, integrate, integrate_adaptive
 from anode_exp.ode.controller import NewtonFailed
 from anode_exp.ode.implicit import DiagonallyImplicitRungeKutta
+from anode_exp.ode.integrate import integrate_halving
 from anode_exp.ode.newton_krylov import NewtonKrylov, gmres
 from anode_exp.ode.tableau import IMPLICIT_TABLEAUX
 
@@ -240,6 +241,48 @@ def test_a_step_whose_stages_are_not_solved_is_halved():
         gradients(FullBackprop(), method("backward_euler"), Pole(), y0 + d, grid)[0] for d in (epsilon, -epsilon)
     )
     assert float(truth[0]) == pytest.approx(float(-(ahead - back) / (2 * epsilon)), rel=1e-5)
+
+
+class Growth(nn.Module):
+    """dy/dt = w y."""
+
+    def __init__(self):
+        super().__init__()
+        self.w = nn.Parameter(torch.tensor([1.0], dtype=torch.float64))
+
+    def forward(self, t, y):
+        return self.w * y
+
+
+def test_a_step_whose_matrix_is_singular_is_halved():
+    """I − h J = 0 in backward Euler with h = w = 1; two steps of 1/2 multiply by 4."""
+    y0 = torch.tensor([[0.2], [0.3]], dtype=torch.float64)
+    y1, _, field = gradients(StageCheckpoint(), method("backward_euler"), Growth(), y0, TimeGrid(1))
+    torch.testing.assert_close(y1, 4 * y0)
+    assert field.evaluations.rejected == 1
+    with pytest.raises(NewtonFailed, match="I − cJ of an implicit stage is singular"):
+        NewtonKrylov().solve_adjoint(field, field.theta, 0.0, 1.0, y0, y0)
+
+
+class OnlyShortSteps(NewtonKrylov):
+    def solve(self, field, theta, t, c, z, guess):
+        if c > 0.2:
+            raise NewtonFailed("too long")
+        return super().solve(field, theta, t, c, z, guess)
+
+
+def test_a_step_that_is_halved_leaves_no_trace_in_running_statistics():
+    """The first stage of crank_nicolson is explicit: it has advanced them when the second one fails."""
+    found = []
+    for n_steps, newton in ((2, OnlyShortSteps("gmres")), (4, NewtonKrylov("gmres"))):
+        torch.manual_seed(0)
+        field = VectorField(Normed().double())
+        y0 = torch.randn(4, 2, 5, 5, dtype=torch.float64)
+        crank_nicolson = DiagonallyImplicitRungeKutta(IMPLICIT_TABLEAUX["crank_nicolson"], newton)
+        y1, _ = integrate_halving(field, y0, field.theta, TimeGrid(n_steps), crank_nicolson)
+        found.append([y1, *field.module.buffers()])
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
 
 
 def test_adaptive_steps_follow_a_stiff_solution():

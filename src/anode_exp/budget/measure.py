@@ -160,12 +160,12 @@ class Planner:
                 holding = j + 1 if what == "leave" else j
             position = end
         self.tick()
-        return Profile(kept, inside, outside, evaluations, [tuple(shape[1:]) for shape in self._shapes])
+        return Profile(kept, inside, outside, evaluations, self._inputs)
 
     def _dry_step(self, size: int) -> _Timeline:
         some = torch.arange(size, device=self.device) % len(self.batch[0])
         batch = tuple(self._laid_out(x[some]) for x in self.batch)
-        self._shapes: list[torch.Size] = [torch.Size()] * len(self.blocks)
+        self._inputs: list[tuple[tuple[int, ...], torch.dtype]] = [((), torch.float32)] * len(self.blocks)
         handles = []
         self.network.zero_grad(set_to_none=True)
         with _Timeline([*state_tensors(self.network, self.optimizer), *batch]) as line:
@@ -186,7 +186,7 @@ class Planner:
         return x.contiguous(memory_format=torch.channels_last) if last and x.dim() == 4 else x
 
     def _enter(self, line: _Timeline, i: int, y: Tensor) -> None:
-        self._shapes[i] = y.shape
+        self._inputs[i] = tuple(y.shape[1:]), y.dtype
         if y.requires_grad:
             y.register_hook(lambda _: line.mark("done", i))
         line.mark("enter", i)
@@ -220,13 +220,13 @@ class Planner:
                     needed = sum(lightest[:i]) + self.profiles[name].inside[i]
                     if needed <= room and times[i] == float("inf"):
                         block.gradient = self.choices[name]
-                        times[i] = self._time(block, self.profiles[name].shapes[i])
+                        times[i] = self._time(block, *self.profiles[name].inputs[i])
                 self.tick()
         return self._seconds
 
-    def _time(self, block: OdeBlock, shape: tuple[int, ...]) -> float:
+    def _time(self, block: OdeBlock, shape: tuple[int, ...], dtype: torch.dtype) -> float:
         generator = torch.Generator().manual_seed(0)
-        y = torch.randn(self.batch_size, *shape, generator=generator).to(self.device)
+        y = torch.randn(self.batch_size, *shape, generator=generator).to(self.device, dtype)
         y = self._laid_out(y).requires_grad_()
 
         def passes() -> None:

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from tabulate import tabulate
 
 from anode_exp.gradient import (
@@ -51,14 +52,14 @@ class Profile:
         inside: the most bytes alive during each block's own passes, minus what the blocks before it keep.
         outside: the most bytes alive elsewhere, minus what blocks keep: entry i while the first i blocks hold theirs.
         evaluations: of f, forward and backward, in each block.
-        shapes: of each block's input, without the batch.
+        inputs: shape, without the batch, and dtype of each block's input.
     """
 
     kept: list[int]
     inside: list[int]
     outside: list[int]
     evaluations: list[tuple[int, int]]
-    shapes: list[tuple[int, ...]]
+    inputs: list[tuple[tuple[int, ...], torch.dtype]]
 
 
 @dataclass(frozen=True)

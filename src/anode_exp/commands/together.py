@@ -253,7 +253,8 @@ def _plan(directory: Path, trainer: Trainer, resume: bool) -> None:
             bar(Planner.dry_runs(config.solver.n_steps, solver), "planning") as progress,
             memory_for("planning", "give a gradient.memory that the device has, or a smaller recipe.batch_size"),
         ):
-            batch = next(trainer.data.evaluation("train", max(SMALL_BATCHES)))
+            # As training gives it: a density's has noise, which is part of the state. Copies, not views of all of it.
+            batch = tuple(x[: max(SMALL_BATCHES)].clone() for x in next(trainer.data.epoch(1).starting_at(0)))
             new_capture = trainer.step.new_capture if isinstance(trainer.step, GraphedStep) else None
             planner = Planner(
                 network.train(), lambda n: build_optimizer(n, config.recipe), trainer.assembly.autocast, trainer.task,

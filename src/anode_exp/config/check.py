@@ -99,7 +99,7 @@ def _check(config: Any, path: str = "") -> None:
         if value is None:
             continue
         if "one_of" in f.metadata and value not in f.metadata["one_of"]:
-            raise UserError(f"{key}={value}: choose one of {', '.join(f.metadata['one_of'])}")
+            raise UserError(f"{key}={value}: choose one of {', '.join(map(str, f.metadata['one_of']))}")
         if "at_least" in f.metadata and any(n < f.metadata["at_least"] for n in numbers):
             raise UserError(f"{key}={value}: give {_expected(str(f.type))}, at least {f.metadata['at_least']}")
         if "below" in f.metadata and value >= f.metadata["below"]:
@@ -191,6 +191,9 @@ def _check_solver(config: TrainConfig) -> None:
         (config.solver.adaptive and name in SOLVERS and not SOLVERS[name].embedded,
          f"solver.adaptive=true: {name} has no error estimate; choose solver={', '.join(solvers_that('embedded'))}"),
         (refused is not None, f"gradient={gradient.name}: {refused}"),
+        (gradient.name == "batched_adjoint" and config.runtime.precision == "bf16",
+         "runtime.precision=bf16: batched_adjoint would not be the gradient of a solve in bf16; use fp32, tf32 or "
+         "fp64, or gradient=stage_checkpoint"),
     )  # fmt: skip
 
 
@@ -261,6 +264,8 @@ def _check_task(config: TrainConfig) -> None:
          "runtime.precision=bf16: a density's trace needs more digits; use fp32, tf32 or fp64"),
         (task == "density" and config.model.activation not in ("softplus", "gelu"),
          f"model.activation={config.model.activation}: a density contains its derivative; choose softplus or gelu"),
+        (task == "density" and config.model.blocks_per_stage == 0,
+         "model.blocks_per_stage=0: a density has no layers but its ODE blocks; give a whole number, at least 1"),
         (mode == "batched_adjoint" and not trajectory,
          f"gradient=batched_adjoint: for the small states of task=trajectory; with task={task} use stage_checkpoint"),
         (mode == "budget" and trajectory, f"gradient=budget: does not plan for task=trajectory; use {modes}"),
@@ -307,6 +312,8 @@ def typed(config: DictConfig) -> TrainConfig:
         ((recipe.patience is None) and recipe.schedule == "plateau",
          "recipe.schedule=plateau: needs recipe.patience, epochs without a better score, such as 10"),
         (planned and checked.seeds > 1, "gradient=budget: plans for one run on its device; set seeds=1"),
+        (planned and not residual and model.blocks_per_stage == 0,
+         "gradient=budget: plans for ODE blocks, and model.blocks_per_stage=0 has none; give at least 1"),
         (planned and solver.adaptive, "gradient=budget: plans for a known number of steps; set solver.adaptive=false"),
     )  # fmt: skip
     _check_solver(checked)

@@ -161,7 +161,7 @@ class GradientConfig:
     states: str | None = _setting(None, one_of=("input", "keep", "rebuild"))
     slots: int | None = _setting(None, at_least=1)
     memory: str | None = None
-    passes: int | None = _setting(None, at_least=1)
+    passes: int | None = _setting(None, one_of=(1, 2))
 
 
 @dataclass(kw_only=True)

@@ -17,7 +17,7 @@ MakeOdeBlock = Callable[[nn.Module], nn.Module]
 
 def _group_norm(channels: int) -> nn.Module:
     """GroupNorm of at most 32 groups, each of at least 8 channels if there are that many."""
-    return nn.GroupNorm(math.gcd(32, max(1, channels // 8)), channels)
+    return nn.GroupNorm(math.gcd(32, max(1, channels // 8), channels), channels)
 
 
 class _Sum(torch.autograd.Function):
@@ -203,7 +203,8 @@ class TimedBatchNorm(BatchNorm):
         weight = state_dict.pop(prefix + "row_weight", torch.ones(len(times)))
         known = [i for i, s in enumerate(weight.tolist()) if s > 0]
         places = [[(i, 1.0)] for i in range(len(times))]
-        if not torch.equal(torch.tensor(times), torch.tensor(self.times)):
+        differ = not torch.equal(torch.tensor(times), torch.tensor(self.times))
+        if differ or (not self.between and 0 < len(known) < len(times)):  # only ``between`` can leave rows out
             weight = torch.ones(len(self.times)) if known else self.row_weight
             known = known or list(range(len(times)))
             places = [[(known[i], w) for i, w in interpolation([times[k] for k in known], t)] for t in self.times]
@@ -255,7 +256,7 @@ class TimedBatchNorm(BatchNorm):
             share = w if self.momentum is None else w * self.momentum
             weight.add_(share) if self.momentum is None else weight.mul_(1.0 - share).add_(share)
             for rows, x in ((self.running_mean, mean), (self.running_var, var)):
-                rows[row].lerp_(x, share / weight)
+                rows.data[row].lerp_(x, share / weight)  # .data keeps the version that earlier steps' graphs saved
 
     def forget(self) -> None:
         """Drop a call's tensors: they are part of a graph, and cannot be copied with the network."""

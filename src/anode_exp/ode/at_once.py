@@ -20,7 +20,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from anode_exp.ode.newton_krylov import change_of, linearised
+from anode_exp.ode.controller import NewtonFailed
+from anode_exp.ode.newton_krylov import change_of, linearised, solved
 from anode_exp.ode.tableau import ButcherTableau, ImplicitTableau
 from anode_exp.ode.vector_field import Theta, VectorField
 
@@ -84,6 +85,9 @@ def _stage_changes(
     Args:
         h: [N, 1, 1, 1].
         right: [s, N, B, d, columns].
+
+    Raises:
+        NewtonFailed: if a matrix is singular.
     """
     identity = torch.eye(jacobian.shape[-1], dtype=h.dtype, device=h.device)
     changes: list[Tensor] = []
@@ -94,7 +98,7 @@ def _stage_changes(
         if terms:
             x = x + h * sum(terms[1:], terms[0])
         if row[i] != 0.0:
-            x = torch.linalg.solve(identity - h * row[i] * jacobian[i], x)
+            x = solved(identity - h * row[i] * jacobian[i], x)
         changes.append(x)
         moved.append(jacobian[i] @ x)
     terms = [b * m for b, m in zip(tableau.b, moved, strict=True) if b != 0.0]
@@ -117,7 +121,8 @@ def newton_at_once(
     (E. Hairer and G. Wanner, Solving Ordinary Differential Equations II, IV.8).
 
     Returns:
-        The trajectory, or None if it has not converged after ``MOST_ITERATIONS`` or the iterates are not finite.
+        The trajectory, or None if it has not converged after ``MOST_ITERATIONS``, the iterates are not finite, or a
+        matrix is singular.
     """
     h = guess.sizes[:, None, None, None]
     times = stage_times(tableau, guess.times, guess.sizes)
@@ -133,7 +138,10 @@ def newton_at_once(
             for i, row in enumerate(coefficients(tableau))
         ])  # fmt: skip
         end = states[1:] - states[:-1] - sum(b * k for b, k in zip(tableau.b, step, strict=True))
-        changes, at_end = _stage_changes(tableau, h, jacobian, torch.cat([eye, -wrong[..., None]], -1))
+        try:
+            changes, at_end = _stage_changes(tableau, h, jacobian, torch.cat([eye, -wrong[..., None]], -1))
+        except NewtonFailed:
+            return None
         matrices = (at_end[..., :-1] + eye[0]).unbind(0)
         constants = (at_end[..., -1:] - end[..., None]).unbind(0)
         moves = [torch.zeros_like(constants[0])]
@@ -171,6 +179,9 @@ def adjoint_at_once(
 
     Returns:
         ∂J/∂y_0 [B, d], and ∂J/∂θ of the entries of θ that require a gradient.
+
+    Raises:
+        NewtonFailed: if a matrix I − h a_ii J_i is singular.
     """
     h = steps.sizes[:, None, None, None]
     times = stage_times(tableau, steps.times, steps.sizes)
@@ -195,7 +206,7 @@ def adjoint_at_once(
     for i in reversed(range(s)):
         right = h * (tableau.b[i] * alpha + sum(rows[j][i] * x for j, x in lambdas.items()))
         if rows[i][i] != 0.0:
-            right = torch.linalg.solve((eye - h * rows[i][i] * jacobian[i]).mT, right)
+            right = solved((eye - h * rows[i][i] * jacobian[i]).mT, right)
         kappas[i] = right
         lambdas[i] = jacobian[i].mT @ right
     wanted = [p for p in theta if p.requires_grad]

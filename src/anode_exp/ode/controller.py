@@ -61,7 +61,7 @@ class StepController:
             factor = max(SAFETY * error ** (-1 / self._k), SHRINK_AT_MOST) if error < float("inf") else SHRINK_AT_MOST
             self._rejected = True
         self._h = abs(h) * factor
-        if not self.done and self._h < self._tolerance.min_step:
+        if not self.done and not self._h >= self._tolerance.min_step:  # also for NaN
             raise SolveFailed(
                 f"adaptive solve at t = {self.t:.6g} needs a step of {self._h:.2g}, below min_step = "
                 f"{self._tolerance.min_step:g}: the field is too stiff or not finite; loosen rtol and atol, or lower "

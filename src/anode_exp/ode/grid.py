@@ -60,7 +60,7 @@ class Tolerance:
         min_step: smallest step, in units of t; a solve that needs a smaller one fails.
 
     Raises:
-        ValueError: if a tolerance is not positive.
+        ValueError: if a tolerance is not positive, or t0 = t1.
     """
 
     rtol: float
@@ -73,6 +73,8 @@ class Tolerance:
     def __post_init__(self) -> None:
         if not (self.rtol > 0 and self.atol > 0):
             raise ValueError(f"rtol is {self.rtol}, atol is {self.atol}; both must be above 0")
+        if self.t0 == self.t1:
+            raise ValueError(f"t0 and t1 are both {self.t0}; adaptive steps need an interval of time")
 
     def scale(self, y: Tensor, y1: Tensor) -> Tensor:
         return self.atol + self.rtol * torch.maximum(y.abs(), y1.abs())

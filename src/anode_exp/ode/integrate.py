@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from contextlib import suppress
 
 import torch
 from torch import Tensor
 
-from anode_exp.ode.controller import NewtonFailed, StepController, check_evaluations
+from anode_exp.ode.controller import NewtonFailed, SolveFailed, StepController, check_evaluations
 from anode_exp.ode.grid import Steps, TimeGrid, Tolerance, rms
 from anode_exp.ode.solver import EmbeddedSolver, Solver, State, with_stages
 from anode_exp.ode.vector_field import Theta, VectorField
@@ -85,11 +86,19 @@ def _keeping(solver: Solver, kept: list[State] | None, keep_stages: bool) -> Cal
 def _first_step(field: VectorField, theta: Theta, y0: Tensor, slope: Tensor, tolerance: Tolerance, order: int) -> float:
     """The size of the first step, estimated by an explicit Euler step; one evaluation of f.
 
+    Raises:
+        SolveFailed: if the state or its slope is not finite.
+
     Source: Hairer, Nørsett, Wanner, Solving ODEs I, II.4.
     """
     sign = 1.0 if tolerance.t1 > tolerance.t0 else -1.0
     scale = tolerance.scale(y0, y0)
     d0, d1 = float(rms(y0 / scale)), float(rms(slope / scale))
+    if not math.isfinite(d0 + d1):
+        raise SolveFailed(
+            f"adaptive solve at t = {tolerance.t0:.6g}: the state or its slope is not finite, or so large that its "
+            "norm is not; scale them down"
+        )
     h0 = 1e-6 if min(d0, d1) < 1e-5 else 0.01 * d0 / d1
     h0 = min(h0, abs(tolerance.t1 - tolerance.t0))
     other = field(tolerance.t0 + sign * h0, y0 + sign * h0 * slope, theta)
@@ -121,7 +130,7 @@ def integrate_adaptive(
         y(t1), bit for bit that of ``integrate`` over the accepted steps, and the accepted steps.
 
     Raises:
-        SolveFailed: above ``max_evaluations``, or below ``min_step``.
+        SolveFailed: above ``max_evaluations``, below ``min_step``, or if the state or its slope at t0 is not finite.
         ValueError: if the method has no error estimate, or θ has a value for every step.
     """
     if any(entry.shape != p.shape for entry, p in zip(theta, field.theta, strict=True)):
@@ -172,6 +181,8 @@ def integrate_halving(
 ) -> tuple[Tensor, TimeGrid | Steps]:
     """``integrate``, but a step whose stages cannot be solved is taken in two halves, recursively.
 
+    A step that failed leaves running statistics unchanged.
+
     Returns:
         y(t1) and the steps taken: the grid itself where none was halved.
 
@@ -188,7 +199,9 @@ def integrate_halving(
         while left:
             t, h, halvings = left.pop()
             try:
-                state = step(field, theta_n, t, h, state)
+                with field.trial() as trial:
+                    state = step(field, theta_n, t, h, state)
+                    trial.keep = True
             except NewtonFailed:
                 if halvings == MOST_HALVINGS or not constant:
                     raise

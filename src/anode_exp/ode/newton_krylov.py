@@ -63,7 +63,7 @@ class NewtonKrylov:
         """Y with Y = z + c f(t, Y, θ), by Newton's method from the guess.
 
         Raises:
-            NewtonFailed: after ``max_iterations``, or if the iterates are no longer finite.
+            NewtonFailed: after ``max_iterations``, or if the iterates are no longer finite or I − c J is singular.
         """
         y, before = guess, float("inf")
         for _ in range(self.max_iterations):
@@ -104,7 +104,7 @@ class NewtonKrylov:
         One evaluation of f with a graph; its vector–Jacobian products do not evaluate f again.
 
         Raises:
-            NewtonFailed: if GMRES does not converge.
+            NewtonFailed: if GMRES does not converge, or I − c J is singular.
         """
         with torch.enable_grad():
             y = y.detach().requires_grad_()
@@ -166,10 +166,26 @@ def _rows(dy: Tensor, y: Tensor) -> Tensor:
 
 
 def dense_solve(jacobian: Tensor, c: float, right: Tensor, transposed: bool = False) -> Tensor:
-    """x with (I − c J) x = right for every sample, or with the transposed matrices."""
+    """x with (I − c J) x = right for every sample, or with the transposed matrices.
+
+    Raises:
+        NewtonFailed: if a matrix is singular.
+    """
     matrix = torch.eye(jacobian.shape[-1], dtype=right.dtype, device=right.device) - c * jacobian
     matrix = matrix.mT if transposed else matrix
-    return torch.linalg.solve(matrix, right.reshape(len(matrix), -1, 1)).reshape(right.shape)
+    return solved(matrix, right.reshape(len(matrix), -1, 1)).reshape(right.shape)
+
+
+def solved(matrices: Tensor, right: Tensor) -> Tensor:
+    """x with matrices x = right.
+
+    Raises:
+        NewtonFailed: if a matrix is singular.
+    """
+    x, info = torch.linalg.solve_ex(matrices, right)
+    if info.any():
+        raise NewtonFailed("the matrix I − cJ of an implicit stage is singular; take more steps")
+    return x
 
 
 def _jvp(field: VectorField, theta: Theta, t: float, y: Tensor, v: Tensor) -> Tensor:
