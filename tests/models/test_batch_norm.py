@@ -273,6 +273,8 @@ def test_steps_and_solvers_other_than_the_trained_ones():
     fixed, _ = network_of("solver=heun", "solver.n_steps=10")
     fixed.load_state_dict(adaptive.state_dict())
     assert norms(fixed)[0].times == norms(adaptive)[0].times and (norms(fixed)[0].running_mean == 2.0).all()
+    one.load_state_dict(adaptive.state_dict())
+    assert (found[0].running_mean == 2.0).all(), "the mean of the times that have statistics"
 
 
 def test_before_any_training_an_adaptive_network_can_be_evaluated():

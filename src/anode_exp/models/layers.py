@@ -97,9 +97,10 @@ class BatchNorm(nn.BatchNorm2d):
     ) -> None:
         """Omit the counter that torch would add to a state of unknown version; average statistics by time."""
         if "row_times" not in self._buffers and state_dict.pop(prefix + "row_times", None) is not None:
-            state_dict.pop(prefix + "row_weight", None)
+            weight = state_dict.pop(prefix + "row_weight", None)
+            known = slice(None) if weight is None or not weight.any() else weight > 0  # times that training came near
             for name in (prefix + "running_mean", prefix + "running_var"):
-                state_dict[name] = state_dict[name].mean(0)
+                state_dict[name] = state_dict[name][known].mean(0)
         super()._load_from_state_dict(state_dict, prefix, {**local_metadata, "version": 2}, *args)
 
 
