@@ -23,11 +23,11 @@ from anode_exp.config.describe import CONF, options
 from anode_exp.config.reproduction import cells, specification
 from anode_exp.config.studies import study
 from anode_exp.errors import UserError
-from anode_exp.records.cells import copy_records, is_calibrated, read_records
+from anode_exp.records.cells import Record, copy_records, is_calibrated, read_records
 from anode_exp.records.checkpoints import Checkpoints
 from anode_exp.records.reading import claim, read_metrics
 from anode_exp.report.page import Reproduction, write_report
-from anode_exp.report.statistics import Group, accuracy_rows, cost_rows
+from anode_exp.report.statistics import Group, accuracy_rows, cost_rows, kept_epochs
 from anode_exp.training.signals import StopRequest
 
 SMALL = ["recipe.epochs=1", "dataset=digits", "dataset.train_size=64", "dataset.test_size=32", "recipe.batch_size=32"]
@@ -284,6 +284,12 @@ def test_other_evaluations_of_a_run_are_not_its_own(reproduced):
     assert is_calibrated(own, config, 1)
     for other in ({"n_steps": 8}, {"solver": "rk2"}, {"epoch": 0}, {"statistics": "by_time"}, {"checkpoint": "best"}):
         assert not is_calibrated(own | other, config, 1)
+    kept = [own | {"checkpoint": str(n), "epoch": n, "test_accuracy": x} for n, x in ((20, 0.3), (10, 0.2), (10, 0.4))]
+    rows = [own, *kept, kept[0] | {"n_steps": 8, "test_accuracy": 1.0}]
+    runs = [Record(cwd, {}, [], None, evaluations, config) for evaluations in (rows, [kept[1]])]
+    points = kept_epochs(Group("table_resnet4", "anode", "ANODE", None, runs, []))
+    assert points == {"one set": {10: pytest.approx(30.0), 20: pytest.approx(30.0)}}
+    assert list(points["one set"]) == [10, 20]
 
 
 def test_copies_beside_a_report_are_no_records(reproduced):

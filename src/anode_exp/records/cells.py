@@ -18,15 +18,20 @@ def other_statistics(config: TrainConfig) -> str:
     return "forward" if config.model.statistics == "by_time" else "by_time"
 
 
-def is_calibrated(row: dict[str, Any], config: TrainConfig, epochs: int) -> bool:
-    """Whether a row of ``evaluations.jsonl`` tests a run after its last epoch, with the other statistics.
+def has_other_statistics(row: dict[str, Any], config: TrainConfig) -> bool:
+    """Whether a row of ``evaluations.jsonl`` tests a run as it was trained, but with the other statistics.
 
     Training does not depend on running statistics, so this is the score of a run with the other ``model.statistics``.
     """
     statistics = f"{other_statistics(config)}, {CALIBRATION_BATCHES} batches anew"
-    same = {"checkpoint": "last", "epoch": epochs, "dataset": config.dataset.name, "statistics": statistics}
+    same: dict[str, Any] = {"dataset": config.dataset.name, "statistics": statistics}
     same |= {"solver": config.solver.name, "n_steps": config.solver.n_steps}
     return row.items() >= same.items()
+
+
+def is_calibrated(row: dict[str, Any], config: TrainConfig, epochs: int) -> bool:
+    """Whether a row of ``evaluations.jsonl`` tests a run after its last epoch, with the other statistics."""
+    return row.items() >= {"checkpoint": "last", "epoch": epochs}.items() and has_other_statistics(row, config)
 
 
 COPIES = "records"

@@ -6,7 +6,7 @@ from typing import Any
 
 import matplotlib
 
-from anode_exp.report.statistics import Group, curves_of
+from anode_exp.report.statistics import Group, curves_of, kept_epochs
 
 matplotlib.use("Agg")  # draws to files, with or without a display
 import matplotlib.pyplot as plt
@@ -23,10 +23,14 @@ def save(figure: Any, path: Path) -> None:
 
 
 def draw(groups: list[Group], title: str, path: Path, score: str = "accuracy") -> None:
-    """Training loss and test score over epochs: the mean over seeds, the range as a band, ✕ where a run diverged."""
+    """Training loss and test score over epochs: the mean over seeds, the range as a band, ✕ where a run diverged.
+
+    Hollow points are kept epochs that were evaluated with the other BatchNorm statistics.
+    """
     scale, name = (100.0, "test accuracy, %") if score == "accuracy" else (1.0, f"test {score}")
     figure, panels = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
     drawn = [g for g in groups if any(run.epochs for run in g.runs)]
+    others: list[Any] = []  # points beside the curves, in a legend of their own
     for i, group in enumerate(drawn):
         line, marker = STYLES[i % len(STYLES)]
         for axes, key, times in zip(panels, ("train_loss", f"test_{score}"), (1.0, scale), strict=True):
@@ -46,10 +50,15 @@ def draw(groups: list[Group], title: str, path: Path, score: str = "accuracy") -
                     last = [e for e in run.epochs if e.get(key) is not None][-1:]
                     x, y = (last[0]["epoch"], times * last[0][key]) if last else (run.epochs[-1]["epoch"], mean[-1])
                     axes.plot(x, y, marker="x", markersize=10, markeredgewidth=2.5, color="black", zorder=5)
+        if score == "accuracy":
+            for scheme, points in kept_epochs(group).items():
+                others += panels[1].plot(
+                    points.keys(), points.values(), marker, markersize=5, markerfacecolor="none",
+                    color=drawn_line.get_color(), label=f"{group.label}, statistics {scheme}",
+                )  # fmt: skip
         if group.logged:
             name_of = f"{group.label}, the authors' log"
-            panels[1].plot(range(1, len(group.logged) + 1), group.logged, "k+", markersize=7, label=name_of)
-            panels[1].legend(fontsize=8)
+            others += panels[1].plot(range(1, len(group.logged) + 1), group.logged, "k+", markersize=7, label=name_of)
     losses = [y for drawn_line in panels[0].lines for y in drawn_line.get_ydata()]
     # A diverging run, for example, makes the other curves flat on a linear scale.
     if losses and 0 < 1e3 * min(losses) < max(losses):
@@ -58,6 +67,8 @@ def draw(groups: list[Group], title: str, path: Path, score: str = "accuracy") -
         axes.set(xlabel="epoch", ylabel=label)
     if drawn:
         panels[0].legend(fontsize=8)
+    if others:
+        panels[1].legend(handles=others, fontsize=8)
     figure.suptitle(title, fontsize=11)
     save(figure, path)
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from anode_exp.records.cells import Record, is_calibrated
+from anode_exp.records.cells import Record, has_other_statistics, is_calibrated, other_statistics
 
 MISSING = "–"
 SCORES = "Score on the test data, mean over seeds (min–max)"
@@ -90,10 +90,31 @@ _by_time = partial(_with_statistics, by_time=True)
 _one_set = partial(_with_statistics, by_time=False)
 
 
+SCHEMES = {"by_time": "by time", "forward": "one set", "every_evaluation": "one set, published code's"}
+"""Names of ``model.statistics``."""
+
+
 def _statistics(group: Group) -> str:
     """The statistics with which the runs were evaluated after every epoch, for the curves and the best epoch."""
-    names = {"by_time": "by time", "forward": "one set", "every_evaluation": "one set, published code's"}
-    return ", ".join(dict.fromkeys(names[run.config.model.statistics] for run in group.runs if run.config)) or MISSING
+    schemes = (SCHEMES[run.config.model.statistics] for run in group.runs if run.config)
+    return ", ".join(dict.fromkeys(schemes)) or MISSING
+
+
+def kept_epochs(group: Group) -> dict[str, dict[int, float]]:
+    """Test accuracy in percent of kept epochs with the statistics that a run does not keep in training.
+
+    Returns:
+        By scheme, then by epoch: the mean over the runs that have been evaluated so.
+    """
+    found: dict[str, dict[int, list[float]]] = {}
+    for run in group.runs:
+        if run.config is None:
+            continue
+        config, scheme = run.config, SCHEMES[other_statistics(run.config)]
+        rows = [row for row in run.evaluations if row["checkpoint"].isdigit() and has_other_statistics(row, config)]
+        for epoch, accuracy in {row["epoch"]: row["test_accuracy"] for row in rows}.items():  # the latest of each
+            found.setdefault(scheme, {}).setdefault(epoch, []).append(100 * accuracy)
+    return {scheme: {n: statistics.fmean(x[n]) for n in sorted(x)} for scheme, x in found.items()}
 
 
 def status_counts(group: Group) -> str:
