@@ -4,13 +4,12 @@ import json
 import math
 import os
 import signal
-import subprocess
-import sys
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
+from command import command
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from anode_exp.build import evaluation_batch_size
@@ -95,13 +94,9 @@ def test_the_same_seed_gives_the_same_run_and_another_does_not(tmp_path):
 
 def test_a_narrow_network_and_an_odd_batch(tmp_path):
     """A case that crashes oneDNN in channels-last layout, in a process with two threads."""
-    code = (
-        "import sys; from pathlib import Path; from anode_exp.config.compose import jobs; "
-        "from anode_exp.commands.together import train; train(jobs(sys.argv[2:], False).configs[0], Path(sys.argv[1]))"
-    )
-    env = {**os.environ, "OMP_NUM_THREADS": "2"}
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path), *SMALL, "recipe.batch_size=25"], env=env)
-    assert done.returncode == 0
+    two_threads = "import torch; torch.set_num_threads(2)"
+    done = command(tmp_path, "train", *SMALL, "recipe.batch_size=25", first=two_threads)
+    assert done.returncode == 0, done.stderr
 
 
 def test_max_steps_ends_the_run_early(tmp_path):
