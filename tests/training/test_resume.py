@@ -8,25 +8,37 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from command import Begun, command
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.summary.writer import event_file_writer
 
 from anode_exp.commands.together import train
 from anode_exp.config.change import resumed
 from anode_exp.config.compose import jobs
 from anode_exp.errors import UserError
+from anode_exp.records import run_record
 from anode_exp.records.checkpoints import Checkpoints
 from anode_exp.records.reading import append_line, read_lines, read_metrics
 from anode_exp.records.run_record import RunRecord
 from anode_exp.training import graphed_step as step_module
 
 SMALL = [
-    "dataset=digits", "dataset.train_size=40", "dataset.test_size=20", "model=resnet4",
-    "solver=rk2", "recipe.batch_size=16", "recipe.epochs=3", "recipe.milestones=[1,2]", "runtime.device=cpu",
+    "dataset=digits", "dataset.train_size=10", "dataset.test_size=10", "model=resnet4",
+    "solver=rk2", "recipe.batch_size=4", "recipe.epochs=3", "recipe.milestones=[1,2]", "runtime.device=cpu",
 ]  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def no_second_is_waited_for(monkeypatch):
+    """A record waits for the next second if it has events of this one: here the clock of both is put forward."""
+    clock = SimpleNamespace(ahead=0.0, time=lambda: time.time() + clock.ahead)
+    clock.sleep = lambda seconds: setattr(clock, "ahead", clock.ahead + seconds)
+    monkeypatch.setattr(run_record, "time", clock)
+    monkeypatch.setattr(event_file_writer, "time", clock)
 
 
 def config_of(*overrides: str):
@@ -82,7 +94,7 @@ def interrupted(directory: Path, monkeypatch, at_step: int) -> None:
     assert (results["status"], results["steps"], results["signal"]) == ("interrupted", at_step, signal.SIGTERM)
 
 
-@pytest.mark.parametrize("at_step", [1, 2, 3, 5, 8])
+@pytest.mark.parametrize("at_step", [1, 3, 5])
 def test_a_run_stopped_within_an_epoch_goes_on_from_its_step(tmp_path, monkeypatch, truth, at_step):
     interrupted(tmp_path, monkeypatch, at_step)
     results = go_on(tmp_path)
