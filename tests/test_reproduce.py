@@ -29,7 +29,7 @@ from anode_exp.report.page import Reproduction, write_report
 from anode_exp.report.statistics import Group, accuracy_rows, cost_rows
 from anode_exp.training.signals import StopRequest
 
-SMALL = ["recipe.epochs=1", "dataset=digits", "dataset.train_size=64", "dataset.test_size=32", "recipe.batch_size=32"]
+SMALL = ["recipe.epochs=1", "dataset=digits", "dataset.train_size=16", "dataset.test_size=10", "recipe.batch_size=8"]
 
 
 command = partial(run_command, CUDA_VISIBLE_DEVICES="")
