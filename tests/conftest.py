@@ -3,6 +3,7 @@
 import gc
 import os
 import signal
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -12,14 +13,30 @@ from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from anode_exp.config.schema import TASKS
+from anode_exp.data import DATASETS
 from anode_exp.gradient import GRADIENT_MODES, GradientMode
 from anode_exp.models import OdeBlock, ode_blocks
 from anode_exp.ode import TABLEAUX, Evaluations, ExplicitRungeKutta, ReversibleRungeKutta, Solver, TimeGrid
+from anode_exp.records import environment
 from anode_exp.records.checkpoints import Checkpoints
 from anode_exp.training.graphed_step import WARM_UP_STEPS
 
 # Tests run several processes at once: a thread per core in each of them would make all of them many times slower.
 torch.set_num_threads(1)
+
+LOADERS = {name: DATASETS[name] for name in ("digits", "fake")}
+"""What makes the data sets without files, which tests share."""
+
+
+def _made_once(name: str):
+    load, classes = LOADERS[name]
+    made = cache(lambda: load(Path(), False))
+    return lambda root, download: made(), classes
+
+
+DATASETS.update((name, _made_once(name)) for name in LOADERS)
+environment.commit = cache(environment.commit)  # three processes of git for each run
+os.fsync = lambda file: None  # no test is about a loss of power
 
 IMAGE_MODELS = TASKS["classification"].model
 IMAGE_MODES = [mode for mode in GRADIENT_MODES if mode != "batched_adjoint"]

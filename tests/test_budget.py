@@ -1,5 +1,7 @@
 """Plans for a byte budget: they predict what is measured, and no other plan that fits is faster."""
 
+import copy
+import functools
 import itertools
 import json
 
@@ -41,6 +43,18 @@ def planner(
     return Planner(network, optimizer, autocast_for(precision, torch.device("cpu")), Classification(), (images, labels))
 
 
+@functools.cache
+def profiled() -> Planner:
+    return planner()
+
+
+def default() -> Planner:
+    """The default planner, whose profiles are made once."""
+    p = copy.copy(profiled())
+    p._seconds = {}
+    return p
+
+
 def by_evaluations(p: Planner) -> Planner:
     """Times that do not depend on the machine: the number of evaluations of each policy."""
     p._seconds = {name: [sum(e) * (1 + 0.1 * i) for i, e in enumerate(x.evaluations)] for name, x in p.profiles.items()}
@@ -51,11 +65,10 @@ def by_evaluations(p: Planner) -> Planner:
     "settings",
     [
         {"n_steps": 3},
-        {"precision": "bf16"},
-        {"blocks_per_stage": 2},
+        {"precision": "bf16", "n_steps": 1},
+        {"model": "resnet10", "blocks_per_stage": 2, "batch": 1},
         {"norm": "group", "activation": "gelu", "n_steps": 1},
-        {"model": "resnet10", "batch": 1},
-        {"evolves": True},
+        {"model": "resnet10", "evolves": True, "batch": 1},
         {"solver": "alf", "n_steps": 3},
     ],
     ids=str,
@@ -68,13 +81,12 @@ def test_the_predicted_peak_is_the_measured_one(settings):
     plans = [[name] * n for name in p.choices]
     names = list(p.choices)
     plans += [[names[(i * step + step) % len(names)] for i in range(n)] for step in (1, 2, 3)]
-    for names in plans[:: 6 if "model" in settings else 2]:
+    for names in plans[::2]:
         assert p.predict(names) == pytest.approx(p.measure(Plan(tuple(names), 0, 0.0)), rel=accuracy), names
 
 
 def test_dry_runs_leave_no_trace():
-    torch.manual_seed(0)
-    p = planner()
+    p = planner("resnet10", batch=2)
     state = {k: v.clone() for k, v in p.network.state_dict().items()}
     random = torch.get_rng_state()
     p.seconds(10**12)
@@ -87,7 +99,7 @@ def test_dry_runs_leave_no_trace():
 
 
 def test_no_plan_that_fits_is_faster():
-    p = by_evaluations(planner())
+    p = by_evaluations(default())
     # Few policies, so that every plan there is can be tried
     kept = ("full_backprop", "dto_checkpoint", "stage_checkpoint keep", "stage_checkpoint rebuild")
     p.choices = {k: p.choices[k] for k in kept}
@@ -104,9 +116,9 @@ def test_no_plan_that_fits_is_faster():
     assert p.plan(most).policies == ("full_backprop",) * 4
 
 
-@pytest.mark.parametrize("model", IMAGE_MODELS)
+@pytest.mark.parametrize("model", [m for m in IMAGE_MODELS if m != "resnet18"])
 def test_from_nothing_fits_to_everything_kept(model):
-    p = by_evaluations(planner(model, **({"n_steps": 1, "batch": 2} if model == "resnet18" else {"n_steps": 3})))
+    p = by_evaluations(planner(model, n_steps=3 if model == "alexnet" else 2))
     least, most = p.least() + RESERVE, p.predict(["full_backprop"] * len(p.blocks)) + RESERVE
     with pytest.raises(
         UserError, match=r"does not fit .* MiB with any checkpoint policy; give \d+MiB or more"
@@ -123,16 +135,16 @@ def test_from_nothing_fits_to_everything_kept(model):
 
 
 def test_a_method_that_can_be_undone_has_that_policy_and_none_by_stages():
-    p = by_evaluations(planner(solver="alf", n_steps=8))
+    p = by_evaluations(planner("resnet4", solver="alf", n_steps=8))
     assert set(p.choices) >= {"reversible", "step_checkpoint keep", "revolve step 1"}
     assert not any("stage" in name for name in p.choices)
-    most = p.predict(["full_backprop"] * 4)
-    assert p.predict(["reversible"] * 4) < 0.5 * most
+    most = p.predict(["full_backprop"])
+    assert p.predict(["reversible"]) < 0.5 * most
     assert "reversible" in p.plan(int(0.5 * most)).policies
 
 
 def test_a_kernel_that_takes_more_comes_off_the_budget(monkeypatch):
-    p = by_evaluations(planner())
+    p = by_evaluations(default())
     most = p.predict(["full_backprop"] * 4) + RESERVE
     counted = p.measure
     monkeypatch.setattr(p, "measure", lambda plan: counted(plan) + 3 * 2**20)
@@ -144,7 +156,7 @@ def test_a_kernel_that_takes_more_comes_off_the_budget(monkeypatch):
 
 def test_the_least_budget_fits_whatever_an_allocator_adds(monkeypatch):
     """Workspaces, which are the same for every plan, and rounding of every tensor, which is not."""
-    p = by_evaluations(planner())
+    p = by_evaluations(default())
     counted = p.measure
 
     def allocated(plan):
@@ -160,7 +172,7 @@ def test_the_least_budget_fits_whatever_an_allocator_adds(monkeypatch):
 
 def test_what_a_run_replays_is_what_is_timed():
     """Every block is timed from a recording under every policy; eagerly if it cannot be recorded."""
-    p = planner(batch=2)
+    p = planner("resnet10", batch=2)
     captures = []
 
     def capture():
@@ -168,9 +180,9 @@ def test_what_a_run_replays_is_what_is_timed():
         return captures[-1]
 
     p.new_capture = capture
-    most = p.predict(["full_backprop"] * 4)
+    most = p.predict(["full_backprop"] * 2)
     times = p.seconds(most)
-    assert len(captures) == 4 * len(p.choices) and {c.replays for c in captures} == {REPEATS}
+    assert len(captures) == 2 * len(p.choices) and {c.replays for c in captures} == {REPEATS}
     assert all(0 < x < float("inf") for row in times.values() for x in row)
 
     def broken():

@@ -5,12 +5,11 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from functools import cache, partial
 
 import pytest
+from command import Begun
 from command import command as run_command
 
 from anode_exp.commands import report
@@ -30,7 +29,7 @@ from anode_exp.report.page import Reproduction, write_report
 from anode_exp.report.statistics import Group, accuracy_rows, cost_rows, kept_epochs
 from anode_exp.training.signals import StopRequest
 
-SMALL = ["recipe.epochs=1", "dataset=digits", "dataset.train_size=64", "dataset.test_size=32", "recipe.batch_size=32"]
+SMALL = ["recipe.epochs=1", "dataset=digits", "dataset.train_size=16", "dataset.test_size=10", "recipe.batch_size=8"]
 
 
 command = partial(run_command, CUDA_VISIBLE_DEVICES="")
@@ -137,19 +136,16 @@ def reproduced(tmp_path_factory):
     """A reproduction that was interrupted in the middle, and run again; one run diverges."""
     cwd = tmp_path_factory.mktemp("reproduce")
     asked = ["anode", "figure=table_resnet4", "length=short", "seeds=2", *SMALL]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "CUDA_VISIBLE_DEVICES": ""}
-    process = subprocess.Popen(
-        [sys.executable, "-m", "anode_exp", "reproduce", *asked], cwd=cwd, env=env, stdout=subprocess.PIPE, text=True
-    )
+    begun = Begun(cwd, "reproduce", *asked, CUDA_VISIBLE_DEVICES="")
     deadline = time.monotonic() + 200
     while len(list(cwd.rglob("results.json"))) < 2 and time.monotonic() < deadline:
         time.sleep(0.02)
-    process.send_signal(signal.SIGINT)
-    process.communicate(timeout=200)
+    os.kill(begun.process.pid, signal.SIGINT)
+    code = begun.end(timeout=200).returncode
     early = {path.parent: path.stat().st_mtime_ns for path in cwd.rglob("results.json")}
     finished = {p: t for p, t in early.items() if json.loads((p / "results.json").read_text())["status"] == "completed"}
     again = command(cwd, "reproduce", *asked)
-    return cwd, asked, process.returncode, finished, again
+    return cwd, asked, code, finished, again
 
 
 def test_goes_on_where_it_stopped(reproduced):

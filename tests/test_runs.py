@@ -27,7 +27,7 @@ README = (Path(__file__).parents[1] / "README.md").read_text()
 def trained(tmp_path_factory) -> Path:
     directory = tmp_path_factory.mktemp("trained")
     (config,) = jobs(
-        ["dataset=digits", "dataset.train_size=200", "dataset.test_size=100", "model=squeezenext", "model.width=0.5",
+        ["dataset=digits", "dataset.train_size=100", "dataset.test_size=100", "model=squeezenext", "model.width=0.5",
          "solver=rk2", "recipe.batch_size=20", "recipe.epochs=3", "recipe.lr=0.05", "runtime.device=cpu"],
         multirun=False,
     ).configs  # fmt: skip

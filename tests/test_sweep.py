@@ -25,12 +25,8 @@ SMALL = [
 ]  # fmt: skip
 
 
-def sweep(cwd: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
-    if not environment and "hydra/launcher=joblib" not in arguments:  # its workers are new processes
-        return command(cwd, "train", "-m", *SMALL, *arguments)
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", **environment}
-    full = [sys.executable, "-m", "anode_exp", "train", "-m", *SMALL, *arguments]
-    return subprocess.run(full, cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
+def sweep(cwd: Path, *arguments: str, **options: str) -> subprocess.CompletedProcess:
+    return command(cwd, "train", "-m", *SMALL, *arguments, **options)
 
 
 def rows(cwd: Path) -> list[dict[str, str]]:
@@ -40,21 +36,15 @@ def rows(cwd: Path) -> list[dict[str, str]]:
 
 def test_failing_jobs_are_named_and_the_others_run(tmp_path):
     """One asks for more images than there are, one diverges, one breaks inside torch."""
-    broken = tmp_path / "sitecustomize.py"
-    broken.write_text(
-        "import sys\n"
-        "if 'anode_exp' in ' '.join(sys.orig_argv):\n"
-        "    import anode_exp.training.step as ts\n"
-        "    import torch.nn.functional as F\n"
-        "    whole = F.cross_entropy\n"
-        "    def cross_entropy(logits, labels, **kw):\n"
-        "        if len(labels) == 7: raise RuntimeError('broken on purpose')\n"
-        "        return whole(logits, labels, **kw)\n"
-        "    F.cross_entropy = cross_entropy\n"
+    broken = (
+        "import torch.nn.functional as F\n"
+        "whole = F.cross_entropy\n"
+        "def cross_entropy(logits, labels, **kw):\n"
+        "    if len(labels) == 7: raise RuntimeError('broken on purpose')\n"
+        "    return whole(logits, labels, **kw)\n"
+        "F.cross_entropy = cross_entropy\n"
     )
-    done = sweep(
-        tmp_path, "dataset.test_size=10,400", "recipe.batch_size=10,7", "recipe.lr=0.1,1e30", PYTHONPATH=str(tmp_path)
-    )
+    done = sweep(tmp_path, "dataset.test_size=10,400", "recipe.batch_size=10,7", "recipe.lr=0.1,1e30", first=broken)
     assert done.returncode == 1, done.stderr
     found = rows(tmp_path)
     assert len(found) == 8
@@ -78,24 +68,27 @@ def test_mistakes_alone_exit_with_2(tmp_path):
 
 
 def test_seeds_give_mean_and_spread(tmp_path):
-    done = sweep(tmp_path, "seed=0,1,2", "gradient=dto_checkpoint,reverse_adjoint")
+    done = sweep(tmp_path, "seed=0,1", "gradient=dto_checkpoint,reverse_adjoint")
     assert done.returncode == 0, done.stderr
     found = rows(tmp_path)
-    assert [r["seed"] for r in found] == ["0", "0", "1", "1", "2", "2"]
+    assert [r["seed"] for r in found] == ["0", "0", "1", "1"]
     assert len({r["peak_memory_bytes"] for r in found}) == 2, "the same in every job of a mode"
     with (tmp_path / "sweep" / "sweep_over_seeds.csv").open() as file:
         means = list(csv.DictReader(file))
     assert [m["gradient"] for m in means] == ["dto_checkpoint", "reverse_adjoint"]
     losses = [float(r["train_loss"]) for r in found if r["gradient"] == "dto_checkpoint"]
-    mean = sum(losses) / 3
+    mean = sum(losses) / 2
     assert float(means[0]["train_loss_mean"]) == pytest.approx(mean)
-    spread = (sum((x - mean) ** 2 for x in losses) / 2) ** 0.5
+    spread = (sum((x - mean) ** 2 for x in losses)) ** 0.5  # n − 1 = 1
     assert float(means[0]["train_loss_std"]) == pytest.approx(spread)
-    assert "3 of 3" in done.stdout and "±" in done.stdout
+    assert "2 of 2" in done.stdout and "±" in done.stdout
 
 
 def test_jobs_in_parallel_processes(tmp_path):
-    done = sweep(tmp_path, "seed=0,1", "dataset.test_size=10,400", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2")
+    asked = ["seed=0,1", "dataset.test_size=10,400", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
+    full = [sys.executable, "-m", "anode_exp", "train", "-m", *SMALL, *asked]  # not forked: its workers would hang
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+    done = subprocess.run(full, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 2, done.stderr
     assert [(r["dataset.test_size"], r["status"]) for r in rows(tmp_path)] == [
         ("10", "completed"), ("10", "completed"), ("400", "failed"), ("400", "failed"),
@@ -136,7 +129,12 @@ def test_a_launcher_that_is_not_installed_gets_one_line(monkeypatch):
 
 
 LAUNCHERS = {
-    "submitit_local": ("hydra_plugins.hydra_submitit_launcher", "submitit", "SIGUSR2", "hydra.launcher.timeout_min=5"),
+    "submitit_local": (
+        "hydra_plugins.hydra_submitit_launcher",
+        "submitit.core._submit",
+        "SIGUSR2",
+        "hydra.launcher.timeout_min=5",
+    ),
     "ray": ("hydra_plugins.hydra_ray_launcher", "default_worker", "SIGKILL", "hydra.launcher.ray.remote.num_gpus=0"),
 }
 

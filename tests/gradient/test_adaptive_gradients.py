@@ -1,5 +1,7 @@
 """Gradients through adaptive solves: exact modes over the accepted steps, the reverse-time adjoint by torchdiffeq."""
 
+from functools import cache
+
 import pytest
 import torch
 from conftest import Field, make_ode_block, solver
@@ -101,28 +103,32 @@ class Jump(torch.nn.Module):
         return self.f(t, y) * (1.0 if t < 0.6 else -4.0)
 
 
-@pytest.mark.parametrize("mode", [FullBackprop(), StageCheckpoint(), ReverseAdjoint(), StoredAdjoint()])
-def test_networks_train_and_leave_the_same_buffers(mode):
-    def network(mode):
-        torch.manual_seed(0)
-        made = MODELS["squeezenext"](10, make_ode_block(mode, "bosh3"), width=0.5)
-        for block in ode_blocks(made):
-            block.grid = Tolerance(1e-2, 1e-2)
-            block.f = Jump(block.f)
-            block.field = VectorField(block.f)
-        return made.double()
-
+@cache
+def differentiated(mode):
+    """A network after one backward pass through solves with rejected steps."""
+    torch.manual_seed(0)
+    network = MODELS["resnet4"](10, make_ode_block(mode, "bosh3"))
+    for block in ode_blocks(network):
+        block.grid = Tolerance(1e-2, 1e-2)
+        block.f = Jump(block.f)
+        block.field = VectorField(block.f)
     torch.manual_seed(1)
-    images = torch.randn(4, 3, 32, 32, dtype=torch.float64)
-    ours, truth = network(mode), network(FullBackprop())
-    for n in (ours, truth):
-        n(images).square().sum().backward()
+    network.double()(torch.randn(2, 3, 32, 32, dtype=torch.float64)).square().sum().backward()
+    return network
+
+
+FULL = FullBackprop()
+
+
+@pytest.mark.parametrize("mode", [StageCheckpoint(), ReverseAdjoint(), StoredAdjoint()])
+def test_networks_train_and_leave_the_same_buffers(mode):
+    ours, truth = differentiated(mode), differentiated(FULL)
     assert all(torch.equal(a, b) for a, b in zip(ours.buffers(), truth.buffers(), strict=True))
     rejected = sum(b.field.evaluations.rejected for b in ode_blocks(ours))
     assert rejected > 0, "nothing was rejected: the test says nothing of rejections"
     g, g_true = (torch.cat([p.grad.flatten() for p in n.parameters()]) for n in (ours, truth))
     error = float((g - g_true).norm() / g_true.norm())
-    assert error <= 1e-13 if isinstance(mode, FullBackprop | StageCheckpoint) else 1e-6 < error < 1
+    assert error <= 1e-13 if isinstance(mode, StageCheckpoint) else 1e-6 < error < 1
 
 
 class Square(torch.nn.Module):

@@ -1,6 +1,5 @@
 """Modes that promise the exact gradient of the discrete solve, against full backpropagation and finite differences."""
 
-import itertools
 import math
 import weakref
 
@@ -59,6 +58,8 @@ def assert_exact(network_of, images):
     truth = gradients(network, images)
     n_parameters = len(list(network.parameters()))
     for name, policy in POLICIES.items():
+        if name == "full_backprop":
+            continue
         found = gradients(network_of(policy), images)
         same = {0, *range(2 + n_parameters, len(truth))}
         for i, (ours, theirs) in enumerate(zip(found, truth, strict=True)):
@@ -68,10 +69,12 @@ def assert_exact(network_of, images):
         assert (ours - theirs).norm() <= 1e-14 * theirs.norm(), name
 
 
-@pytest.mark.parametrize("tableau", TABLEAUX)
-@pytest.mark.parametrize("mode", POLICIES)
+@pytest.mark.parametrize(
+    ("mode", "tableau"),
+    [*((m, "dopri5") for m in POLICIES), *(("full_backprop", t) for t in TABLEAUX if t != "dopri5")],
+)
 def test_gradcheck(mode, tableau):
-    """Finite differences in y0 and in θ, which is not a leaf here."""
+    """Finite differences in y0 and in θ, which is not a leaf here. Policies are compared with full backprop below."""
     module = Field()
     field = VectorField(module)
     y0 = torch.tensor([[0.3, -0.2, 0.9], [1.0, 0.1, -0.5]], dtype=torch.float64, requires_grad=True)
@@ -85,8 +88,9 @@ def test_gradcheck(mode, tableau):
 
 @pytest.mark.parametrize(
     ("tableau", "n_steps", "norm"),
-    [*itertools.product(TABLEAUX, (1, 2), ["batch"]), *(("rk4", 2, norm) for norm in NORMS if norm != "batch")],
-)
+    [*((t, 2, "batch") for t in TABLEAUX), ("euler", 1, "batch"), ("rk2", 1, "batch"),
+     *(("rk2", 2, norm) for norm in NORMS if norm != "batch")],
+)  # fmt: skip
 def test_squeezenext_exactly(tableau, n_steps, norm):
     def network_of(mode):
         torch.manual_seed(0)
@@ -98,10 +102,10 @@ def test_squeezenext_exactly(tableau, n_steps, norm):
 
 
 @pytest.mark.parametrize(("tableau", "n_steps", "norm"), [("rk2", 2, "batch"), ("euler", 2, "group")])
-def test_resnet18_exactly(tableau, n_steps, norm):
+def test_a_resnet_exactly(tableau, n_steps, norm):
     def network_of(mode):
         torch.manual_seed(0)
-        return MODELS["resnet18"](10, make_ode_block(mode, tableau, n_steps), norm=norm, field_norm=norm).double()
+        return MODELS["resnet10"](10, make_ode_block(mode, tableau, n_steps), norm=norm, field_norm=norm).double()
 
     assert_exact(network_of, torch.randn(1, 3, 32, 32, dtype=torch.float64))
 
@@ -136,17 +140,17 @@ def test_weight_and_bias_by_time_exactly(tableau, n_steps, intervals):
 def test_fifty_training_steps_to_the_last_bit(mode, tableau):
     """Weights, momentum and buffers after 50 steps of the real training step on augmented images."""
     generator = torch.Generator().manual_seed(0)
-    images = torch.randint(0, 256, (400, 32, 32, 3), dtype=torch.uint8, generator=generator)
-    split = Split(images, torch.arange(400) % 10)
+    images = torch.randint(0, 256, (200, 32, 32, 3), dtype=torch.uint8, generator=generator)
+    split = Split(images, torch.arange(200) % 10)
     normalise = Normalisation([0.5] * 3, [0.25] * 3, torch.device("cpu"))
 
     def after_training(mode):
         torch.manual_seed(0)
-        network = MODELS["squeezenext"](10, make_ode_block(mode, tableau), width=0.25)
+        network = MODELS["resnet4"](10, make_ode_block(mode, tableau))
         network = network.to(memory_format=torch.channels_last)
         optimizer = torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
         losses = []
-        for batch in EpochBatches(split, 8, Augmentation(4, True), normalise, seed=0, epoch=1):
+        for batch in EpochBatches(split, 4, Augmentation(4, True), normalise, seed=0, epoch=1):
             losses.append(
                 train_step(network, optimizer, autocast_for("fp32", torch.device("cpu")), Classification(), batch)[0]
             )

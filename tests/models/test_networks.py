@@ -28,14 +28,13 @@ def test_parameter_counts_of_the_published_code(name, total, in_blocks, blocks):
 
 
 @pytest.mark.parametrize("name", IMAGE_MODELS)
-@pytest.mark.parametrize("classes", [10, 100])
-def test_output_shape(name, classes):
-    network = MODELS[name](classes, make_ode_block())
-    assert network(torch.randn(2, 3, 32, 32)).shape == (2, classes)
+def test_output_shape(name):
+    network = MODELS[name](100, make_ode_block())
+    assert network(torch.randn(2, 3, 32, 32)).shape == (2, 100)
 
 
-@pytest.mark.parametrize("name", IMAGE_MODELS)
-@pytest.mark.parametrize("blocks", [0, 1, 3])
+@pytest.mark.parametrize("name", [m for m in IMAGE_MODELS if m != "resnet18"])  # as resnet10
+@pytest.mark.parametrize("blocks", [0, 2])
 def test_blocks_per_stage(name, blocks):
     network = MODELS[name](10, make_ode_block(), blocks_per_stage=blocks)
     single = MODELS[name](10, make_ode_block())
@@ -46,10 +45,13 @@ def test_blocks_per_stage(name, blocks):
 
 
 @pytest.mark.parametrize("name", IMAGE_MODELS)
-@pytest.mark.parametrize("norm", NORMS)
-@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize(
+    ("norm", "activation"), [*((n, "relu") for n in NORMS), *(("batch", a) for a in ACTIVATIONS if a != "relu")]
+)
 def test_norms_and_activations_train(name, norm, activation):
-    network = MODELS[name](10, make_ode_block(), norm=norm, field_norm=norm, activation=activation)
+    network = MODELS[name](
+        10, make_ode_block(tableau="euler", n_steps=1), norm=norm, field_norm=norm, activation=activation
+    )
     network(torch.randn(2, 3, 32, 32)).square().sum().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in network.parameters())
     kinds = {"batch": nn.BatchNorm2d, "group": nn.GroupNorm, "layer": nn.GroupNorm, "none": nn.Identity}
@@ -57,7 +59,7 @@ def test_norms_and_activations_train(name, norm, activation):
 
 
 def test_the_norm_of_f_may_differ_from_the_networks():
-    network = MODELS["resnet18"](10, make_ode_block(), norm="batch", field_norm="none")
+    network = MODELS["resnet10"](10, make_ode_block(), norm="batch", field_norm="none")
     inside = [m for b in ode_blocks(network) for m in b.modules()]
     assert not any(isinstance(m, nn.BatchNorm2d) for m in inside)
     assert any(isinstance(m, nn.BatchNorm2d) for m in network.modules())
@@ -137,7 +139,7 @@ def test_statistics_by_time(tableau):
         ours.data.copy_(theirs)
     norms = [m for m in network.modules() if isinstance(m, TimedBatchNorm)]
     assert len(norms) == 4 and len(norms[0].times) == {"euler": 3, "rk2": 6, "rk4": 7}[tableau]
-    images = torch.randn(64, 3, 32, 32)
+    images = torch.randn(16, 3, 32, 32)
     outputs, gradients, gaps = [], [], []
     for made in (network, plain):
         for m in made.modules():

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from functools import cache
 
 import pytest
 import torch
@@ -58,10 +59,10 @@ class Linear(nn.Module):
 def test_order(name):
     y0 = torch.ones(2, 1, dtype=torch.float64)
     errors = []
-    for n in (40, 80, 160):
+    for n in (80, 160):
         y1 = integrate(VectorField(Bernoulli()), y0, (), TimeGrid(n, 0.0, 2.0), method(name))
         errors.append(float((y1 - 0.2).abs().max()))
-    slope = math.log2(errors[1] / errors[2])
+    slope = math.log2(errors[0] / errors[1])
     assert slope == pytest.approx(IMPLICIT_TABLEAUX[name].order, abs=0.15)
 
 
@@ -130,12 +131,19 @@ EXACT = {
 }
 
 
+Y0 = torch.tensor([[0.3, -0.2, 0.9], [1.0, 0.5, -0.4]], dtype=torch.float64)
+
+
+@cache
+def full_backprop(name, grid):
+    return gradients(FullBackprop(), method(name), Field(), Y0, grid)[:2]
+
+
 @pytest.mark.parametrize(("name", "mode"), list(itertools.product(METHODS, EXACT)))
 def test_every_exact_mode_is_full_backprop(name, mode):
-    y0 = torch.tensor([[0.3, -0.2, 0.9], [1.0, 0.5, -0.4]], dtype=torch.float64)
     grid = TimeGrid(5)
-    y1, truth, _ = gradients(FullBackprop(), method(name), Field(), y0, grid)
-    again, ours, _ = gradients(EXACT[mode], method(name), Field(), y0, grid)
+    y1, truth = full_backprop(name, grid)
+    again, ours, _ = gradients(EXACT[mode], method(name), Field(), Y0, grid)
     assert torch.equal(y1, again)
     close(ours, truth, 1e-11)
 
@@ -297,9 +305,8 @@ def test_adaptive_steps_follow_a_stiff_solution():
 
 @pytest.mark.parametrize("mode", EXACT)
 def test_adaptive_gradients_are_those_of_the_steps_taken(mode):
-    y0 = torch.tensor([[0.3, -0.2, 0.9], [1.0, 0.5, -0.4]], dtype=torch.float64)
     tolerance = Tolerance(1e-4, 1e-4)
-    y1, truth, _ = gradients(FullBackprop(), method("kvaerno3"), Field(), y0, tolerance)
-    again, ours, _ = gradients(EXACT[mode], method("kvaerno3"), Field(), y0, tolerance)
+    y1, truth = full_backprop("kvaerno3", tolerance)
+    again, ours, _ = gradients(EXACT[mode], method("kvaerno3"), Field(), Y0, tolerance)
     assert torch.equal(y1, again)
     close(ours, truth, 1e-9)

@@ -16,6 +16,7 @@ from anode_exp.config.compose import composed, jobs
 from anode_exp.config.studies import study
 from anode_exp.errors import UserError
 from anode_exp.models import MODELS, ode_blocks
+from anode_exp.records.reading import read_lines
 from anode_exp.report.gradient_error import order_in_dt
 from anode_exp.report.memory import growth
 from anode_exp.report.memory import report as memory_report
@@ -38,14 +39,13 @@ def rows(cwd: Path) -> list[dict]:
 
 
 def test_memory(tmp_path):
+    small = ["model.width=0.25", "study.repeats=1", "study.batch_size=4"]
     done = run(
-        tmp_path, "memory", "model.width=0.25", "study.n_steps=[3,6]", "study.blocks_per_stage=[1,2]",
-        "study.repeats=1", "study.batch_size=4", "solver.n_steps=2",
+        tmp_path, "memory", *small, "study.n_steps=[3,6]", "study.blocks_per_stage=[]",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    found = rows(tmp_path)
-    assert len(found) == 4 * 12
-    steps = [r for r in found if r["varied"] == "n_steps"]
+    steps = rows(tmp_path)
+    assert len(steps) == 2 * 12
     per_step = {label: b for label, (_, b) in growth([{**r, "cuda_bytes": None} for r in steps], "n_steps").items()}
     full = per_step["full_backprop"]
     assert per_step["dto_checkpoint"] < 0.7 * full, "one block of four at a time"
@@ -59,7 +59,13 @@ def test_memory(tmp_path):
         "reversible_rk reversible",
     ):
         assert per_step[flat] < 0.02 * full, flat
-    blocks = [r for r in found if r["varied"] == "blocks_per_stage"]
+    modes = "study.modes=[full_backprop,dto_checkpoint,reverse_adjoint]"
+    varied = [*small, "study.n_steps=[]", "study.blocks_per_stage=[1,2]", "solver.n_steps=2", modes]
+    (tmp_path / "blocks").mkdir()
+    run_study(*study("memory", varied), tmp_path / "blocks")
+    blocks = read_lines(tmp_path / "blocks" / "study.jsonl")
+    assert len(blocks) == 2 * 3
+    found = steps + blocks
     per_block = {label: b for label, (_, b) in growth(blocks, "blocks_per_stage").items()}
     assert per_block["dto_checkpoint"] == pytest.approx(per_block["reverse_adjoint"], rel=0.1), "a block's input each"
     assert per_block["full_backprop"] > 10 * per_block["dto_checkpoint"]
@@ -73,12 +79,12 @@ def test_gradient_error_at_initialisation_and_for_a_trained_run(tmp_path):
     small = ["study.n_steps=[1,2]", "study.solvers=[euler,rk2,alf]", "study.batch_size=4",
              "study.adaptive_solvers=[bosh3]", "study.tolerances=[1e-1,1e-3]"]  # fmt: skip
     trained = tmp_path / "trained"
-    settings = ["dataset=digits", "dataset.train_size=64", "dataset.test_size=10", "model=resnet4",
-                "recipe.epochs=2", "recipe.batch_size=32", "runtime.keep_every=1"]  # fmt: skip
+    settings = ["dataset=digits", "dataset.train_size=16", "dataset.test_size=10", "model=resnet4",
+                "recipe.epochs=2", "recipe.batch_size=8", "runtime.keep_every=1"]  # fmt: skip
     train(jobs(settings, multirun=False).configs[0], trained)
     for folder, extra in (
         ("a", ["model=resnet4", "study.n_steps=[2]", "study.tolerances=[1e-3]", "study.batch_size=2"]),
-        ("b", [f"run={trained}", "study.precisions=[fp64]"]),
+        ("b", [f"run={trained}", "study.precisions=[fp64]", "study.n_steps=[1]", "study.tolerances=[1e-1]"]),
     ):
         (tmp_path / folder).mkdir()
         done = run(tmp_path / folder, "gradient_error", *small, *extra)
@@ -96,7 +102,7 @@ def test_gradient_error_at_initialisation_and_for_a_trained_run(tmp_path):
             for shown in ("full_backprop, bf16", "reversible, fp32: drift"):
                 assert shown in done.stdout
         else:
-            assert len(found) == (2 * 2 + 2) * 7 + 2 * 3
+            assert len(found) == (2 * 1 + 1) * 7 + 3
         for row in (r for r in found if r["precision"] == "fp64"):
             if row["gradient"] in ("reverse_adjoint", "stored_adjoint"):
                 assert row["relative_error"] > 1e-4
@@ -179,7 +185,7 @@ def test_reversals_in_closed_form():
 
 
 def test_budget(tmp_path):
-    done = run(tmp_path, "budget", "model.width=0.25", "solver.n_steps=2", "study.batch_size=4", "study.repeats=1")
+    done = run(tmp_path, "budget", "model=resnet10", "solver.n_steps=2", "study.batch_size=2", "study.repeats=1")
     assert done.returncode == 0, done.stderr
     found = rows(tmp_path)
     assert len(found) == 8
@@ -199,10 +205,7 @@ def test_default_budgets_fit_whatever_an_allocator_adds(tmp_path, monkeypatch):
 
 
 def test_recorded_steps_are_timed_where_runs_replay_theirs():
-    networks = {
-        label: MODELS["squeezenext"](10, make_ode_block(label), width=0.25)
-        for label in ("full_backprop", "dto_checkpoint")
-    }
+    networks = {m: MODELS["resnet4"](10, make_ode_block(m)) for m in ("full_backprop", "dto_checkpoint")}
     captures = []
 
     def capture():
@@ -212,13 +215,11 @@ def test_recorded_steps_are_timed_where_runs_replay_theirs():
     batch = torch.randn(2, 3, 32, 32), torch.arange(2)
     found = list(peaks_and_times(networks, batch, "fp32", 3, lambda: None, capture))
     assert [c.replays for c in captures] == [1 + 3] * 2
-    assert [row["nfe_backward"] for row in found] == [0, 16] and all(row["step_time_s"] > 0 for row in found)
+    assert [row["nfe_backward"] for row in found] == [0, 4] and all(row["step_time_s"] > 0 for row in found)
 
 
 def test_turns_that_take_too_long_are_left_out():
-    networks = {
-        m: MODELS["squeezenext"](10, make_ode_block(m), width=0.25) for m in ("full_backprop", "dto_checkpoint")
-    }
+    networks = {m: MODELS["resnet4"](10, make_ode_block(m)) for m in ("full_backprop", "dto_checkpoint")}
     batch = torch.randn(2, 3, 32, 32), torch.arange(2)
     for longest, turns in ((1e-9, 3), (1e9, 5)):
         found = list(peaks_and_times(networks, batch, "fp32", 5, lambda: None, longest=longest))

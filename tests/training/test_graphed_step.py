@@ -1,6 +1,7 @@
 """The captured step, driven by a stand-in for the CUDA graph that repeats the recorded work."""
 
 import logging
+from functools import cache
 
 import pytest
 import torch
@@ -45,7 +46,7 @@ def trained(
             f.time_norms([0.0, 0.25, 0.5, 0.75], affine_intervals=2)
         return make_ode_block(mode)(f)
 
-    network = MODELS["squeezenext"](10, make, width=0.25)
+    network = MODELS["resnet4"](10, make)
     lr = torch.tensor(0.05) if graphed else 0.05
     optimizer = torch.optim.SGD(network.parameters(), lr=lr, momentum=0.9, weight_decay=5e-4)
     autocast = autocast_for("fp32", torch.device("cpu"))
@@ -59,7 +60,7 @@ def trained(
     generator, losses, evaluations = torch.Generator().manual_seed(1), [], []
     for epoch in range(2):
         set_learning_rate(optimizer, 0.05 / (1 + epoch))
-        for size in (4, 4, 4, 4, 3):
+        for size in (2, 2, 2, 2, 1):
             images = torch.randn(size, 3, 32, 32, generator=generator)
             labels = torch.arange(size)
             run = step if step is not None else lambda b: train_step(network, optimizer, autocast, Classification(), b)
@@ -72,11 +73,16 @@ def trained(
     return [*losses, *network.parameters(), *network.buffers(), *state], evaluations, replays
 
 
+@cache
+def eager(mode: str, by_time: bool = False) -> tuple[list[torch.Tensor], list[int], int]:
+    return trained(mode, False, by_time)
+
+
 @pytest.mark.parametrize(("mode", "by_time"), [*((mode, False) for mode in IMAGE_MODES), ("dto_checkpoint", True)])
 def test_trains_as_the_eager_step_does(mode, by_time):
     """Bit for bit: through recording, another batch size, and a change of the learning rate."""
     ours, our_evaluations, replays = trained(mode, True, by_time)
-    truth, evaluations, _ = trained(mode, False, by_time)
+    truth, evaluations, _ = eager(mode, by_time)
     assert replays == 7, "all but the first step and each epoch's last"
     assert all(torch.equal(a, b) for a, b in zip(ours, truth, strict=True))
     assert our_evaluations == evaluations
@@ -93,7 +99,7 @@ def test_a_capture_that_fails_leaves_an_eager_run(kind, reason, caplog):
     """Bit for bit the eager run, with one warning that names the first error; recording is not tried again."""
     with caplog.at_level(logging.WARNING):
         ours, our_evaluations, replays = trained("dto_checkpoint", graphed=True, kind=kind)
-    truth, evaluations, _ = trained("dto_checkpoint", graphed=False)
+    truth, evaluations, _ = eager("dto_checkpoint", False)
     assert replays == 0
     assert all(torch.equal(a, b) for a, b in zip(ours, truth, strict=True))
     assert our_evaluations == evaluations
@@ -103,7 +109,7 @@ def test_a_capture_that_fails_leaves_an_eager_run(kind, reason, caplog):
 
 def test_an_eager_step_that_fails_is_an_error():
     """Only errors of the recording are caught: a first step that runs out of memory is not tried again."""
-    network = MODELS["squeezenext"](10, make_ode_block(), width=0.25)
+    network = MODELS["resnet4"](10, make_ode_block())
     optimizer = torch.optim.SGD(network.parameters(), lr=torch.tensor(0.1), momentum=0.9)
     network.register_forward_hook(lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA out of memory")))
     step = GraphedStep(
@@ -114,7 +120,7 @@ def test_an_eager_step_that_fails_is_an_error():
 
 
 def test_a_recording_can_be_forgotten():
-    network = MODELS["squeezenext"](10, make_ode_block(), width=0.25)
+    network = MODELS["resnet4"](10, make_ode_block())
     optimizer = torch.optim.SGD(network.parameters(), lr=torch.tensor(0.1), momentum=0.9)
     captures = []
 
@@ -142,7 +148,7 @@ def test_the_learning_rate_is_changed_in_place_where_a_recorded_step_reads_it():
 
 
 def test_whole_batches_are_recorded_even_if_a_smaller_one_comes_second():
-    network = MODELS["squeezenext"](10, make_ode_block(), width=0.25)
+    network = MODELS["resnet4"](10, make_ode_block())
     optimizer = torch.optim.SGD(network.parameters(), lr=torch.tensor(0.1), momentum=0.9)
     captures = []
 

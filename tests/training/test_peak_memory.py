@@ -54,7 +54,7 @@ def test_steps_of_the_checkpointed_mode_hold_less_and_grow_with_n_steps():
         optimizer = torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9)
         memory = PeakMemory(torch.device("cpu"))
         assert memory.kind == "live_tensor_bytes" and memory.reserved_bytes is None
-        for _ in range(3):
+        for _ in range(2):
             with memory.step(network, optimizer):
                 images, labels = torch.randn(8, 3, 32, 32), torch.arange(8)
                 train_step(

@@ -21,9 +21,9 @@ from anode_exp.errors import UserError
 from anode_exp.runs import evaluate_run
 
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "CUDA_VISIBLE_DEVICES": ""}
-SMALL = ["model=resnet4", "dataset=fake", "dataset.train_size=44", "dataset.test_size=20",
-         "recipe.batch_size=16", "runtime.precision=fp64", "recipe.lr=3e-2", "runtime.check_every=1"]  # fmt: skip
-"""An epoch of three steps, the last of 12 images."""
+SMALL = ["model=resnet4", "dataset=fake", "dataset.train_size=22", "dataset.test_size=20",
+         "recipe.batch_size=8", "runtime.precision=fp64", "recipe.lr=3e-2", "runtime.check_every=1"]  # fmt: skip
+"""An epoch of three steps, the last of 6 images."""
 
 
 def torchrun(cwd, *settings):
@@ -117,7 +117,7 @@ def test_other_modes(tmp_path, mode):
         "reversible": ["solver=alf", "gradient=reversible"],
         "evolving": ["model.evolution=reaction_diffusion_advection", "gradient=revolve", "solver.n_steps=3"],
     }[mode]
-    asked = [*SMALL, "model.norm=group", "dataset.train_size=29", "recipe.epochs=1", *own]
+    asked = [*SMALL, "model.norm=group", "dataset.train_size=13", "recipe.epochs=1", *own]
     for n in (1, 2):
         code, _, err = train(tmp_path, *asked, f"hydra.run.dir={n}", processes=n)
         assert code == 0, err
@@ -126,7 +126,7 @@ def test_other_modes(tmp_path, mode):
 
 def test_resumed_on_another_number_of_processes(runs):
     """torchrun is asked to stop, within the second epoch; then one process continues."""
-    asked = [*SMALL, "dataset.train_size=160", "recipe.epochs=3", "recipe.lr=1e-6"]  # at a larger one, rounding grows
+    asked = [*SMALL, "dataset.train_size=80", "recipe.epochs=3", "recipe.lr=1e-6"]  # at a larger one, rounding grows
     process = torchrun(runs, *asked, "hydra.run.dir=stopped")
     folder, deadline = runs / "stopped", time.monotonic() + 200
     while not (folder / "checkpoints" / "last.pt").exists() and time.monotonic() < deadline:
@@ -154,7 +154,7 @@ def children(pid):
 
 
 def test_a_process_that_is_killed_ends_the_others(runs):
-    process = torchrun(runs, *SMALL, "dataset.train_size=64", "recipe.epochs=1000", "hydra.run.dir=killed")
+    process = torchrun(runs, *SMALL, "dataset.train_size=32", "recipe.epochs=1000", "hydra.run.dir=killed")
     folder, deadline = runs / "killed", time.monotonic() + 200
     while not (folder / "checkpoints" / "last.pt").exists() and time.monotonic() < deadline:
         time.sleep(0.05)
