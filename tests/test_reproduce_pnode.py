@@ -116,8 +116,8 @@ def test_a_claim_without_one_of_its_methods_is_not_measured(tmp_path):
     (tmp_path / "study.jsonl").write_text("".join(json.dumps(r) + "\n" for r in few))
     found = claim_rows(specification("pnode"), read_records(tmp_path), [])
     assert [row["ours"] for row in found[:3]] == [
-        "not measured: reverse_adjoint", "not measured: step_checkpoint keep",
-        "not measured: revolve stage 3, stage_checkpoint rebuild, step_checkpoint keep",
+        "not measured: vanilla, this project", "not measured: ACA",
+        "not measured: PNODE, binomial, 3 states; PNODE, stages solved again; ACA",
     ]  # fmt: skip
 
 

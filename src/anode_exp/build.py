@@ -77,7 +77,7 @@ def build_data(dataset: DatasetConfig, device: torch.device) -> DataSet:
         return load_trajectory(dataset.name, dataset.points, dataset.stiffness or 1.0).to(device)
     if dataset.name in DENSITIES:
         sizes = {name: size for name in SIZES if (size := getattr(dataset, name)) is not None}
-        return load_density(dataset.name, Path(dataset.root), **sizes, split=dataset.split).to(device)
+        return load_density(dataset.name, Path(dataset.root).expanduser(), **sizes, split=dataset.split).to(device)
     return build_images(dataset, device)
 
 
@@ -86,7 +86,7 @@ SIZES = ("train_size", "validation_size", "test_size")
 
 def build_images(dataset: DatasetConfig, device: torch.device) -> ImageData:
     sizes = {name: getattr(dataset, name) for name in SIZES}
-    return load(dataset.name, Path(dataset.root), dataset.download, **sizes).to(device)
+    return load(dataset.name, Path(dataset.root).expanduser(), dataset.download, **sizes).to(device)
 
 
 def output_size(dataset: DatasetConfig) -> int:

@@ -11,7 +11,7 @@ class UserError(Exception):
 
 
 class InUse(UserError):
-    """Another process is writing this run; leave it to that process."""
+    """Another process is writing this run or study; leave it to that process."""
 
 
 class Ended(UserError):

@@ -193,7 +193,10 @@ REFUSED = {
     "study memory study.name=budget": "study.name: chosen by the word after study",
     "study memory study.batch_size=null": "study.batch_size=null: give a whole number",
     "study memory study.n_steps=[] study.blocks_per_stage=[]": "nothing to measure",
-    "study budget model.blocks_per_stage=0": "model.blocks_per_stage=0: study budget plans for ODE blocks",
+    "study budget model.blocks_per_stage=0": "model.blocks_per_stage=0: a byte budget is for ODE blocks",
+    "study memory model.blocks_per_stage=0 study.n_steps=[1] +study.gradients.b={{name:budget,memory:1GB}}": (
+        "model.blocks_per_stage=0: a byte budget is for ODE blocks"
+    ),
     "study memory run={run}": "study memory does not take it",
     "study memory 'hydra.run.dir=${{nope}}'": "Interpolation key 'nope' not found",
     "study gradient_error dataset.root=/x": "dataset.root: has no effect here",

@@ -9,6 +9,8 @@ import torch
 import torchvision
 from conftest import LOADERS
 
+from anode_exp.build import build_data
+from anode_exp.config.compose import composed
 from anode_exp.data import DATASETS, load
 from anode_exp.data.datasets import _cifar
 from anode_exp.errors import UserError
@@ -140,3 +142,10 @@ DATASET_CLASSES = {"cifar10": torchvision.datasets.CIFAR10, "cifar100": torchvis
 
 def test_the_registry_is_the_four_of_the_command_line():
     assert list(DATASETS) == ["cifar10", "cifar100", "digits", "fake"]
+
+
+def test_a_root_in_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    config = composed(["dataset=cifar10", "dataset.root='~/data'", "dataset.download=false"])
+    with pytest.raises(UserError, match=f"CIFAR-10 under {tmp_path}/data: not found"):
+        build_data(config.dataset, torch.device("cpu"))

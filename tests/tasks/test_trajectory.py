@@ -17,6 +17,7 @@ from anode_exp.errors import UserError
 from anode_exp.records.reading import read_lines
 from anode_exp.runs import evaluate_run, load_run
 from anode_exp.studies.bench import run_bench
+from anode_exp.studies.stiff import Subject
 from anode_exp.studies.study import run_study
 from anode_exp.tasks.trajectory import TrajectoryFit
 from anode_exp.training.signals import StopRequest
@@ -157,6 +158,20 @@ def test_the_study_solves_a_run_with_the_settings_of_its_own_solver(tmp_path):
     run, data = load_run(tmp_path / "run"), build_data(config(*own).dataset, CPU)
     states = run.network(data.train[:, 0], data.times)
     assert row["mae"] == pytest.approx(float((states - data.train[:, 1:]).abs().mean()), rel=1e-9)
+
+
+def test_the_study_goes_on_after_a_solve_that_failed(trained, tmp_path, monkeypatch):
+    solve = Subject.solve
+
+    def failing(self, name, grid, solver=None):
+        states, row = solve(self, name, grid, solver)
+        return (states, row) if solver is None else (torch.full_like(states, torch.nan), row | {"mae": None})
+
+    monkeypatch.setattr(Subject, "solve", failing)
+    settings = [f"study.run={trained}", "study.solvers=[rk4]", "study.n_steps=[1]", "study.adaptive_solvers=[dopri5]"]
+    run_study(*study("stiff", settings), tmp_path)
+    rows = read_lines(tmp_path / "study.jsonl")
+    assert len(rows) == 1 + 1 + 3 and rows[-1]["fastest"] is rows[-1]["most_unstable"] is None
 
 
 def test_what_the_study_does_not_take(trained, tmp_path):

@@ -8,11 +8,14 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 
 import pytest
 import torch
 from command import command
 
+from anode_exp.build import build_data
+from anode_exp.commands.together import _check_parts
 from anode_exp.config.change import evaluations
 from anode_exp.config.check import check_shared
 from anode_exp.config.compose import composed
@@ -192,7 +195,19 @@ def test_what_several_processes_cannot_share(settings, says):
 def test_a_mistake_is_told_once(runs):
     code, _, err = train(runs, *SMALL, "hydra.run.dir=1")
     assert code != 0 and err.count("already holds files") == 1
-    code, _, err = train(runs, *SMALL, "recipe.batch_size=43", "hydra.run.dir=few")
-    assert code != 0 and "the last batch of an epoch: has 1 samples for 2 processes" in err
-    code, _, err = train(runs, *SMALL, "dataset.test_size=1", "hydra.run.dir=few")
-    assert code != 0 and "test: has 1 samples for 2 processes" in err
+
+
+@pytest.mark.parametrize(
+    ("changed", "says"),
+    [
+        ("recipe.batch_size=21", "2 processes need as many samples, and the last batch of an epoch has 1"),
+        ("dataset.test_size=1", "the test split has 1"),
+        ("dataset.validation_size=1", "the validation split has 1"),
+        ("dataset.test_size=2", None),
+    ],
+)
+def test_every_process_has_a_sample(changed, says):
+    config = composed([*SMALL, changed])
+    data = build_data(config.dataset, torch.device("cpu"))
+    with nullcontext() if says is None else pytest.raises(UserError, match=says):
+        _check_parts(config, data, 2)

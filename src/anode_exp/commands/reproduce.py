@@ -25,7 +25,8 @@ from anode_exp.config.schema import ReproduceSettings, TrainConfig
 from anode_exp.config.studies import study
 from anode_exp.errors import Ended, InUse, UserError, is_first_process
 from anode_exp.records.cells import CALIBRATION_BATCHES, is_calibrated, other_statistics
-from anode_exp.records.reading import claim, read_lines, read_metrics, read_results, write_atomically
+from anode_exp.records.claim import claim
+from anode_exp.records.reading import read_lines, read_metrics, read_results, write_atomically
 from anode_exp.training.progress import bar
 from anode_exp.training.signals import StopRequest, stop_requests
 
@@ -250,7 +251,7 @@ def run_group(group: list[Cell], failed: list[tuple[str, bool]], tick: Callable[
             if cell.study is not None:
                 _make_study(cell)
                 continue
-            with suppress(InUse), claim(cell.directory, "run"):  # in use, the run itself says so
+            with suppress(FileNotFoundError):  # another process has just moved the same file into place
                 write_atomically(cell.directory / "cell.json", cell.describe())
         runs = [(config, c.directory) for c in group if (config := recorded_config(c)) is not None and not is_done(c)]
         try:

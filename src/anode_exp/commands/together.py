@@ -273,11 +273,11 @@ def _check_parts(config: TrainConfig, data: DataSet, processes: int) -> None:
     """UserError if a process would have no sample of a batch or of a split: neither has a mean."""
     assert not isinstance(data, TrajectoryData)  # check_shared refuses it
     counts = {"the last batch of an epoch": len(data.train) % config.recipe.batch_size or processes,
-              "validation": len(data.validation) or processes, "test": len(data.test)}  # fmt: skip
+              "the validation split": len(data.validation) or processes, "the test split": len(data.test)}  # fmt: skip
     for what, count in counts.items():
         if count < processes:
             remedy = "change recipe.batch_size or the sizes of dataset, or start fewer processes"
-            raise UserError(f"{what}: has {count} samples for {processes} processes; {remedy}")
+            raise UserError(f"{processes} processes need as many samples, and {what} has {count}; {remedy}")
 
 
 def _check_can_go_on(directory: Path, config: TrainConfig, state: dict[str, Any] | None, data: DataSet) -> None:

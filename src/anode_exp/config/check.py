@@ -191,9 +191,6 @@ def _check_solver(config: TrainConfig) -> None:
         (config.solver.adaptive and name in SOLVERS and not SOLVERS[name].embedded,
          f"solver.adaptive=true: {name} has no error estimate; choose solver={', '.join(solvers_that('embedded'))}"),
         (refused is not None, f"gradient={gradient.name}: {refused}"),
-        (gradient.name == "batched_adjoint" and config.runtime.precision == "bf16",
-         "runtime.precision=bf16: batched_adjoint would not be the gradient of a solve in bf16; use fp32, tf32 or "
-         "fp64, or gradient=stage_checkpoint"),
     )  # fmt: skip
 
 

@@ -261,4 +261,8 @@ def typed_line(config: DictConfig, without: tuple[str, ...] = ("hydra",)) -> Tra
         name = getattr(checked, group).name
         if name not in options(group):
             raise UserError(f"{group}.name={name}: choose one of {', '.join(options(group))}, as {group}=NAME")
+    # Not for recorded runs: an evaluation takes no gradient.
+    if checked.gradient.name == "batched_adjoint" and checked.runtime.precision == "bf16":
+        why = "batched_adjoint would not be the gradient of a solve in bf16"
+        raise UserError(f"runtime.precision=bf16: {why}; use fp32, tf32 or fp64, or gradient=stage_checkpoint")
     return checked

@@ -104,8 +104,10 @@ def study(name: str, overrides: list[str], thorough: bool = False) -> tuple[Trai
     for grids in (("gradients",), axes):
         if grids[0] in composed.study and not any(composed.study.get(grid) for grid in grids):
             raise UserError(f"study.{grids[0]}: is empty, so there is nothing to measure; list some")
-    if name == "budget" and config.model.blocks_per_stage == 0:
-        raise UserError("model.blocks_per_stage=0: study budget plans for ODE blocks; give a whole number, at least 1")
+    in_budgets = any(gradient.name == "budget" for gradient in checked.gradients.values())
+    planned = name == "budget" or (in_budgets and bool(checked.n_steps))
+    if planned and config.model.blocks_per_stage == 0:
+        raise UserError("model.blocks_per_stage=0: a byte budget is for ODE blocks; give a whole number, at least 1")
     if thorough and checked.checkpoint == "every":
         raise UserError("thorough=true: checkpoint=every takes the run's own solver; leave one of them out")
     reads = STUDY_READS[name]

@@ -148,7 +148,7 @@ def linearised(
     Returns:
         f of the copies, [n·B, …], the first B rows those of y; and the Jacobians, [B, n, n].
     """
-    batch, n = len(y), y[0].numel()
+    batch, n = len(y), y.shape[1:].numel()
     times = t if isinstance(t, float) else t.repeat(n, 1)
     with torch.enable_grad():
         copies = y.detach().repeat(n, *[1] * (y.dim() - 1)).requires_grad_()
@@ -198,7 +198,7 @@ def gmres(product: Callable[[Tensor], Tensor], right: Tensor, rtol: float, size:
     """x with A x = right to a residual of rtol · |right|, A given by its products with vectors of any shape.
 
     Raises:
-        NewtonFailed: if ``size`` basis vectors do not suffice, or a product is not finite.
+        NewtonFailed: if ``size`` basis vectors do not suffice, a product is not finite, or A is singular.
     """
     scale = right.norm()
     if float(scale) == 0.0:
@@ -221,7 +221,10 @@ def gmres(product: Callable[[Tensor], Tensor], right: Tensor, rtol: float, size:
         small = hessenberg[: k + 2, : k + 1]
         weights = torch.linalg.lstsq(small, first[: k + 2, None]).solution[:, 0]
         residual = float((small @ weights - first[: k + 2]).norm())
-        if residual <= rtol * float(scale) or length <= 1e-14 * float(scale):
+        exhausted = length <= 1e-14 * float(scale)  # the basis cannot grow: a regular A is solved to rounding
+        if exhausted and residual > max(rtol, 1e-6) * float(scale):
+            raise NewtonFailed("GMRES: the matrix I − cJ of an implicit stage is singular; take more steps")
+        if exhausted or residual <= rtol * float(scale):
             return sum((float(x) * q for x, q in zip(weights, basis, strict=True)), torch.zeros_like(right))
         basis.append(w / length)
     raise NewtonFailed(f"GMRES did not converge with {size} basis vectors (residual {residual / float(scale):.2g})")

@@ -1,13 +1,10 @@
 """Reading and writing records: JSON lines, results, and files replaced atomically."""
 
-import fcntl
 import json
 import os
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, TextIO
-
-from anode_exp.errors import InUse
+from typing import Any
 
 Row = dict[str, Any]
 """A record, or one line of a file of several: values by name."""
@@ -28,20 +25,6 @@ def append_line(path: Path, line: Row) -> None:
     torn = path.exists() and not path.read_text().endswith("\n")
     with path.open("a") as file:
         file.write("\n" * torn + json.dumps(line) + "\n")
-
-
-def claim(directory: Path, what: str) -> TextIO:
-    """Claim a folder for this process until the returned file is closed, or the process ends, in any way.
-
-    Raises InUse if another process has claimed it to write ``what``.
-    """
-    lock = (directory / ".lock").open("w")
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        lock.close()
-        raise InUse(f"{directory}: another process is writing this {what}; wait for it, or stop it") from error
-    return lock
 
 
 def write_atomically(path: Path, content: str | bytes, keep: Path | None = None) -> None:

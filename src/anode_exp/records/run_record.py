@@ -27,7 +27,8 @@ from anode_exp.config.check import read_config, typed
 from anode_exp.config.describe import flat
 from anode_exp.config.schema import TrainConfig
 from anode_exp.errors import UserError
-from anode_exp.records.reading import claim, read_metrics, write_atomically, write_json
+from anode_exp.records.claim import claim
+from anode_exp.records.reading import read_metrics, write_atomically, write_json
 
 
 def _finite(value: Any) -> Any:

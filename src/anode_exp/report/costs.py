@@ -183,8 +183,8 @@ def claim_rows(spec: dict[str, Any], records: list[Record], stiff: list[Group]) 
                 steps = sorted({row["n_steps"] for row in rows})
                 setting = f"{rows[0]['solver']}, batch {rows[0]['batch_size']}, N = {steps[0]} to {steps[-1]}"
                 lacking = sorted(needed.difference(labels_of(rows)))
-                measured = (f"not measured: {', '.join(lacking)}", MISSING, MISSING) if lacking else measure(rows)
-                found.append((setting, *measured))
+                without = f"not measured: {'; '.join(NAMES[label][0] for label in lacking)}"
+                found.append((setting, *((without, MISSING, MISSING) if lacking else measure(rows))))
         elif any(group.runs for group in stiff):
             epochs = max((len(run.epochs) for group in stiff for run in group.runs), default=0)
             found.append((f"Robertson's reaction, {epochs} epochs", *_implicit(stiff)))

@@ -129,7 +129,9 @@ def _draw_eigenvalues(ax: Any, arrays: dict[str, Any], runs: int) -> None:
         for k in range(sizes.shape[1]):
             label = f"|λ{k + 1}|" if i == 0 else None
             ax.plot(times, sizes[:, k], color=f"C{k}", linewidth=1, alpha=0.7, label=label)
-    ax.set(xscale="log", yscale="log", xlabel="t", ylabel="eigenvalues of ∂f/∂y, every run")
+    known = any(np.isfinite(arrays[f"{i}.eigenvalues"]).any() for i in range(runs))  # not if every solve failed
+    scale = "log" if known else "linear"
+    ax.set(xscale="log", yscale=scale, xlabel="t", ylabel="eigenvalues of ∂f/∂y, every run")
     ax.legend(fontsize=7)
 
 

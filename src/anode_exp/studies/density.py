@@ -112,7 +112,8 @@ def rows(config: TrainConfig, study: StudyConfig, outputs: int, batch: None, dir
     least = 10 * min(COMPONENTS)
     if len(few[0]) < least or not len(few[1]):
         has = f"the baselines have {len(few[0])} training samples and {len(few[1])} for validation"
-        raise UserError(f"study density: {has}; give a run or study.samples with at least {least} and 1")
+        need = f"at least {least} and 1, by study.samples or the run's dataset.train_size and dataset.validation_size"
+        raise UserError(f"study density: {has}; they need {need}")
     labels = _labels([run.directory for run in runs])
     with bar(1 + len(runs) * (1 + len(study.gradients) * (1 + study.repeats)), study.name) as progress:
         if name in PLANAR:

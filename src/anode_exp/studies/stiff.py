@@ -98,10 +98,13 @@ class Subject:
         return states.to(start.device)
 
     def eigenvalues(self, states: Tensor) -> Tensor:
-        """Eigenvalues of ∂f/∂y at the states, [T, d] complex, by decreasing magnitude."""
-        found = torch.linalg.eigvals(linearised(self.field, self.field.theta, 0.0, states)[1])
-        order = found.abs().argsort(dim=1, descending=True)
-        return found.gather(1, order)
+        """Eigenvalues of ∂f/∂y at the states, [T, d] complex, by decreasing magnitude; NaN at states of NaN."""
+        found = torch.full_like(states, torch.nan, dtype=torch.complex128)
+        finite = states.isfinite().all(1)
+        if finite.any():
+            values = torch.linalg.eigvals(linearised(self.field, self.field.theta, 0.0, states[finite])[1])
+            found[finite] = values.gather(1, values.abs().argsort(dim=1, descending=True))
+        return found
 
 
 def _number(x: Tensor) -> float | None:
@@ -154,7 +157,8 @@ def rows(config: TrainConfig, study: StudyConfig, outputs: int, batch: None, dir
                 then = Subject.of(load_run(folder, str(epoch)), data)
                 (block,) = ode_blocks(then.network)
                 states, mine = then.solve(own.solver.name, block.grid, block.solver)
-                found = then.eigenvalues(states[states.isfinite().all(1)])
+                found = then.eigenvalues(states)
+                found = found[found.isfinite()]
                 (line,) = [line for line in run.metrics if line["epoch"] == epoch]
                 about = {"kind": "epoch", **name, "iterations": line["steps"], "own_mae": mine["mae"]}
                 about |= {"own_gradient": mine["gradient"]}
