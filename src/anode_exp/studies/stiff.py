@@ -98,7 +98,7 @@ class Subject:
         return states.to(start.device)
 
     def eigenvalues(self, states: Tensor) -> Tensor:
-        """Eigenvalues of ∂f/∂y at the states, [T, d] complex, by decreasing magnitude; NaN at states of NaN."""
+        """Eigenvalues of ∂f/∂y at the states, [T, d] complex, largest first; NaN where a state is not finite."""
         found = torch.full_like(states, torch.nan, dtype=torch.complex128)
         finite = states.isfinite().all(1)
         if finite.any():
