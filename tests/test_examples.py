@@ -7,6 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from anode_exp.commands.together import train
+from anode_exp.config.compose import jobs
+from anode_exp.records.checkpoints import Checkpoints
+
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
@@ -40,6 +44,24 @@ def test_a_recorded_run_is_solved_with_other_steps(tmp_path, capfd, monkeypatch)
     assert list(found) == ["1", "2", "4", "8"]
     trained_with = re.search(r"test accuracy +([\d.]+)% \(best", shown)[1]
     assert float(found["2"]) == pytest.approx(float(trained_with), abs=0.06)
+
+
+def test_live_channels_are_those_that_are_not_dead(tmp_path, capsys, monkeypatch):
+    (config,) = jobs(
+        ["dataset=digits", "dataset.train_size=100", "dataset.test_size=100", "model=resnet4", "recipe.epochs=1",
+         "recipe.batch_size=50", "runtime.device=cpu", "runtime.keep_every=1"], multirun=False,
+    ).configs  # fmt: skip
+    train(config, tmp_path)
+    checkpoints = Checkpoints(tmp_path / "checkpoints")
+    state = checkpoints.load("epoch-1")
+    capsys.readouterr()
+    for stem, field, expected in ((0, 0, "16 enter, 16"), (3, 5, "13 enter, 11"), (3, 16, "13 enter, 0")):
+        for norm, dead in (("1", stem), ("3.f.4", field)):  # the BatchNorms before the ReLUs that end the stem and f
+            state["network"][f"{norm}.weight"][:dead], state["network"][f"{norm}.bias"][:dead] = 0, -1
+        torch.save(state, checkpoints.path("epoch-1"))
+        _, line = output_of("live_channels.py", capsys, monkeypatch, str(tmp_path)).splitlines()
+        assert f"epoch   1, block 1: of 16 channels {expected} change" in line
+        assert line.endswith("= 0.000") == (field == 16)
 
 
 def test_no_example_is_left_out():
