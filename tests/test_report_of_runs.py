@@ -80,6 +80,19 @@ def test_labels_name_the_least_that_sets_runs_apart(folder):
     assert list(grouped([one, other])) == ["recipe.lr=0.1", "recipe.lr=0.5"]
 
 
+def test_residual_blocks_are_not_labelled_by_a_gradient_mode_that_they_do_not_use(folder):
+    (ode, *_), (other, *_) = grouped(read_runs([folder / "images"])).values()
+    other.config.model.block, other.config.gradient.name = "residual", "full_backprop"
+    assert list(grouped([ode, other])) == ["model.block=ode", "model.block=residual"]
+
+
+def test_a_run_of_reproduce_shows_its_command(folder, tmp_path):
+    shutil.copytree(folder / "images" / "dto_checkpoint_0", tmp_path / "run")
+    (tmp_path / "run" / "cell.json").write_text('{"command": "python -m anode_exp train experiment=anode/fig1_fig7"}')
+    (record,) = read_runs([tmp_path])
+    assert record.cell["command"] == "python -m anode_exp train experiment=anode/fig1_fig7"
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [

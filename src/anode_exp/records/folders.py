@@ -40,6 +40,8 @@ def command_of(folder: Path) -> str:
         if path.exists():
             overrides = cast(list[str], OmegaConf.to_container(OmegaConf.load(path)))
             return f"python -m anode_exp train {shlex.join(overrides)}".rstrip()
+    if (folder / "cell.json").exists():  # a run of reproduce
+        return cast(str, json.loads((folder / "cell.json").read_text())["command"])
     return f"not recorded; the settings are in {folder / 'config.yaml'}"
 
 
@@ -47,14 +49,15 @@ def grouped(records: list[Record]) -> dict[str, list[Record]]:
     """Runs that differ only in their seed, by the settings that distinguish them from the others: ``key=value, …``.
 
     Only settings that affect the results count. If several divide the runs in the same way, the first is named: that of
-    a group, such as ``gradient=revolve``, comes before the settings that it changes.
+    a group, such as ``gradient=revolve``, comes before the settings that it changes, and ``model.block`` before all: no
+    gradient mode is used without ODE blocks.
     """
     configs = [record.config for record in records]
     assert all(config is not None for config in configs)
     whole = cast(list[Any], configs)
     settings = [flat(asdict(config)) for config in whole]
     varied = {key for other in whole[1:] for key in differing(whole[0], other)} - {"seed"}
-    names = sorted(varied, key=lambda key: (not key.endswith(".name"), key))
+    names = sorted(varied, key=lambda key: (key != "model.block", not key.endswith(".name"), key))
 
     def parts(keys: list[str]) -> list[tuple[str, ...]]:
         return [tuple(json.dumps(s.get(key)).strip('"') for key in keys) for s in settings]
