@@ -2,9 +2,9 @@
 
     python examples/live_channels.py FOLDER [FOLDER ...]      (runs of image data; about a second per kept epoch)
 
-A channel after a ReLU can die: it is 0 for every image, so its gradient is 0 too, and it stays dead. A wrong gradient
-can do this to a whole block: trained by the reverse-time adjoint for the paper's 350 epochs, the block of ResNet-4
-ends by returning its input. A run with runtime.keep_every=10 shows when.
+A channel after a ReLU can die: it is 0 for every image, so its gradient is 0 too, and it rarely comes back. A wrong
+gradient can do this to a whole block: trained by the reverse-time adjoint for the paper's 350 epochs, the block of
+ResNet-4 ends by returning its input. A run with runtime.keep_every=10 shows when.
 """
 
 import sys
@@ -14,6 +14,7 @@ import torch
 
 from anode_exp import load_run
 from anode_exp.build import assemble, build_data
+from anode_exp.errors import UserError
 from anode_exp.models import ode_blocks
 from anode_exp.records.checkpoints import Checkpoints
 
@@ -36,6 +37,8 @@ def show(folder: Path, n_images: int = 2000) -> None:
             block.register_forward_hook(lambda _, y0, y1, solves=solves: solves.append((y0[0], y1)))
         with torch.no_grad():
             run.network(images)
+        if not solves:
+            raise UserError(f"{folder}: the network has no ODE blocks; give a run with model.block=ode")
         for number, (y0, y1) in enumerate(solves, 1):
             change, scale = y1 - y0, y0.abs().max()
             print(
@@ -45,5 +48,10 @@ def show(folder: Path, n_images: int = 2000) -> None:
 
 
 if __name__ == "__main__":
-    for name in sys.argv[1:]:
-        show(Path(name))
+    if not sys.argv[1:]:
+        sys.exit("give the folders of one or more runs, such as outputs/DATE/TIME")
+    try:
+        for name in sys.argv[1:]:
+            show(Path(name))
+    except UserError as mistake:
+        sys.exit(str(mistake))
